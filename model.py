@@ -1,0 +1,717 @@
+"""Stable Diffusion 1.x and 2.x from one checkpoint file: UNet, KL autoencoder, text encoder, and the loader.
+
+    images (B, 3, H, W) in [-1, 1]  --encode-->  latents (B, 4, H/f, W/f) * 0.18215  --decode-->  images
+    prompts  --encode_text-->  context (B, 77, D)
+    unet(x_dm (B, 4, h, w), t_dm (B,), context (B, 77, D))  ->  v or eps (B, 4, h, w)
+
+Module names are the checkpoint's own, so that loading is strict. Architecture: Rombach et al. (arXiv 2112.10752); every
+width and depth is read from the tensors' shapes, so the bundled small models are files like any other. The text tower
+and its tokenizer are open_clip's. Read bottom-up: the file, the models, the blocks.
+"""
+import itertools
+import math
+import os
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+SCALE = 0.18215  # latents have unit variance after this factor
+UNET, VAE, OPEN_CLIP, HF_CLIP = (
+    "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.", "cond_stage_model.transformer.text_model.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """An architecture. Widths have one entry a resolution, from the full one down."""
+    unet_widths: tuple = (320, 640, 1280, 1280)
+    unet_res_blocks: int = 2
+    attention: tuple = (True, True, True, False)
+    context_width: int = 1024
+    linear_projection: bool = True     # of the transformers; with it 64 channels a head (SD 2.x), else 8 heads (SD 1.x)
+    in_channels: int = 4
+    out_channels: int = 4
+    vae_widths: tuple = (128, 256, 512, 512)
+    vae_res_blocks: int = 2
+    latent_channels: int = 4
+    open_clip: bool = True             # OpenCLIP's penultimate layer (SD 2.x), else CLIP's last (SD 1.x)
+    text_width: int = 1024
+    text_layers: int = 24
+    vocabulary: int = 49408
+
+    def heads(self, channels):
+        return max(1, channels // 64) if self.linear_projection else 8
+
+
+SD21 = Config()
+SD15 = Config(context_width=768, linear_projection=False, open_clip=False, text_width=768, text_layers=12)
+TINY = Config(unet_widths=(64, 96), unet_res_blocks=1, attention=(False, True), context_width=32,
+              vae_widths=(32, 32, 64), vae_res_blocks=1, text_width=32, text_layers=2)
+
+
+# ------------------------------------------------------------------ blocks
+
+def full_precision(x):
+    """Norms and softmax-free sums are taken in float32 at least, whatever autocast says."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class GroupNorm(nn.GroupNorm):
+    def __init__(self, channels, eps=1e-5):
+        super().__init__(32, channels, eps=eps)
+
+    def forward(self, x):
+        weight, bias = full_precision(self.weight), full_precision(self.bias)
+        return F.group_norm(full_precision(x), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        weight, bias = full_precision(self.weight), full_precision(self.bias)
+        return F.layer_norm(full_precision(x), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+def zero_(module):
+    """The last layer of a residual branch starts at zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(t_dm, channels):
+    """t_dm (B,), fractional or not -> (B, channels) in float32: cat[cos, sin] of t_dm * exp(-ln 1e4 * i / half)."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t_dm.device) / half)
+    angles = t_dm.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ResBlock(nn.Module):
+    """x (B, C, h, w), embedded time (B, E) -> (B, C_out, h, w)."""
+
+    def __init__(self, channels, out_channels, embedding):
+        super().__init__()
+        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels), nn.SiLU(), nn.Identity(), zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x, embedding, context):
+        h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Attention(nn.Module):
+    """x (B, N, C), context (B, L, D) -> (B, N, C)."""
+
+    def __init__(self, channels, context_width, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_width, channels, bias=False)
+        self.to_v = nn.Linear(context_width, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Identity())
+
+    def forward(self, x, context):
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)              # (B, heads, N or L, C / heads)
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels, hidden):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, channels, context_width, heads):
+        super().__init__()
+        self.attn1 = Attention(channels, channels, heads)
+        self.ff = FeedForward(channels)
+        self.attn2 = Attention(channels, context_width, heads)
+        self.norm1, self.norm2, self.norm3 = LayerNorm(channels), LayerNorm(channels), LayerNorm(channels)
+
+    def forward(self, x, context):
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """x (B, C, h, w), context (B, L, D) -> (B, C, h, w)."""
+
+    def __init__(self, channels, config):
+        super().__init__()
+        self.linear = config.linear_projection
+        projection = (lambda: nn.Linear(channels, channels)) if self.linear else (lambda: nn.Conv2d(channels, channels, 1))
+        self.norm = GroupNorm(channels, eps=1e-6)
+        self.proj_in = projection()
+        self.transformer_blocks = nn.ModuleList([
+            TransformerBlock(channels, config.context_width, config.heads(channels))])
+        self.proj_out = zero_(projection())
+
+    def forward(self, x, embedding, context):
+        y = self.norm(x)
+        if not self.linear:
+            y = self.proj_in(y)
+        y = y.permute(0, 2, 3, 1)                                                 # (B, h, w, C)
+        shape = y.shape
+        y = y.flatten(1, 2)                                                       # (B, h w, C)
+        if self.linear:
+            y = self.proj_in(y)
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        if self.linear:
+            y = self.proj_out(y)
+        y = y.reshape(shape).permute(0, 3, 1, 2)                                  # (B, C, h, w)
+        if not self.linear:
+            y = self.proj_out(y)
+        return x + y
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x, embedding, context):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, embedding=None, context=None):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+# ------------------------------------------------------------------ the UNet
+
+class UNet(nn.Module):
+    """x (B, C, h, w), t_dm (B,), context (B, L, D) -> (B, C_out, h, w). h and w divide by 2^(levels - 1).
+
+    Set .checkpointing to recompute activations in the backward pass instead of keeping them.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        widths, width = config.unet_widths, config.unet_widths[0]
+        embedding = 4 * width
+        self.config, self.checkpointing = config, False
+        self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+
+        def block(channels, out_channels, level, *more):
+            transformer = [SpatialTransformer(out_channels, config)] if config.attention[level] else []
+            return nn.ModuleList([ResBlock(channels, out_channels, embedding), *transformer, *more])
+
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
+        skips, channels = [width], width
+        for level, width in enumerate(widths):
+            for _ in range(config.unet_res_blocks):
+                self.input_blocks.append(block(channels, width, level))
+                channels = width
+                skips.append(channels)
+            if level < len(widths) - 1:
+                self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
+                skips.append(channels)
+        self.middle_block = nn.ModuleList([
+            ResBlock(channels, channels, embedding), SpatialTransformer(channels, config),
+            ResBlock(channels, channels, embedding)])
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(config.unet_res_blocks + 1):
+                up = [Upsample(width)] if level > 0 and i == config.unet_res_blocks else []
+                self.output_blocks.append(block(channels + skips.pop(), width, level, *up))
+                channels = width
+        self.out = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(), zero_(nn.Conv2d(channels, config.out_channels, 3, padding=1)))
+
+    def run(self, layers, x, embedding, context):
+        for layer in layers:
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, embedding, context, use_reentrant=False)
+            else:
+                x = layer(x, embedding, context)
+        return x
+
+    def forward(self, x, t_dm, context):
+        factor = 2 ** (len(self.config.unet_widths) - 1)
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise ValueError(f"latents of {x.shape[-2]}x{x.shape[-1]}: both sides must divide by {factor}")
+        dtype = self.out[2].weight.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            embedding = timestep_embedding(t_dm, self.config.unet_widths[0]).to(self.time_embed[0].weight.dtype)
+            embedding = self.time_embed(embedding).to(dtype)
+        h, context = self.input_blocks[0][0](x.to(dtype)), context.to(dtype)
+        skips = [h]
+        for layers in self.input_blocks[1:]:
+            h = self.run(layers, h, embedding, context)
+            skips.append(h)
+        h = self.run(self.middle_block, h, embedding, context)
+        for layers in self.output_blocks:
+            h = self.run(layers, torch.cat([h, skips.pop()], dim=1), embedding, context)
+        return self.out(h)
+
+
+# ------------------------------------------------------------------ the autoencoder
+
+class VAEResBlock(nn.Module):
+    def __init__(self, channels, out_channels):
+        super().__init__()
+        self.norm1, self.conv1 = GroupNorm(channels, eps=1e-6), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(out_channels, eps=1e-6), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class VAEAttention(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = GroupNorm(channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, h w, C)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(y)
+
+
+def vae_middle(channels):
+    return nn.ModuleDict({
+        "block_1": VAEResBlock(channels, channels), "attn_1": VAEAttention(channels),
+        "block_2": VAEResBlock(channels, channels)})
+
+
+class VAEDownsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Encoder(nn.Module):
+    """images (B, 3, H, W) -> (B, 2 * latent channels, H/f, W/f)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, channels = config.vae_widths, config.vae_widths[0]
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            stage = nn.ModuleDict({"block": nn.ModuleList()})
+            for _ in range(config.vae_res_blocks):
+                stage["block"].append(VAEResBlock(channels, width))
+                channels = width
+            if level < len(widths) - 1:
+                stage["downsample"] = VAEDownsample(channels)
+            self.down.append(stage)
+        self.mid = vae_middle(channels)
+        self.norm_out = GroupNorm(channels, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for stage in self.down:
+            for layer in (*stage["block"], *([stage["downsample"]] if "downsample" in stage else [])):
+                x = layer(x)
+        for layer in self.mid.values():
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """(B, latent channels, H/f, W/f) -> images (B, 3, H, W)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, channels = config.vae_widths, config.vae_widths[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
+        self.mid = vae_middle(channels)
+        stages = []
+        for level, width in reversed(list(enumerate(widths))):
+            stage = nn.ModuleDict({"block": nn.ModuleList()})
+            for _ in range(config.vae_res_blocks + 1):
+                stage["block"].append(VAEResBlock(channels, width))
+                channels = width
+            if level > 0:
+                stage["upsample"] = Upsample(channels)
+            stages.insert(0, stage)
+        self.up = nn.ModuleList(stages)
+        self.norm_out = GroupNorm(channels, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for layer in self.mid.values():
+            x = layer(x)
+        for stage in reversed(self.up):
+            for layer in (*stage["block"], *([stage["upsample"]] if "upsample" in stage else [])):
+                x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Images and latents at the network's own scale; StableDiffusion multiplies by SCALE."""
+
+    def __init__(self, config):
+        super().__init__()
+        z = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
+
+    def moments(self, images):
+        """images (B, 3, H, W) -> the posterior's mean and standard deviation, both (B, z, H/f, W/f)."""
+        mean, log_variance = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return mean, (0.5 * log_variance.clamp(-30, 20)).exp()
+
+    def decode(self, latents):
+        return self.decoder(self.post_quant_conv(latents))
+
+
+# ------------------------------------------------------------------ the text encoder
+
+def text_tower(config):
+    """open_clip's text transformer, built from its configuration, nothing downloaded."""
+    from open_clip.transformer import QuickGELU, TextTransformer
+    tower = TextTransformer(
+        width=config.text_width, layers=config.text_layers, heads=max(1, config.text_width // 64),
+        vocab_size=config.vocabulary, output_dim=config.text_width if config.open_clip else None,
+        act_layer=nn.GELU if config.open_clip else QuickGELU)
+    if config.text_width < 64:  # initialised for widths of hundreds: at 32 the words would all but vanish
+        nn.init.normal_(tower.token_embedding.weight, std=0.5)
+    return tower
+
+
+def tokenize(prompts, pad_token):
+    """prompts (B strings) -> token ids (B, 77): 49406, at most 75 tokens of content, 49407, pad_token."""
+    from open_clip.tokenizer import SimpleTokenizer
+    tokenizer = tokenize.cache = getattr(tokenize, "cache", None) or SimpleTokenizer()
+    ids = torch.full((len(prompts), 77), pad_token)
+    for row, prompt in zip(ids, prompts):
+        tokens = [tokenizer.sot_token_id, *tokenizer.encode(prompt)[:75], tokenizer.eot_token_id]
+        row[:len(tokens)] = torch.tensor(tokens)
+    return ids
+
+
+HF_NAMES = [  # open_clip's name, the Hugging Face name of SD 1.x files; q, k and v are one matrix in the former
+    (r"^token_embedding\.weight$", "embeddings.token_embedding.weight"),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "final_layer_norm."),
+    (r"^transformer\.resblocks\.(\d+)\.ln_(\d)\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"encoder.layers.\1.mlp.fc1."),
+    (r"^transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"encoder.layers.\1.mlp.fc2."),
+    (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"encoder.layers.\1.self_attn.out_proj."),
+    (r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"encoder.layers.\1.self_attn.{}_proj."),
+]
+
+
+def file_keys(key):
+    """A parameter of StableDiffusion -> the tensors of the file that make it up: one, or three to stack (q, k, v)."""
+    if not key.startswith(HF_CLIP):
+        return [key]
+    name = key.removeprefix(HF_CLIP)
+    for pattern, replacement in HF_NAMES:
+        if re.match(pattern, name):
+            name = re.sub(pattern, replacement, name)
+            return [HF_CLIP + name.format(x) for x in "qkv"] if "{}" in name else [HF_CLIP + name]
+    raise AssertionError(key)
+
+
+# ------------------------------------------------------------------ the whole
+
+class StableDiffusion(nn.Module):
+    """A checkpoint in memory, its modules under the file's own names. prediction is "v" or "eps"."""
+
+    def __init__(self, config, prediction):
+        super().__init__()
+        self.config, self.prediction, self.metadata, self.extra = config, prediction, {}, {}
+        self.model = nn.ModuleDict({"diffusion_model": UNet(config)})
+        self.first_stage_model = AutoencoderKL(config)
+        tower = text_tower(config)
+        self.cond_stage_model = nn.ModuleDict(
+            {"model": tower} if config.open_clip else {"transformer": nn.ModuleDict({"text_model": tower})})
+
+    @property
+    def unet(self):
+        return self.model["diffusion_model"]
+
+    @property
+    def text_encoder(self):
+        stage = self.cond_stage_model
+        return stage["model"] if self.config.open_clip else stage["transformer"]["text_model"]
+
+    @property
+    def device(self):
+        return self.unet.out[2].weight.device
+
+    @property
+    def factor(self):
+        """Pixels a side of one latent."""
+        return 2 ** (len(self.config.vae_widths) - 1)
+
+    def check_size(self, height, width):
+        """A picture's sides must survive the autoencoder's and the UNet's halvings."""
+        multiple = self.factor * 2 ** (len(self.config.unet_widths) - 1)
+        if height % multiple or width % multiple or min(height, width) < multiple:
+            raise ValueError(f"size {height}x{width}: both sides must be multiples of {multiple} for this checkpoint")
+
+    def encode(self, images, sample=False):
+        """images (B, 3, H, W) in [-1, 1] -> scaled latents (B, z, H/f, W/f): the posterior's mean, or a sample."""
+        weight = self.first_stage_model.quant_conv.weight
+        mean, std = self.first_stage_model.moments(images.to(weight))
+        return (mean + std * torch.randn_like(std) if sample else mean) * SCALE
+
+    def decode(self, latents):
+        """scaled latents (B, z, h, w) -> images (B, 3, f h, f w), near [-1, 1], not clamped."""
+        return self.first_stage_model.decode(latents.to(self.first_stage_model.quant_conv.weight) / SCALE)
+
+    def encode_text(self, prompts):
+        """prompts (B strings) -> context (B, 77, D)."""
+        tower = self.text_encoder
+        ids = tokenize(prompts, pad_token=0 if self.config.open_clip else 49407).to(self.device)
+        x = tower.token_embedding(ids) + tower.positional_embedding
+        blocks = tower.transformer.resblocks
+        for block in blocks[:-1] if self.config.open_clip else blocks:
+            x = block(x, attn_mask=tower.attn_mask)
+        return tower.ln_final(x)
+
+    def save(self, path, dtype=None, **metadata):
+        """Write one .safetensors file in the layout that was read, floats as dtype (None: as they are in memory)."""
+        tensors = dict(self.extra)
+        for key, value in self.state_dict().items():
+            names = file_keys(key)
+            tensors.update(zip(names, value.chunk(len(names))))
+        tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
+        save_tensors(path, tensors, {**self.metadata, "prediction": self.prediction, **metadata})
+
+
+def pick_device(name=None):
+    """The device asked for, else CUDA if there is one, else the CPU, which is said."""
+    if name is None and not torch.cuda.is_available():
+        print("no CUDA device: running on the CPU, which is slower")
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device here; leave --device out to run on the CPU")
+    return device
+
+
+def save_tensors(path, tensors, metadata):
+    """Write a .safetensors file, whole or not at all. metadata is str -> str."""
+    temporary = Path(f"{path}.part")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt", **metadata})
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------ the file
+
+KNOWN_EXTRA = re.compile(
+    r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|logvar|lvlb_weights"
+    r"|cond_stage_model\.(model\.)?logit_scale|cond_stage_model\.transformer\.text_model\.embeddings\.position_ids"
+    r"|cond_stage_model\.model\.attn_mask|model_ema\.(decay|num_updates)")
+
+
+class CheckpointFile:
+    """A checkpoint's tensors by name: .shapes, .metadata, and .tensors(names), read one by one from the mapped file."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{path}: no such checkpoint file" + (" (a folder)" if self.path.is_dir() else ""))
+        self.pickled, self.metadata = None, {}
+        try:
+            if self.path.suffix == ".safetensors":
+                with safe_open(self.path, "pt") as file:
+                    self.metadata = file.metadata() or {}
+                    self.shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+            elif self.path.suffix in (".ckpt", ".pt", ".pth"):
+                self.pickled = self.unpickle()
+                self.shapes = {k: tuple(v.shape) for k, v in self.pickled.items()}
+            else:
+                raise ValueError(f"{path}: expected a .safetensors or .ckpt file")
+        except (SafetensorError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: cannot be read; truncated or not a checkpoint? ({error})".split("\n")[0]) from error
+
+    def unpickle(self):
+        """weights_only=True, with Lightning's callback class, which old files name, as an inert stub."""
+        stub = type("ModelCheckpoint", (), {})
+        with torch.serialization.safe_globals(
+                [(stub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
+            try:
+                content = torch.load(self.path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path) or None)
+            except pickle.UnpicklingError as error:
+                reason = str(error).split("\n")[0]
+                raise ValueError(f"{self.path}: refused, since it is truncated or holds objects that could run code; "
+                                 f"look for a .safetensors version ({reason})") from error
+        content = content.get("state_dict", content) if isinstance(content, dict) else {}
+        return {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+
+    def tensors(self, names):
+        """Yield (name, tensor). The file is mapped anew every few tensors, so that pages read and cast are let go."""
+        if self.pickled is not None:
+            yield from ((name, self.pickled[name]) for name in names)
+            return
+        names = iter(names)
+        while batch := list(itertools.islice(names, 32)):
+            with safe_open(self.path, "pt") as file:
+                yield from ((name, file.get_tensor(name)) for name in batch)
+
+
+def looks_like(shapes):
+    """What a file that is no Stable Diffusion 1.x or 2.x checkpoint seems to be."""
+    hints = {
+        "conditioner.embedders.": "an SDXL checkpoint", "model.diffusion_model.label_emb": "an SDXL checkpoint",
+        "lora_unet_": "a LoRA file: give it to --lora, with the checkpoint it was made for",
+        "lora_": "a LoRA file: give it to --lora, with the checkpoint it was made for",
+        "down_blocks.": "a diffusers UNet; a single-file checkpoint is needed",
+        "joint_blocks": "Stable Diffusion 3", "double_blocks": "Flux", "encoder.down": "an autoencoder alone",
+        "text_model.": "a text encoder alone", "control_model.": "a ControlNet",
+    }
+    found = (what for hint, what in hints.items() if any(hint in key for key in shapes if not key.startswith(VAE)))
+    return next(found, f"an unknown file of {len(shapes)} tensors")
+
+
+def read_config(shapes):
+    """{key: shape} of a checkpoint -> Config. ValueError that says what the file looks like if it is none of ours."""
+    def count(pattern):
+        return len({match[0] for key in shapes if (match := re.match(pattern, key))})
+
+    if any("conditioner." in key or "label_emb" in key for key in shapes):
+        raise ValueError(f"this looks like {looks_like(shapes)}; Stable Diffusion 1.x or 2.x is needed")
+    try:
+        widths, attention, downsamplers = [], [], []
+        blocks = count(re.escape(UNET) + r"input_blocks\.\d+\.")
+        for i in range(1, blocks):
+            block = f"{UNET}input_blocks.{i}."
+            if block + "0.op.weight" in shapes:
+                downsamplers.append(i)
+            elif len(widths) == len(downsamplers):  # the first block of a level
+                widths.append(shapes[block + "0.in_layers.2.weight"][0])
+                attention.append(block + "1.norm.weight" in shapes)
+        open_clip = OPEN_CLIP + "ln_final.weight" in shapes
+        embedding = shapes[OPEN_CLIP + "token_embedding.weight" if open_clip
+                           else HF_CLIP + "embeddings.token_embedding.weight"]
+        projection = shapes[UNET + "middle_block.1.proj_in.weight"]
+        levels = count(re.escape(VAE) + r"encoder\.down\.\d+\.")
+        return Config(
+            unet_widths=tuple(widths), unet_res_blocks=(downsamplers or [blocks])[0] - 1, attention=tuple(attention),
+            context_width=shapes[UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+            linear_projection=len(projection) == 2,
+            in_channels=shapes[UNET + "input_blocks.0.0.weight"][1], out_channels=shapes[UNET + "out.2.weight"][0],
+            vae_widths=tuple(shapes[f"{VAE}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
+            vae_res_blocks=count(re.escape(VAE) + r"encoder\.down\.0\.block\.\d+\."),
+            latent_channels=shapes[VAE + "quant_conv.weight"][0] // 2,
+            open_clip=open_clip, text_width=embedding[1], vocabulary=embedding[0],
+            text_layers=count(re.escape(OPEN_CLIP) + r"transformer\.resblocks\.\d+\." if open_clip
+                              else re.escape(HF_CLIP) + r"encoder\.layers\.\d+\."))
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"this looks like {looks_like(shapes)}; Stable Diffusion 1.x or 2.x is needed "
+                         f"(no tensor {error})") from error
+
+
+def guess_prediction(file, config, prediction):
+    """-> ("v" or "eps", why): the caller's word, then the file's metadata, then what the weights give away."""
+    if prediction is not None:
+        return prediction, "as asked"
+    if "prediction" in file.metadata:
+        return file.metadata["prediction"], "from the file's metadata"
+    if not config.open_clip:
+        return "eps", "SD 1.x is"
+    # a norm whose statistics tell SD 2.1 (768) from the eps-models of the same shapes
+    name = f"{UNET}output_blocks.{len(config.unet_widths) * (config.unet_res_blocks + 1) - 1}.1.transformer_blocks.0.norm1.bias"
+    if name not in file.shapes:
+        return "v", "the default of SD 2.x; --prediction eps says otherwise"
+    (_, bias), = file.tensors([name])
+    std = bias.float().std().item()
+    return ("v" if std > 0.09 else "eps"), f"guessed from a norm's std of {std:.3f} (v is above 0.09); --prediction overrides"
+
+
+def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, ema=False):
+    """Read a Stable Diffusion 1.x or 2.x single-file checkpoint (.safetensors or .ckpt) -> StableDiffusion.
+
+    prediction: "v" or "eps" where the file's own word or the guess is wrong; ema: take the UNet's EMA weights, which
+    non-pruned files carry. Prints what was assumed. ValueError for a file that is missing, damaged or of another kind.
+    """
+    file = CheckpointFile(path)
+    try:
+        config = read_config(file.shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
+        raise ValueError(f"{path}: the UNet takes {config.in_channels} channels: an inpainting, depth or upscaling "
+                         "variant, which is not supported")
+    prediction, why = guess_prediction(file, config, prediction)
+    with torch.device("meta"):
+        sd = StableDiffusion(config, prediction)
+    sd.metadata = {k: v for k, v in file.metadata.items() if k != "format"}
+
+    shapes = file.shapes
+    ema_keys = {f"model_ema.{k.removeprefix('model.').replace('.', '')}": k for k in shapes if k.startswith(UNET)}
+    has_ema = any(k in shapes for k in ema_keys)
+    if ema and not has_ema:
+        raise ValueError(f"{path}: holds no EMA weights; leave --ema out")
+    source = {k: name for name, k in ema_keys.items()} if ema else {}
+    wanted = {k: file_keys(k) for k in sd.state_dict()}
+    names = {n for ns in wanted.values() for n in ns}
+    missing = [n for n in names if source.get(n, n) not in shapes]
+    unknown = [k for k in shapes if k not in names and k not in ema_keys and not KNOWN_EXTRA.fullmatch(k)]
+    if missing or unknown:
+        raise ValueError(
+            f"{path}: not quite a Stable Diffusion {'2' if config.open_clip else '1'}.x checkpoint: {len(missing)} tensors "
+            f"missing{', first ' + min(missing) if missing else ''}; {len(unknown)} unknown"
+            f"{', first ' + min(unknown) if unknown else ''}")
+    expected = {n: tuple(p.shape) if len(ns) == 1 else (p.shape[0] // len(ns), *p.shape[1:])
+                for (k, ns), p in zip(wanted.items(), sd.state_dict().values()) for n in ns}
+    for name, shape in expected.items():
+        if shapes[source.get(name, name)] != shape:
+            raise ValueError(f"{path}: {name} is {shapes[source.get(name, name)]}, expected {shape} from the other tensors")
+
+    back = {source.get(n, n): n for n in names}
+    state, parts = {}, {}
+    for stored, tensor in file.tensors(back):
+        parts[back[stored]] = tensor.to(device=device, dtype=dtype)
+    for key, ns in wanted.items():
+        state[key] = torch.cat([parts.pop(n) for n in ns]) if len(ns) > 1 else parts.pop(ns[0])
+    sd.load_state_dict(state, assign=True)
+    sd.unet.time_embed.to(torch.promote_types(dtype, torch.float32))  # small, and times bear no rounding
+    sd.text_encoder.attn_mask = torch.full((77, 77), float("-inf"), device=device).triu(1)
+    sd.extra = dict(file.tensors([k for k in shapes if KNOWN_EXTRA.fullmatch(k)]))
+    print(f"{path}: Stable Diffusion {'2' if config.open_clip else '1'}.x layout, {len(shapes)} tensors, "
+          f"{sum(p.numel() for p in sd.parameters()) / 1e6:.1f}M parameters as {str(dtype).removeprefix('torch.')}"
+          f"{', EMA weights' if ema else ', non-EMA weights (--ema takes the others)' if has_ema else ''}; "
+          f"{prediction}-prediction ({why})")
+    return sd.requires_grad_(False).eval()

@@ -1,0 +1,452 @@
+"""Train: Diff2Flow finetuning (Algorithm 1) and its baselines, full or with LoRA; and the bundled prior itself.
+
+    python train.py                                                   the bundled prior learns a new style, on CPU too
+    python train.py --ckpt sd21.safetensors --data photos/ --lora base            the paper's recipe on your pictures
+
+A run is a folder: lora.safetensors or model.safetensors (what other tools load), state.safetensors (what --resume
+reads), metrics.jsonl, and pictures. Step s draws its batch, noise and times from (seed, s) alone, so a run that was
+killed and resumed ends like one that was not.
+"""
+import argparse
+import json
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from tqdm import tqdm
+
+import lora
+from data import ImageFolder, Scenes, cli, save_grid
+from diff2flow import OBJECTIVES, Diff2Flow
+from model import SCALE, TINY, StableDiffusion, load_checkpoint, pick_device, save_tensors
+from schedule import sd_schedule
+
+TINY_PRIOR = Path(__file__).parent / "assets" / "tiny-v.safetensors"
+PAPER = dict(steps=20000, batch=4, grad_accum=16, lr=1e-5, decay="constant", warmup=0, ema=0.999, caption_dropout=0.02,
+             validation=16, previews=4)
+RECIPES = {  # the defaults, by task; "demo" is text-to-image on the bundled prior
+    "text-to-image": dict(PAPER, lora="none", scenes=4096),
+    "demo": dict(PAPER, steps=300, batch=32, grad_accum=1, lr=2e-3, decay="cosine", warmup=20, lora="base", scenes=2048,
+                 validation=64, previews=8),
+    "prior": dict(PAPER, steps=20000, batch=64, grad_accum=1, lr=1e-3, decay="cosine", warmup=200, caption_dropout=0.1,
+                  lora="none", scenes=50000, style="solid", objective="dm", validation=64, previews=16),
+    "autoencoder": dict(PAPER, steps=3000, batch=16, grad_accum=1, lr=1e-3, decay="cosine", warmup=100, lora="none",
+                        scenes=48000),
+}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=[t for t in RECIPES if t != "demo"], default="text-to-image",
+        help="what to train; prior and autoencoder make the bundled checkpoint (default: text-to-image)")
+    add("--ckpt", help="Stable Diffusion 1.x or 2.x file, .safetensors or .ckpt (default: the bundled small one)")
+    add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
+    add("--use-ema", action="store_true", help="start from the EMA weights of a non-pruned file")
+    add("--data", help="folder of images with captions, .txt or metadata.jsonl (default: procedural scenes)")
+    add("--style", choices=["solid", "outline"], help="style of the scenes (default: outline; prior: solid)")
+    add("--scenes", type=int, help="number of different scenes (default: by task)")
+    add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: 512; 64 for the bundled one)")
+    add("--objective", choices=list(OBJECTIVES), help="diff2flow, or a baseline (default: diff2flow; prior: dm)")
+    add("--t-sampling", choices=["uniform", "logit-normal"], default="uniform", help="of t_fm (default: uniform)")
+    add("--lora", help="base, small, none, or a rank (default: none; base on the bundled prior)")
+    add("--steps", type=int, help="optimizer steps (default: 20000; 300 on the bundled prior)")
+    add("--batch", type=int, help="images a forward pass (default: 4; 32 on the bundled prior)")
+    add("--grad-accum", type=int, help="forward passes an optimizer step (default: 16; 1 on the bundled prior)")
+    add("--lr", type=float, help="learning rate of Adam (default: 1e-5; 2e-3 on the bundled prior)")
+    add("--decay", choices=["constant", "cosine"], help="learning rate after the warm-up (default: constant; cosine on ..)")
+    add("--warmup", type=int, help="steps of linear warm-up (default: 0; 20 on the bundled prior)")
+    add("--validation", type=int, help="held-out pictures for the velocity error (default: 16; 64 on the bundled prior)")
+    add("--previews", type=int, help="pictures in a preview (default: 4; 8 on the bundled prior)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1.0)")
+    add("--caption-dropout", type=float, help="share of captions replaced by the empty one (default: 0.02)")
+    add("--ema", type=float, help="decay of the averaged weights, which are what is saved (default: 0.999)")
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, about a third slower")
+    add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: bf16 on CUDA, fp32 on CPU)")
+    add("--preview-every", type=int, default=1000, help="steps between picture grids, 0 for none (default: 1000)")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
+    add("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add("--device", help="cuda or cpu (default: cuda if there is one)")
+    add("--out", help="folder of the run (default: runs/ and the time)")
+    add("--resume", help="folder of a run to go on with; its own settings apply")
+    args = parser.parse_args()
+    if args.resume:
+        with safe_open(state_file(args.resume), "pt") as file:
+            args = argparse.Namespace(**json.loads(file.metadata()["args"]), resume=args.resume)
+        return args
+    recipe = RECIPES["demo" if args.task == "text-to-image" and not args.ckpt else args.task]
+    for name, value in {"objective": "diff2flow", "style": "outline", **recipe}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def state_file(folder):
+    path = Path(folder) / "state.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; --resume takes the folder of a run that was saved")
+    return path
+
+
+# ------------------------------------------------------------------ data
+
+class Batches:
+    """Step -> (images, captions), read ahead by threads; scenes are kept as latents once they were encoded.
+
+    A key is epoch * n + index: each epoch is a new permutation, and a photograph's crop depends on the key.
+    """
+
+    def __init__(self, dataset, batch, seed, keep):
+        self.dataset, self.batch, self.seed = dataset, batch, seed
+        self.keep, self.kept, self.orders = keep, {}, {}
+
+    def keys(self, number):
+        """The keys of batch `number`."""
+        n, keys = len(self.dataset), []
+        for position in range(number * self.batch, (number + 1) * self.batch):
+            epoch, i = divmod(position, n)
+            if epoch not in self.orders:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                self.orders = {epoch: torch.randperm(n, generator=generator).tolist()}
+            keys.append(epoch * n + self.orders[epoch][i])
+        return keys
+
+    def item(self, key):
+        return self.kept.get(key % len(self.dataset)) or {"key": key, **self.dataset[key]}
+
+    def read(self, start, stop):
+        """Yield batches `start` to `stop`, each a list of items."""
+        with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+            ahead = []
+            for number in range(start, stop + 2):
+                if number < stop:
+                    ahead.append([pool.submit(self.item, key) for key in self.keys(number)])
+                if number >= start + 2 or number >= stop:
+                    if ahead:
+                        yield [future.result() for future in ahead.pop(0)]
+
+    def latents(self, items, encode):
+        """items -> latents (B, z, h, w)."""
+        new = [item for item in items if "latent" not in item]
+        if new:
+            for item, latent in zip(new, encode(torch.stack([item.pop("image") for item in new]))):
+                item["latent"] = latent
+                if self.keep:
+                    self.kept[item["key"] % len(self.dataset)] = item
+        return torch.stack([item["latent"] for item in items])
+
+
+class AutoencoderPictures(torch.utils.data.Dataset):
+    """What the bundled autoencoder learns: both styles of scenes, and every eighth picture a depth map in grey."""
+
+    def __init__(self, n, height, width, seed):
+        self.styles = [Scenes(n, height, width, style, seed) for style in ("solid", "outline")]
+
+    def __len__(self):
+        return len(self.styles[0])
+
+    def __getitem__(self, key):
+        item = self.styles[key % 2][key % len(self)]
+        if key % 8 == 7:
+            depth = item["depth"].log()
+            low, high = depth.min(), depth.max()
+            item["image"] = ((depth - low) / (high - low).clamp(min=1e-3) * 2 - 1).expand(3, -1, -1)
+        return item
+
+
+# ------------------------------------------------------------------ the loop
+
+def learning_rate(step, args):
+    """Linear warm-up, then constant or half a cosine down to a hundredth."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    if args.decay == "constant":
+        return args.lr
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Averaged:
+    """Inside `with`, the parameters hold their exponential moving average."""
+
+    def __init__(self, named):
+        self.named, self.average = named, {name: p.detach().clone() for name, p in named.items()}
+
+    def update(self, decay):
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.named.values()], 1 - decay)
+
+    def swap(self, *_):
+        for name, parameter in self.named.items():
+            parameter.data, self.average[name] = self.average[name], parameter.data
+
+    __enter__ = __exit__ = swap
+
+
+def fit(args, out, named, loss_of, batches, export, preview, start_tensors):
+    """The training loop. named {name: parameter}, loss_of(items) -> scalar, export() and preview(step) see the EMA."""
+    parameters = list(named.values())
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
+    average, start = Averaged(named), 0
+    if start_tensors:
+        start = restore(named, average, optimizer, start_tensors)
+    accelerator = parameters[0].device.type == "cuda"
+    reader = batches.read(start * args.grad_accum, args.steps * args.grad_accum)
+    log = open(out / "metrics.jsonl", "a")
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", dynamic_ncols=True)
+    recent, clock = [], time.time()
+    for step in bar:
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        total = 0
+        for _ in range(args.grad_accum):
+            loss = loss_of(next(reader)) / args.grad_accum
+            loss.backward()
+            total = total + loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update(min(args.ema, (1 + step) / (10 + step)))
+        recent.append(torch.stack([total, norm]))
+
+        done = step + 1
+        saving = done % args.save_every == 0 or done == args.steps
+        if done % 10 == 0 or saving:
+            losses, norms = torch.stack(recent).unbind(1)
+            row = {"step": done, "loss": losses.mean().item(), "grad": norms.mean().item(),
+                   "lr": learning_rate(step, args),
+                   "img_s": round(len(recent) * args.batch * args.grad_accum / (time.time() - clock), 1),
+                   "mem_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2) if accelerator else 0.0}
+            recent, clock = [], time.time()
+            if not math.isfinite(row["loss"] + row["grad"]):
+                raise ValueError(f"the loss is {row['loss']} at step {done}: stopped, nothing saved after the last "
+                                 f"checkpoint; try a lower --lr than {args.lr:g}, or --precision fp32")
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.set_postfix_str(f"loss {row['loss']:.4f} grad {row['grad']:.2f} lr {row['lr']:.1e} "
+                                f"{row['img_s']} img/s mem {row['mem_gb']} GB")
+        if saving:
+            save_state(out, args, done, named, average, optimizer)
+        if saving or (args.preview_every and done % args.preview_every == 0):
+            with average:
+                if saving:
+                    export()
+                if args.preview_every and done % args.preview_every == 0:
+                    preview(done)
+            clock = time.time()
+    log.close()
+    return average
+
+
+def save_state(out, args, step, named, average, optimizer):
+    tensors = {}
+    for name, parameter in named.items():
+        tensors |= {f"parameter/{name}": parameter, f"average/{name}": average.average[name],
+                    **{f"adam/{k}/{name}": v for k, v in optimizer.state[parameter].items()}}
+    save_tensors(out / "state.safetensors", tensors, {"args": json.dumps(vars(args)), "step": str(step), "version": "1"})
+
+
+def restore(named, average, optimizer, path):
+    """-> the step to go on from."""
+    with safe_open(path, "pt") as file, torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(file.get_tensor(f"parameter/{name}"))
+            average.average[name].copy_(file.get_tensor(f"average/{name}"))
+            optimizer.state[parameter] = {
+                k: file.get_tensor(f"adam/{k}/{name}").to(parameter.device if k != "step" else "cpu")
+                for k in ("step", "exp_avg", "exp_avg_sq")}
+        return int(file.metadata()["step"])
+
+
+# ------------------------------------------------------------------ the tasks
+
+def autoencoder_loss(vae, images):
+    """L1 on pixels and on their differences (edges), and a little KL."""
+    mean, std = vae.moments(images)
+    output = vae.decode(mean + std * torch.randn_like(std)).float()
+    mean, std = mean.float(), std.float()
+    edges = sum(F.l1_loss(output.diff(dim=d), images.diff(dim=d)) for d in (-2, -1))
+    kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
+    return F.l1_loss(output, images) + edges + 1e-4 * kl
+
+
+@torch.no_grad()
+def standardise(vae, images):
+    """Fold a shift and a scale into the two 1x1 convs: latents * SCALE get mean 0 and variance 1, decoding stays."""
+    mean = torch.cat([vae.moments(x)[0] for x in images.split(64)])
+    shift, scale = mean.mean((0, 2, 3)), mean.std((0, 2, 3)) * SCALE
+    z, first, second = len(shift), vae.quant_conv, vae.post_quant_conv
+    first.bias[:z] = (first.bias[:z] - shift) / scale
+    first.bias[z:] -= 2 * scale.log()
+    first.weight[:z] /= scale.view(-1, 1, 1, 1)
+    second.bias += second.weight.flatten(1) @ shift
+    second.weight *= scale.view(1, -1, 1, 1)
+
+
+def train_autoencoder(args, device, amp, out):
+    sd = load_checkpoint(args.ckpt, device) if args.ckpt else StableDiffusion(TINY, "v").to(device)
+    vae = sd.first_stage_model.to(memory_format=torch.channels_last).requires_grad_()
+    height, width = 64, 64
+    batches = Batches(AutoencoderPictures(args.scenes, height, width, args.seed), args.batch, args.seed, keep=False)
+    held_out = AutoencoderPictures(512, height, width, args.seed + 1)
+    pictures = torch.stack([held_out[i]["image"] for i in range(512)]).to(device)
+
+    def loss_of(items):
+        images = torch.stack([item["image"] for item in items]).to(device, memory_format=torch.channels_last)
+        with amp:
+            return autoencoder_loss(vae, images)
+
+    def preview(step):
+        with torch.no_grad(), amp:
+            shown = pictures[:16]
+            output = vae.decode(vae.moments(shown)[0]).float()
+        save_grid(out / f"step_{step:06d}.png", torch.cat([shown, output]), 16, row_labels=["picture", "decoded"])
+        tqdm.write(f"step {step}: L1 {F.l1_loss(output, shown).item():.4f} on held-out pictures, {out}/step_{step:06d}.png")
+
+    def export():
+        before = [p.detach().clone() for p in vae.parameters()]
+        standardise(vae, pictures[::2])
+        sd.save(out / "model.safetensors")
+        with torch.no_grad():
+            for p, b in zip(vae.parameters(), before):
+                p.copy_(b)
+
+    fit(args, out, dict(vae.named_parameters()), loss_of, batches, export, preview,
+        state_file(args.resume) if args.resume else None)
+
+
+def sizes(args, sd):
+    """--size -> (height, width) in pixels, checked against the checkpoint."""
+    size = args.size or [int(sd.metadata.get("resolution", 512))]
+    if len(size) > 2:
+        raise ValueError(f"--size takes one number, or height and width, not {len(size)} numbers")
+    sd.check_size(size[0], size[-1])
+    return size[0], size[-1]
+
+
+def train_text_to_image(args, device, amp, out):
+    """Finetune the UNet, in full or by LoRA; or (task prior) train UNet and text encoder from scratch."""
+    prior = args.task == "prior"
+    half = args.lora != "none" and amp._enabled and device.type == "cuda"  # frozen weights need no float32
+    sd = load_checkpoint(args.ckpt or TINY_PRIOR, device, torch.bfloat16 if half else torch.float32, args.prediction,
+                         args.use_ema)
+    height, width = sizes(args, sd)
+    sd.unet.to(memory_format=torch.channels_last).train().checkpointing = args.checkpointing
+    if args.lora == "none":
+        sd.unet.requires_grad_()
+        trained = dict(sd.unet.named_parameters())
+        if prior:
+            trained |= {f"text.{name}": p.requires_grad_() for name, p in sd.text_encoder.named_parameters()}
+            trained.pop("text.text_projection", None)  # of the pooled output, which Stable Diffusion leaves aside
+    else:
+        lora.inject(sd.unet, int(args.lora) if args.lora.isdigit() else args.lora)
+        trained = {name: p for name, p in sd.unet.named_parameters() if p.requires_grad}
+    alpha, sigma = sd_schedule()
+    flow = OBJECTIVES[args.objective](sd.unet, alpha, sigma, sd.prediction).to(device)
+
+    if args.data:
+        dataset = held_out = ImageFolder(args.data, height, width, args.seed)
+    else:
+        dataset = Scenes(args.scenes, height, width, args.style, args.seed)
+        held_out = Scenes(args.validation, height, width, args.style, args.seed + 1)
+    batches = Batches(dataset, args.batch, args.seed, keep=not args.data)
+    print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters "
+          f"({'all' if args.lora == 'none' else 'LoRA ' + args.lora}), objective {args.objective}, {sd.prediction}-network\n"
+          f"data: {len(dataset):,} " + (f"pictures in {args.data}" if args.data else
+          f"procedural scenes, style {args.style} (--data FOLDER trains on your own)") + f", {height}x{width}\n"
+          f"{args.steps:,} steps of {args.batch * args.grad_accum} images, lr {args.lr:g} {args.decay}, "
+          f"{'bf16' if amp._enabled else 'fp32'} on {device}, into {out}/")
+
+    @torch.no_grad()
+    def encode(images):
+        with amp:
+            return sd.encode(images.to(device)).float()
+
+    def loss_of(items):
+        latents = batches.latents(items, encode)
+        dropped = torch.rand(len(items)) < args.caption_dropout
+        t_fm = torch.randn(len(items), device=device).sigmoid() if args.t_sampling == "logit-normal" else None
+        with amp, torch.set_grad_enabled(prior):
+            context = sd.encode_text(["" if drop else item["caption"] for drop, item in zip(dropped, items)])
+        with amp:
+            return flow.loss(latents, context, t_fm=t_fm)
+
+    fixed = torch.Generator().manual_seed(args.seed)
+    shown = [held_out[i] for i in range(args.validation)]
+    captions = [item["caption"] for item in shown]
+    prompts = [captions[i % len(captions)] for i in range(args.previews)]
+    z, factor = sd.config.latent_channels, sd.factor
+    noise = torch.randn(args.previews, z, height // factor, width // factor, generator=fixed).to(device)
+    velocity = Diff2Flow(sd.unet, alpha, sigma, sd.prediction).to(device) if args.objective == "dm" else flow
+
+    @torch.no_grad()
+    def velocity_error():
+        """Mean squared error of u on held-out pictures, t_fm evenly spread, noise fixed."""
+        total, generator = 0.0, torch.Generator().manual_seed(args.seed)
+        for start in range(0, len(shown), args.batch):
+            x1 = encode(torch.stack([item["image"] for item in shown[start:start + args.batch]]))
+            x0 = torch.randn(x1.shape, generator=generator).to(device)
+            t_fm = ((torch.arange(len(x1), device=device) + start) * 0.618034 + 0.5) % 1
+            with amp:
+                context = sd.encode_text(captions[start:start + len(x1)])
+                error = Diff2Flow.loss(velocity, x1, context, x0, t_fm)
+            total += error.item() * len(x1)
+        return total / len(shown)
+
+    @torch.no_grad()
+    def pictures(steps, cfg):
+        images = []
+        for start in range(0, len(prompts), args.batch):
+            some = prompts[start:start + args.batch]
+            with amp:
+                context, uncond = sd.encode_text(some), sd.encode_text([""] * len(some))
+                images.append(sd.decode(flow.sample(noise[start:start + len(some)], context, steps, uncond, cfg)).float())
+        return torch.cat(images)
+
+    def preview(step):
+        save_grid(out / f"step_{step:06d}.png", pictures(25, 4.0), 4, captions=prompts)
+        tqdm.write(f"step {step}: {out}/step_{step:06d}.png")
+
+    def export():
+        about = {"objective": args.objective, "prediction": sd.prediction, "schedule": "scaled_linear", "task": args.task,
+                 "resolution": str(height), "base": Path(args.ckpt or TINY_PRIOR).name, "preset": args.lora}
+        if args.lora == "none":
+            sd.save(out / "model.safetensors", torch.float16, **about)
+        else:
+            lora.save(sd.unet, out / "lora.safetensors", about)
+
+    print("before training: velocity error and samples")
+    error_before, before = velocity_error(), pictures(4, 1.0)
+    average = fit(args, out, trained, loss_of, batches, export, preview, state_file(args.resume) if args.resume else None)
+    with average:
+        error_after, after = velocity_error(), pictures(4, 1.0)
+    save_grid(out / "before_after.png", torch.cat([before, after]), len(prompts),
+              row_labels=["before, 4 steps", f"after {args.steps} steps of training"], captions=prompts * 2)
+    (out / "result.json").write_text(json.dumps({"velocity_error_before": error_before, "velocity_error_after": error_after}))
+    weights = out / ("model.safetensors" if args.lora == "none" else "lora.safetensors")
+    print(f"validation velocity error |u - (x1 - x0)|^2: {error_before:.4f} before, {error_after:.4f} after\n"
+          f"same noise before and after, 4 steps: {out}/before_after.png\nweights: {weights}\n"
+          f"next: python sample.py --steps 4 " +
+          (f"--ckpt {weights}" if args.lora == "none" else f"--lora {weights}" + (f" --ckpt {args.ckpt}" if args.ckpt else "")))
+
+
+def main():
+    args = arguments()
+    device = pick_device(args.device)
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    out = Path(args.resume or args.out or f"runs/{args.task}-{datetime.now():%Y%m%d-%H%M%S}")
+    torch.manual_seed(args.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    train = train_autoencoder if args.task == "autoencoder" else train_text_to_image
+    train(args, device, amp, out)
+
+
+if __name__ == "__main__":
+    cli(main)

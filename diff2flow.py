@@ -88,8 +88,10 @@ class Diff2Flow(nn.Module):
 
     @torch.no_grad()
     def sample(self, x0, context, steps, uncond=None, cfg=1.0, progress=iter):
-        """Algorithm 2: Euler from noise x0 to x1 (B, C, H, W). progress wraps the loop, as tqdm does. Guidance (cfg != 1)
-        extrapolates u from uncond (B, L, D) to context in one batch of 2B: the same as on v or eps, as u is affine in them.
+        """Algorithm 2: Euler from noise x0 to x1 (B, C, H, W). progress wraps the loop, as tqdm does.
+
+        Guidance (cfg != 1) extrapolates u from uncond (B, L, D) to context, in one batch of 2B; u is affine in v and in
+        eps, so it is the same as on them.
         """
         grid = self.grid(steps)
         x_fm = x0.float() / sum(alpha_sigma(grid[0]))                       # x_dm = x0 at the first level
@@ -108,7 +110,7 @@ class Diffusion(Diff2Flow):
     """Baseline "dm": the network's own loss at integer t_dm; DDIM (eta = 0), which is Euler on u at DDIM's times."""
 
     def loss(self, x1, context, x0=None, t_fm=None):
-        """MSE on v or eps (Eq. 2) at the integer timestep drawn, or nearest to t_fm."""
+        """MSE on eps (Eq. 2) or v (Eq. 3) at an integer timestep: drawn, or the nearest to t_fm."""
         x1 = x1.float()
         x0 = torch.randn_like(x1) if x0 is None else x0
         t_dm = torch.randint(self.T, (len(x1),), device=x1.device) if t_fm is None else self.f_t_inv(t_fm).round()

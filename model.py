@@ -11,7 +11,6 @@ and its tokenizer are open_clip's. Read bottom-up: the file, the models, the blo
 import itertools
 import math
 import os
-import pickle
 import re
 import zipfile
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -54,7 +53,7 @@ class Config:
 SD21 = Config()
 SD15 = Config(context_width=768, linear_projection=False, open_clip=False, text_width=768, text_layers=12)
 TINY = Config(unet_widths=(64, 96), unet_res_blocks=1, attention=(False, True), context_width=32,
-              vae_widths=(32, 32, 64), vae_res_blocks=1, text_width=32, text_layers=2)
+              vae_widths=(32, 32, 64), vae_res_blocks=1, text_width=32, text_layers=3)
 
 
 # ------------------------------------------------------------------ blocks
@@ -523,18 +522,21 @@ def pick_device(name=None):
     """The device asked for, else CUDA if there is one, else the CPU, which is said."""
     if name is None and not torch.cuda.is_available():
         print("no CUDA device: running on the CPU, which is slower")
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device here; leave --device out to run on the CPU")
-    return device
+    cuda = range(torch.cuda.device_count())
+    if name not in (None, "cpu", *["cuda"][:len(cuda)], *(f"cuda:{i}" for i in cuda)):
+        raise ValueError(f"--device {name}: there is no such device here; leave --device out to choose one")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def save_tensors(path, tensors, metadata):
     """Write a .safetensors file, whole or not at all. metadata is str -> str."""
     temporary = Path(f"{path}.part")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt", **metadata})
-    os.replace(temporary, path)
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt", **metadata})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ the file
@@ -549,59 +551,60 @@ class CheckpointFile:
     """A checkpoint's tensors by name: .shapes, .metadata, and .tensors(names), read one by one from the mapped file."""
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, self.metadata, self.pickled = Path(path), {}, None
         if not self.path.is_file():
             raise ValueError(f"{path}: no such checkpoint file" + (" (a folder)" if self.path.is_dir() else ""))
-        self.pickled, self.metadata = None, {}
+        if self.path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth"):
+            raise ValueError(f"{path}: expected a .safetensors or .ckpt file")
         try:
             if self.path.suffix == ".safetensors":
                 with safe_open(self.path, "pt") as file:
                     self.metadata = file.metadata() or {}
                     self.shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
-            elif self.path.suffix in (".ckpt", ".pt", ".pth"):
-                self.pickled = self.unpickle()
-                self.shapes = {k: tuple(v.shape) for k, v in self.pickled.items()}
             else:
-                raise ValueError(f"{path}: expected a .safetensors or .ckpt file")
-        except (SafetensorError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: cannot be read; truncated or not a checkpoint? ({error})".split("\n")[0]) from error
+                content = self.unpickle()
+                self.shapes = {k: tuple(v.shape) for k, v in content.items()}
+                self.pickled = None if zipfile.is_zipfile(self.path) else content  # older pickles cannot be mapped
+        except Exception as error:  # damaged bytes can raise anything in a parser
+            if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+                raise ValueError(f"{path}: refused, since it holds {foreign[1]}, which could run code; "
+                                 "look for a .safetensors version") from error
+            reason = type(error).__name__ if self.path.suffix != ".safetensors" else str(error).split("\n")[0]
+            raise ValueError(f"{path}: cannot be read; truncated or not a checkpoint? ({reason})") from error
 
     def unpickle(self):
         """weights_only=True, with Lightning's callback class, which old files name, as an inert stub."""
         stub = type("ModelCheckpoint", (), {})
         with torch.serialization.safe_globals(
                 [(stub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
-            try:
-                content = torch.load(self.path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path) or None)
-            except pickle.UnpicklingError as error:
-                reason = str(error).split("\n")[0]
-                raise ValueError(f"{self.path}: refused, since it is truncated or holds objects that could run code; "
-                                 f"look for a .safetensors version ({reason})") from error
+            content = torch.load(self.path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path) or None)
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        return {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+        return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
     def tensors(self, names):
         """Yield (name, tensor). The file is mapped anew every few tensors, so that pages read and cast are let go."""
-        if self.pickled is not None:
-            yield from ((name, self.pickled[name]) for name in names)
-            return
         names = iter(names)
-        while batch := list(itertools.islice(names, 32)):
-            with safe_open(self.path, "pt") as file:
-                yield from ((name, file.get_tensor(name)) for name in batch)
+        while batch := list(itertools.islice(names, 64)):
+            if self.path.suffix == ".safetensors":
+                with safe_open(self.path, "pt") as file:
+                    yield from ((name, file.get_tensor(name)) for name in batch)
+            else:
+                content = self.pickled or self.unpickle()
+                yield from ((name, content[name]) for name in batch)
 
 
 def looks_like(shapes):
     """What a file that is no Stable Diffusion 1.x or 2.x checkpoint seems to be."""
     hints = {
-        "conditioner.embedders.": "an SDXL checkpoint", "model.diffusion_model.label_emb": "an SDXL checkpoint",
+        "conditioner.embedders.": "an SDXL checkpoint", "model.diffusion_model.label_emb": "an SDXL or unCLIP checkpoint",
         "lora_unet_": "a LoRA file: give it to --lora, with the checkpoint it was made for",
         "lora_": "a LoRA file: give it to --lora, with the checkpoint it was made for",
-        "down_blocks.": "a diffusers UNet; a single-file checkpoint is needed",
+        "down_blocks.": "one part of a diffusers folder; a single-file checkpoint is needed",
         "joint_blocks": "Stable Diffusion 3", "double_blocks": "Flux", "encoder.down": "an autoencoder alone",
-        "text_model.": "a text encoder alone", "control_model.": "a ControlNet",
+        "text_model.": "a text encoder alone", "control_model.": "a ControlNet", UNET: "an incomplete checkpoint",
     }
-    found = (what for hint, what in hints.items() if any(hint in key for key in shapes if not key.startswith(VAE)))
+    names = [key for key in shapes if not key.startswith((VAE, "cond_stage_model."))]
+    found = (what for hint, what in hints.items() if any(hint in name for name in names))
     return next(found, f"an unknown file of {len(shapes)} tensors")
 
 
@@ -674,19 +677,27 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, em
     if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
         raise ValueError(f"{path}: the UNet takes {config.in_channels} channels: an inpainting, depth or upscaling "
                          "variant, which is not supported")
+    if config.vocabulary < 49408 or config.text_width != config.context_width:
+        raise ValueError(f"{path}: a text encoder of {config.vocabulary} words and width {config.text_width} does not fit "
+                         f"the tokenizer's 49408 and the UNet's context width {config.context_width}")
     prediction, why = guess_prediction(file, config, prediction)
-    with torch.device("meta"):
-        sd = StableDiffusion(config, prediction)
+    if prediction not in ("v", "eps"):
+        raise ValueError(f"{path}: prediction {prediction!r} ({why}) is neither 'v' nor 'eps'")
+    try:
+        with torch.device("meta"):
+            sd = StableDiffusion(config, prediction)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{path}: the widths of its tensors make no model: {error}") from error
     sd.metadata = {k: v for k, v in file.metadata.items() if k != "format"}
 
     shapes = file.shapes
     ema_keys = {f"model_ema.{k.removeprefix('model.').replace('.', '')}": k for k in shapes if k.startswith(UNET)}
     has_ema = any(k in shapes for k in ema_keys)
     if ema and not has_ema:
-        raise ValueError(f"{path}: holds no EMA weights; leave --ema out")
+        raise ValueError(f"{path}: holds no EMA weights; leave --use-ema out")
     source = {k: name for name, k in ema_keys.items()} if ema else {}
     wanted = {k: file_keys(k) for k in sd.state_dict()}
-    names = {n for ns in wanted.values() for n in ns}
+    names = dict.fromkeys(n for ns in wanted.values() for n in ns)
     missing = [n for n in names if source.get(n, n) not in shapes]
     unknown = [k for k in shapes if k not in names and k not in ema_keys and not KNOWN_EXTRA.fullmatch(k)]
     if missing or unknown:
@@ -712,6 +723,6 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, em
     sd.extra = dict(file.tensors([k for k in shapes if KNOWN_EXTRA.fullmatch(k)]))
     print(f"{path}: Stable Diffusion {'2' if config.open_clip else '1'}.x layout, {len(shapes)} tensors, "
           f"{sum(p.numel() for p in sd.parameters()) / 1e6:.1f}M parameters as {str(dtype).removeprefix('torch.')}"
-          f"{', EMA weights' if ema else ', non-EMA weights (--ema takes the others)' if has_ema else ''}; "
+          f"{', EMA weights' if ema else ', non-EMA weights (--use-ema takes the others)' if has_ema else ''}; "
           f"{prediction}-prediction ({why})")
     return sd.requires_grad_(False).eval()

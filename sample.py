@@ -7,15 +7,16 @@ What a file was trained for (objective, prediction) is read from its metadata. A
 stays an ordinary Stable Diffusion checkpoint: --print-sigmas gives the grid for other tools, sigma = (1 - t_fm) / t_fm.
 """
 import argparse
+import json
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
 import lora
-from data import Scenes, cli, save_grid, save_image
+from data import SUFFIXES, Scenes, cli, save_grid, save_image
 from diff2flow import OBJECTIVES
 from model import load_checkpoint, pick_device
 from schedule import sd_schedule
@@ -26,7 +27,8 @@ TINY_PRIOR = Path(__file__).parent / "assets" / "tiny-v.safetensors"
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", help="Stable Diffusion 1.x or 2.x file (default: the newest run's model, else the bundled small one)")
+    add("--ckpt", help="Stable Diffusion 1.x or 2.x file (default: the newest run's model, else the bundled small one; "
+                       "with --lora the one that it was trained from)")
     add("--lora", help="LoRA file of train.py (default: the newest run's, if --ckpt is not given)")
     add("--prompt", action="append", help="what to draw; repeat it for more (default: captions of scenes)")
     add("--prompts", help="text file, one prompt a line")
@@ -35,7 +37,7 @@ def arguments():
     add("--steps", type=int, default=25, help="Euler steps (default: 25)")
     add("--cfg", type=float, default=4.0, help="guidance scale, 1 for none (default: 4.0)")
     add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: the checkpoint's)")
-    add("--objective", choices=list(OBJECTIVES), help="how to sample (default: from the file's metadata, else diff2flow)")
+    add("--objective", choices=list(OBJECTIVES), help="how to sample (default: from the file, else diff2flow)")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--batch", type=int, default=8, help="pictures at a time (default: 8)")
     add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: bf16 on CUDA, fp32 on CPU)")
@@ -54,15 +56,18 @@ def newest_run():
     if not found:
         return TINY_PRIOR, None
     newest = max(found, key=lambda path: path.stat().st_mtime)
-    if newest.name == "model.safetensors":
-        return newest, None
-    with safe_open(newest, "pt") as file:
-        return Path(file.metadata()["base_path"]), newest
+    return (newest, None) if newest.name == "model.safetensors" else (base_of(newest), newest)
+
+
+def base_of(adapter):
+    """The checkpoint that a LoRA was trained from: result.json beside it says, else the bundled one."""
+    result = Path(adapter).with_name("result.json")
+    return (json.loads(result.read_text()).get("ckpt") if result.exists() else None) or TINY_PRIOR
 
 
 def sigma_grid(flow, steps):
     """The same Euler steps for k-diffusion tools, from the first trained level, where sigma is finite, to 0."""
-    t_fm = torch.linspace(flow.f_table[0].item(), 1, steps + 1, dtype=torch.float64)
+    t_fm = torch.linspace(flow.f_table[-1].item(), 1, steps + 1, dtype=torch.float64)
     return ((1 - t_fm) / t_fm).tolist()
 
 
@@ -70,23 +75,37 @@ def read_prompts(args):
     prompts = list(args.prompt or [])
     if args.prompts:
         try:
-            prompts += [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"--prompts {args.prompts}: not UTF-8 text") from error
-    if not prompts and (args.prompts or args.n == 0):
-        raise ValueError(f"--prompts {args.prompts}: no prompt in it")
+        prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"--prompts {args.prompts}: no prompt in it")
     return prompts
+
+
+def check(args):
+    """ValueError for a setting that cannot work."""
+    for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("n", 1, math.inf), ("seed", 0, 2**32),
+                            ("cfg", -1e6, 1e6)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name} {value:g}: it must be between {low:g} and {high:g}")
+    if args.size and len(args.size) > 2:
+        raise ValueError(f"--size takes one number, or height and width, not {len(args.size)} numbers")
+    if Path(args.out).suffix.lower() not in SUFFIXES or Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: it must be the name of a picture, such as samples.png")
 
 
 @torch.no_grad()
 def main():
     args = arguments()
-    for name in ("steps", "batch") + (("n",) if args.n is not None else ()):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: it must be at least 1")
+    check(args)
     prompts, device = read_prompts(args), pick_device(args.device)
-    ckpt, adapter = (args.ckpt, args.lora) if args.ckpt else newest_run()
-    adapter = args.lora or adapter
+    if args.ckpt or args.lora:
+        ckpt, adapter = args.ckpt or base_of(args.lora), args.lora
+    else:
+        ckpt, adapter = newest_run()
     amp = torch.autocast(device.type, torch.bfloat16,
                          enabled=(args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16")
     sd = load_checkpoint(ckpt, device, torch.bfloat16 if amp._enabled else torch.float32, args.prediction)
@@ -95,7 +114,10 @@ def main():
         metadata = metadata | lora.load(adapter, sd.unet)
         lora.merge(sd.unet)
     objective = args.objective or metadata.get("objective", "diff2flow")
-    flow = OBJECTIVES[objective](sd.unet, *sd_schedule(), sd.prediction).to(device)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"{adapter or ckpt}: its objective {objective!r} is unknown; give one by --objective")
+    prediction = args.prediction or metadata.get("prediction", sd.prediction)
+    flow = OBJECTIVES[objective](sd.unet, *sd_schedule(), prediction).to(device)
     if args.print_sigmas:
         print(" ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, args.steps)))
         return
@@ -107,8 +129,11 @@ def main():
         style = metadata.get("style", "solid")
         prompts = [Scenes(n, 8, 8, style, 1).scene(i).caption for i in range(n)]
     prompts = [prompts[i % len(prompts)] for i in range(n)]
-    print(f"{n} pictures of {height}x{width}, {args.steps} steps, cfg {args.cfg:g}, objective {objective}, seed {args.seed}"
-          + (f", LoRA {adapter}" if adapter else ""))
+    out = Path(args.out)
+    folder = out.with_suffix("")
+    (folder if args.singles else out.parent).mkdir(parents=True, exist_ok=True)
+    print(f"{n} pictures of {height}x{width}, {args.steps} steps, cfg {args.cfg:g}, objective {objective}, "
+          f"seed {args.seed}" + (f", LoRA {adapter}" if adapter else ""))
 
     shape = (sd.config.latent_channels, height // sd.factor, width // sd.factor)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(args.seed * 1_000_003 + i))
@@ -122,10 +147,9 @@ def main():
             latents = flow.sample(noise[start:start + len(some)], context, args.steps, uncond, args.cfg, bar)
             images.append(sd.decode(latents).float().cpu())
     images = torch.cat(images)
-    save_grid(args.out, images, min(n, 8 if n > 4 else n), captions=prompts)
-    print(args.out)
+    save_grid(out, images, min(n, 8), captions=prompts)
+    print(out)
     if args.singles:
-        folder = Path(args.out).with_suffix("")
         for i, image in enumerate(images):
             save_image(folder / f"{i:04d}.png", image)
         print(f"{folder}/0000.png ... {n} pictures")

@@ -8,9 +8,11 @@ reads), metrics.jsonl, and pictures. Step s draws its batch, noise and times fro
 killed and resumed ends like one that was not.
 """
 import argparse
+import copy
 import json
 import math
 import os
+import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import lora
@@ -29,15 +31,17 @@ from schedule import sd_schedule
 
 TINY_PRIOR = Path(__file__).parent / "assets" / "tiny-v.safetensors"
 PAPER = dict(steps=20000, batch=4, grad_accum=16, lr=1e-5, decay="constant", warmup=0, ema=0.999, caption_dropout=0.02,
-             validation=16, previews=4)
+             lora="none", scenes=4096, style="outline", objective="diff2flow", validation=16, previews=4)
 RECIPES = {  # the defaults, by task; "demo" is text-to-image on the bundled prior
-    "text-to-image": dict(PAPER, lora="none", scenes=4096),
+    "text-to-image": PAPER,
     "demo": dict(PAPER, steps=300, batch=32, grad_accum=1, lr=2e-3, decay="cosine", warmup=20, lora="base", scenes=2048,
                  validation=64, previews=8),
-    "prior": dict(PAPER, steps=20000, batch=64, grad_accum=1, lr=1e-3, decay="cosine", warmup=200, caption_dropout=0.1,
-                  lora="none", scenes=50000, style="solid", objective="dm", validation=64, previews=16),
-    "autoencoder": dict(PAPER, steps=3000, batch=16, grad_accum=1, lr=1e-3, decay="cosine", warmup=100, lora="none",
-                        scenes=48000),
+    "prior": dict(PAPER, steps=10000, batch=32, grad_accum=1, lr=1e-3, decay="cosine", warmup=200, caption_dropout=0.1,
+                  scenes=40000, style="solid", objective="dm", validation=64, previews=16),
+    "autoencoder": dict(PAPER, steps=3000, batch=16, grad_accum=1, lr=1.5e-3, decay="cosine", warmup=100, scenes=48000,
+                        validation=512),
+    "decoder": dict(PAPER, steps=3000, batch=16, grad_accum=1, lr=1e-3, decay="cosine", warmup=100, scenes=48000,
+                    validation=512),
 }
 
 
@@ -45,14 +49,14 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", choices=[t for t in RECIPES if t != "demo"], default="text-to-image",
-        help="what to train; prior and autoencoder make the bundled checkpoint (default: text-to-image)")
+        help="what to train; autoencoder, decoder and prior make the bundled checkpoint (default: text-to-image)")
     add("--ckpt", help="Stable Diffusion 1.x or 2.x file, .safetensors or .ckpt (default: the bundled small one)")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--use-ema", action="store_true", help="start from the EMA weights of a non-pruned file")
     add("--data", help="folder of images with captions, .txt or metadata.jsonl (default: procedural scenes)")
     add("--style", choices=["solid", "outline"], help="style of the scenes (default: outline; prior: solid)")
     add("--scenes", type=int, help="number of different scenes (default: by task)")
-    add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: 512; 64 for the bundled one)")
+    add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: 512; bundled: 64)")
     add("--objective", choices=list(OBJECTIVES), help="diff2flow, or a baseline (default: diff2flow; prior: dm)")
     add("--t-sampling", choices=["uniform", "logit-normal"], default="uniform", help="of t_fm (default: uniform)")
     add("--lora", help="base, small, none, or a rank (default: none; base on the bundled prior)")
@@ -60,9 +64,9 @@ def arguments():
     add("--batch", type=int, help="images a forward pass (default: 4; 32 on the bundled prior)")
     add("--grad-accum", type=int, help="forward passes an optimizer step (default: 16; 1 on the bundled prior)")
     add("--lr", type=float, help="learning rate of Adam (default: 1e-5; 2e-3 on the bundled prior)")
-    add("--decay", choices=["constant", "cosine"], help="learning rate after the warm-up (default: constant; cosine on ..)")
+    add("--decay", choices=["constant", "cosine"], help="of the rate (default: constant; cosine on the bundled prior)")
     add("--warmup", type=int, help="steps of linear warm-up (default: 0; 20 on the bundled prior)")
-    add("--validation", type=int, help="held-out pictures for the velocity error (default: 16; 64 on the bundled prior)")
+    add("--validation", type=int, help="pictures for the velocity error (default: 16; 64 on the bundled prior)")
     add("--previews", type=int, help="pictures in a preview (default: 4; 8 on the bundled prior)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1.0)")
     add("--caption-dropout", type=float, help="share of captions replaced by the empty one (default: 0.02)")
@@ -77,14 +81,31 @@ def arguments():
     add("--resume", help="folder of a run to go on with; its own settings apply")
     args = parser.parse_args()
     if args.resume:
-        with safe_open(state_file(args.resume), "pt") as file:
-            args = argparse.Namespace(**json.loads(file.metadata()["args"]), resume=args.resume)
-        return args
+        return argparse.Namespace(**{**saved_settings(args.resume), "resume": args.resume})
     recipe = RECIPES["demo" if args.task == "text-to-image" and not args.ckpt else args.task]
-    for name, value in {"objective": "diff2flow", "style": "outline", **recipe}.items():
+    for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    check(args)
     return args
+
+
+def check(args):
+    """ValueError for a setting that cannot work."""
+    for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("grad_accum", 1, math.inf),
+                            ("scenes", 1, math.inf), ("validation", 1, math.inf), ("previews", 1, math.inf),
+                            ("save_every", 1, math.inf), ("preview_every", 0, math.inf), ("warmup", 0, math.inf),
+                            ("seed", 0, 2**32),
+                            ("lr", 1e-12, 1), ("clip", 1e-12, math.inf), ("caption_dropout", 0, 1), ("ema", 0, 1)):
+        value = getattr(args, name)
+        if not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}: it must be between {low:g} and {high:g}")
+    if args.lora != "none" and args.task in ("prior", "autoencoder", "decoder"):
+        raise ValueError(f"--lora {args.lora}: the task {args.task} trains all weights; leave --lora out")
+    if args.lora not in ("base", "small", "none") and not (args.lora.isdecimal() and int(args.lora) > 0):
+        raise ValueError(f"--lora {args.lora}: it is base, small, none, or a rank such as 16")
+    if args.task in ("autoencoder", "decoder") and (args.data or args.size):
+        raise ValueError(f"--data and --size: the task {args.task} learns the 64x64 scenes; leave them out")
 
 
 def state_file(folder):
@@ -92,6 +113,15 @@ def state_file(folder):
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --resume takes the folder of a run that was saved")
     return path
+
+
+def saved_settings(folder):
+    path = state_file(folder)
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["args"])
+    except (SafetensorError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: truncated, or not written by train.py ({error})") from error
 
 
 # ------------------------------------------------------------------ data
@@ -118,7 +148,7 @@ class Batches:
         return keys
 
     def item(self, key):
-        return self.kept.get(key % len(self.dataset)) or {"key": key, **self.dataset[key]}
+        return {"key": key, **(self.kept.get(key % len(self.dataset)) or self.dataset[key])}
 
     def read(self, start, stop):
         """Yield batches `start` to `stop`, each a list of items."""
@@ -132,14 +162,15 @@ class Batches:
                         yield [future.result() for future in ahead.pop(0)]
 
     def latents(self, items, encode):
-        """items -> latents (B, z, h, w)."""
-        new = [item for item in items if "latent" not in item]
-        if new:
-            for item, latent in zip(new, encode(torch.stack([item.pop("image") for item in new]))):
-                item["latent"] = latent
-                if self.keep:
-                    self.kept[item["key"] % len(self.dataset)] = item
-        return torch.stack([item["latent"] for item in items])
+        """items -> latents (B, z, h, w). Scenes are encoded one by one, since the last bits depend on the batch, and a
+        resumed run would meet a scene in another one."""
+        if not self.keep:
+            return encode(torch.stack([item["image"] for item in items]))
+        for item in items:
+            i = item["key"] % len(self.dataset)
+            if i not in self.kept:
+                self.kept[i] = {"latent": encode(item["image"][None])[0], "caption": item["caption"]}
+        return torch.stack([self.kept[item["key"] % len(self.dataset)]["latent"] for item in items])
 
 
 class AutoencoderPictures(torch.utils.data.Dataset):
@@ -197,51 +228,60 @@ def fit(args, out, named, loss_of, batches, export, preview, start_tensors):
         start = restore(named, average, optimizer, start_tensors)
     accelerator = parameters[0].device.type == "cuda"
     reader = batches.read(start * args.grad_accum, args.steps * args.grad_accum)
-    log = open(out / "metrics.jsonl", "a")
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", dynamic_ncols=True)
-    recent, clock = [], time.time()
-    for step in bar:
-        torch.manual_seed(args.seed * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        total = 0
-        for _ in range(args.grad_accum):
-            loss = loss_of(next(reader)) / args.grad_accum
-            loss.backward()
-            total = total + loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(min(args.ema, (1 + step) / (10 + step)))
-        recent.append(torch.stack([total, norm]))
+    metrics = out / "metrics.jsonl"
+    metrics.write_text(past_metrics(metrics, start))
+    with (open(metrics, "a") as log, tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step",
+                                          dynamic_ncols=True) as bar):
+        recent, clock = [], time.time()
+        for step in bar:
+            torch.manual_seed(args.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            total = 0
+            for _ in range(args.grad_accum):
+                loss = loss_of(next(reader)) / args.grad_accum
+                loss.backward()
+                total = total + loss.detach()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(min(args.ema, (1 + step) / (10 + step)))
+            recent.append(torch.stack([total, norm]))
 
-        done = step + 1
-        saving = done % args.save_every == 0 or done == args.steps
-        if done % 10 == 0 or saving:
-            losses, norms = torch.stack(recent).unbind(1)
-            row = {"step": done, "loss": losses.mean().item(), "grad": norms.mean().item(),
-                   "lr": learning_rate(step, args),
-                   "img_s": round(len(recent) * args.batch * args.grad_accum / (time.time() - clock), 1),
-                   "mem_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2) if accelerator else 0.0}
-            recent, clock = [], time.time()
-            if not math.isfinite(row["loss"] + row["grad"]):
-                raise ValueError(f"the loss is {row['loss']} at step {done}: stopped, nothing saved after the last "
-                                 f"checkpoint; try a lower --lr than {args.lr:g}, or --precision fp32")
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            bar.set_postfix_str(f"loss {row['loss']:.4f} grad {row['grad']:.2f} lr {row['lr']:.1e} "
-                                f"{row['img_s']} img/s mem {row['mem_gb']} GB")
-        if saving:
-            save_state(out, args, done, named, average, optimizer)
-        if saving or (args.preview_every and done % args.preview_every == 0):
-            with average:
-                if saving:
-                    export()
-                if args.preview_every and done % args.preview_every == 0:
-                    preview(done)
-            clock = time.time()
-    log.close()
+            done = step + 1
+            saving = done % args.save_every == 0 or done == args.steps
+            previewing = args.preview_every and done % args.preview_every == 0
+            if done % 10 == 0 or saving:
+                losses, norms = torch.stack(recent).unbind(1)
+                row = {"step": done, "loss": losses.mean().item(), "grad": norms.mean().item(),
+                       "lr": learning_rate(step, args),
+                       "img_s": round(len(recent) * args.batch * args.grad_accum / (time.time() - clock), 1),
+                       "mem_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2) if accelerator else 0.0}
+                recent, clock = [], time.time()
+                if not math.isfinite(row["loss"] + row["grad"]):
+                    raise ValueError(f"the loss is {row['loss']:g}, its gradient {row['grad']:g} at step {done}: "
+                                     f"stopped, the last checkpoint is kept; try a lower --lr than {args.lr:g}"
+                                     + (", or --precision fp32" if args.precision == "bf16" else ""))
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                bar.set_postfix_str(f"loss {row['loss']:.4f} grad {row['grad']:.2f} lr {row['lr']:.1e} "
+                                    f"{row['img_s']} img/s mem {row['mem_gb']} GB")
+            if saving or previewing:
+                with average:
+                    if saving:
+                        export()
+                    if previewing:
+                        preview(done)
+                clock = time.time()
+            if saving:  # the state comes last: a run killed before it is there makes the other files again
+                save_state(out, args, done, named, average, optimizer)
     return average
+
+
+def past_metrics(path, step):
+    """The lines up to `step`; a killed run may have written more, which the resumed one writes again."""
+    lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+    return "".join(line for line in lines if json.loads(line)["step"] <= step)
 
 
 def save_state(out, args, step, named, average, optimizer):
@@ -249,31 +289,37 @@ def save_state(out, args, step, named, average, optimizer):
     for name, parameter in named.items():
         tensors |= {f"parameter/{name}": parameter, f"average/{name}": average.average[name],
                     **{f"adam/{k}/{name}": v for k, v in optimizer.state[parameter].items()}}
-    save_tensors(out / "state.safetensors", tensors, {"args": json.dumps(vars(args)), "step": str(step), "version": "1"})
+    about = {"args": json.dumps(vars(args)), "step": str(step), "version": "1"}
+    save_tensors(out / "state.safetensors", tensors, about)
 
 
 def restore(named, average, optimizer, path):
-    """-> the step to go on from."""
+    """-> the step to go on from. Fused Adam wants its averages in the parameter's own memory format."""
     with safe_open(path, "pt") as file, torch.no_grad():
+        stored = set(file.keys())
+        if {key for key in stored if key.startswith("parameter/")} != {f"parameter/{name}" for name in named}:
+            raise ValueError(f"{path}: the state of another model; was the checkpoint replaced?")
         for name, parameter in named.items():
             parameter.copy_(file.get_tensor(f"parameter/{name}"))
             average.average[name].copy_(file.get_tensor(f"average/{name}"))
-            optimizer.state[parameter] = {
-                k: file.get_tensor(f"adam/{k}/{name}").to(parameter.device if k != "step" else "cpu")
-                for k in ("step", "exp_avg", "exp_avg_sq")}
+            if f"adam/step/{name}" in stored:  # not where no gradient arrives: the last layer of an OpenCLIP tower
+                optimizer.state[parameter] = {
+                    "step": file.get_tensor(f"adam/step/{name}").to(parameter.device),
+                    **{k: torch.empty_like(parameter).copy_(file.get_tensor(f"adam/{k}/{name}"))
+                       for k in ("exp_avg", "exp_avg_sq")}}
         return int(file.metadata()["step"])
 
 
 # ------------------------------------------------------------------ the tasks
 
 def autoencoder_loss(vae, images):
-    """L1 on pixels and on their differences (edges), and a little KL."""
+    """Squared error of pixels and of their differences (edges), and a little KL."""
     mean, std = vae.moments(images)
     output = vae.decode(mean + std * torch.randn_like(std)).float()
     mean, std = mean.float(), std.float()
-    edges = sum(F.l1_loss(output.diff(dim=d), images.diff(dim=d)) for d in (-2, -1))
+    edges = sum(F.mse_loss(output.diff(dim=d), images.diff(dim=d)) for d in (-2, -1))
     kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
-    return F.l1_loss(output, images) + edges + 1e-4 * kl
+    return F.mse_loss(output, images) + edges + 1e-5 * kl
 
 
 @torch.no_grad()
@@ -290,12 +336,17 @@ def standardise(vae, images):
 
 
 def train_autoencoder(args, device, amp, out):
+    """The bundled autoencoder; or (task decoder) its decoder alone, which leaves latents, and so every prior, alone."""
     sd = load_checkpoint(args.ckpt, device) if args.ckpt else StableDiffusion(TINY, "v").to(device)
-    vae = sd.first_stage_model.to(memory_format=torch.channels_last).requires_grad_()
-    height, width = 64, 64
-    batches = Batches(AutoencoderPictures(args.scenes, height, width, args.seed), args.batch, args.seed, keep=False)
-    held_out = AutoencoderPictures(512, height, width, args.seed + 1)
-    pictures = torch.stack([held_out[i]["image"] for i in range(512)]).to(device)
+    vae, whole = sd.first_stage_model.to(memory_format=torch.channels_last), args.task == "autoencoder"
+    if not args.ckpt:
+        vae.quant_conv.bias.data[sd.config.latent_channels:] -= 6  # almost no noise on the latents at first
+    trained = {name: p.requires_grad_() for name, p in vae.named_parameters()
+               if whole or name.startswith(("decoder", "post_quant_conv"))}
+    batches = Batches(AutoencoderPictures(args.scenes, 64, 64, args.seed), args.batch, args.seed, keep=False)
+    held_out = AutoencoderPictures(args.validation, 64, 64, args.seed + 1)
+    pictures = torch.stack([held_out[i]["image"] for i in range(args.validation)]).to(device)
+    out.mkdir(parents=True, exist_ok=True)
 
     def loss_of(items):
         images = torch.stack([item["image"] for item in items]).to(device, memory_format=torch.channels_last)
@@ -306,19 +357,20 @@ def train_autoencoder(args, device, amp, out):
         with torch.no_grad(), amp:
             shown = pictures[:16]
             output = vae.decode(vae.moments(shown)[0]).float()
-        save_grid(out / f"step_{step:06d}.png", torch.cat([shown, output]), 16, row_labels=["picture", "decoded"])
-        tqdm.write(f"step {step}: L1 {F.l1_loss(output, shown).item():.4f} on held-out pictures, {out}/step_{step:06d}.png")
+        path, error = out / f"step_{step:06d}.png", F.mse_loss(output, shown).item()
+        save_grid(path, torch.cat([shown, output]), 16, row_labels=["picture", "decoded"])
+        tqdm.write(f"step {step}: squared error {error:.4f} on held-out pictures, {path}")
 
     def export():
-        before = [p.detach().clone() for p in vae.parameters()]
-        standardise(vae, pictures[::2])
-        sd.save(out / "model.safetensors")
-        with torch.no_grad():
-            for p, b in zip(vae.parameters(), before):
-                p.copy_(b)
+        before = copy.deepcopy(vae.state_dict())
+        if whole:
+            standardise(vae, pictures[::2])
+        sd.save(out / "model.safetensors", resolution="64")
+        vae.load_state_dict(before)
 
-    fit(args, out, dict(vae.named_parameters()), loss_of, batches, export, preview,
-        state_file(args.resume) if args.resume else None)
+    fit(args, out, trained, loss_of, batches, export, preview, state_file(args.resume) if args.resume else None)
+    print(f"weights: {out}/model.safetensors\nnext: "
+          f"{shlex.join(['python', 'train.py', '--task', 'prior', '--ckpt', f'{out}/model.safetensors'])}")
 
 
 def sizes(args, sd):
@@ -333,9 +385,8 @@ def sizes(args, sd):
 def train_text_to_image(args, device, amp, out):
     """Finetune the UNet, in full or by LoRA; or (task prior) train UNet and text encoder from scratch."""
     prior = args.task == "prior"
-    half = args.lora != "none" and amp._enabled and device.type == "cuda"  # frozen weights need no float32
-    sd = load_checkpoint(args.ckpt or TINY_PRIOR, device, torch.bfloat16 if half else torch.float32, args.prediction,
-                         args.use_ema)
+    frozen = torch.bfloat16 if args.precision == "bf16" and args.lora != "none" else torch.float32
+    sd = load_checkpoint(args.ckpt or TINY_PRIOR, device, frozen, args.prediction, args.use_ema)
     height, width = sizes(args, sd)
     sd.unet.to(memory_format=torch.channels_last).train().checkpointing = args.checkpointing
     if args.lora == "none":
@@ -356,12 +407,14 @@ def train_text_to_image(args, device, amp, out):
         dataset = Scenes(args.scenes, height, width, args.style, args.seed)
         held_out = Scenes(args.validation, height, width, args.style, args.seed + 1)
     batches = Batches(dataset, args.batch, args.seed, keep=not args.data)
+    out.mkdir(parents=True, exist_ok=True)
     print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters "
-          f"({'all' if args.lora == 'none' else 'LoRA ' + args.lora}), objective {args.objective}, {sd.prediction}-network\n"
+          f"({'all' if args.lora == 'none' else 'LoRA ' + args.lora}), objective {args.objective}, "
+          f"{sd.prediction}-network\n"
           f"data: {len(dataset):,} " + (f"pictures in {args.data}" if args.data else
           f"procedural scenes, style {args.style} (--data FOLDER trains on your own)") + f", {height}x{width}\n"
           f"{args.steps:,} steps of {args.batch * args.grad_accum} images, lr {args.lr:g} {args.decay}, "
-          f"{'bf16' if amp._enabled else 'fp32'} on {device}, into {out}/")
+          f"{args.precision} on {device}, into {out}/")
 
     @torch.no_grad()
     def encode(images):
@@ -406,7 +459,8 @@ def train_text_to_image(args, device, amp, out):
             some = prompts[start:start + args.batch]
             with amp:
                 context, uncond = sd.encode_text(some), sd.encode_text([""] * len(some))
-                images.append(sd.decode(flow.sample(noise[start:start + len(some)], context, steps, uncond, cfg)).float())
+                latents = flow.sample(noise[start:start + len(some)], context, steps, uncond, cfg)
+                images.append(sd.decode(latents).float())
         return torch.cat(images)
 
     def preview(step):
@@ -414,8 +468,9 @@ def train_text_to_image(args, device, amp, out):
         tqdm.write(f"step {step}: {out}/step_{step:06d}.png")
 
     def export():
-        about = {"objective": args.objective, "prediction": sd.prediction, "schedule": "scaled_linear", "task": args.task,
-                 "resolution": str(height), "base": Path(args.ckpt or TINY_PRIOR).name, "preset": args.lora}
+        about = {"objective": args.objective, "style": args.style, "prediction": sd.prediction, "task": args.task,
+                 "schedule": "scaled_linear", "resolution": str(height), "preset": args.lora,
+                 "base": Path(args.ckpt or TINY_PRIOR).name}
         if args.lora == "none":
             sd.save(out / "model.safetensors", torch.float16, **about)
         else:
@@ -423,29 +478,38 @@ def train_text_to_image(args, device, amp, out):
 
     print("before training: velocity error and samples")
     error_before, before = velocity_error(), pictures(4, 1.0)
-    average = fit(args, out, trained, loss_of, batches, export, preview, state_file(args.resume) if args.resume else None)
+    average = fit(args, out, trained, loss_of, batches, export, preview,
+                  state_file(args.resume) if args.resume else None)
     with average:
         error_after, after = velocity_error(), pictures(4, 1.0)
     save_grid(out / "before_after.png", torch.cat([before, after]), len(prompts),
               row_labels=["before, 4 steps", f"after {args.steps} steps of training"], captions=prompts * 2)
-    (out / "result.json").write_text(json.dumps({"velocity_error_before": error_before, "velocity_error_after": error_after}))
-    weights = out / ("model.safetensors" if args.lora == "none" else "lora.safetensors")
+    (out / "result.json").write_text(json.dumps({
+        "ckpt": args.ckpt, "velocity_error_before": error_before, "velocity_error_after": error_after}))
+    weights = str(out / ("model.safetensors" if args.lora == "none" else "lora.safetensors"))
+    base = ["--ckpt", args.ckpt] if args.ckpt else []
+    use = ["--ckpt", weights] if args.lora == "none" else ["--lora", weights, *base]
     print(f"validation velocity error |u - (x1 - x0)|^2: {error_before:.4f} before, {error_after:.4f} after\n"
           f"same noise before and after, 4 steps: {out}/before_after.png\nweights: {weights}\n"
-          f"next: python sample.py --steps 4 " +
-          (f"--ckpt {weights}" if args.lora == "none" else f"--lora {weights}" + (f" --ckpt {args.ckpt}" if args.ckpt else "")))
+          f"next: {shlex.join(['python', 'sample.py', '--steps', '4', *use])}")
 
 
 def main():
     args = arguments()
     device = pick_device(args.device)
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     out = Path(args.resume or args.out or f"runs/{args.task}-{datetime.now():%Y%m%d-%H%M%S}")
+    if not args.resume and (out / "state.safetensors").exists():
+        raise ValueError(f"{out} holds a run already: go on with it by --resume {out}, or choose another --out")
     torch.manual_seed(args.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    train = train_autoencoder if args.task == "autoencoder" else train_text_to_image
-    train(args, device, amp, out)
+    train = train_autoencoder if args.task in ("autoencoder", "decoder") else train_text_to_image
+    try:
+        train(args, device, amp, out)
+    except KeyboardInterrupt:
+        if (out / "state.safetensors").exists():
+            print(f"go on with: {shlex.join(['python', 'train.py', '--resume', str(out)])}")
+        raise
 
 
 if __name__ == "__main__":

@@ -348,5 +348,5 @@ def cli(main):
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)

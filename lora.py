@@ -143,6 +143,7 @@ def save(unet, path, metadata):
     tensors = {f"{name}.lora_{side}.weight": getattr(loras[layer], side).data.cpu()
                for layer, name in kohya_names(unet, loras).items() for side in ("down", "up")}
     save_file(tensors, f"{path}.part", metadata)
+    os.chmod(f"{path}.part", 0o644)  # safetensors leaves it readable to the owner alone
     os.replace(f"{path}.part", path)
 
 

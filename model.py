@@ -533,7 +533,9 @@ def save_tensors(path, tensors, metadata):
     temporary = Path(f"{path}.part")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt", **metadata})
+        tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        temporary.chmod(0o644)  # safetensors leaves it readable to the owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -337,10 +337,13 @@ def standardise(vae, images):
 
 def train_autoencoder(args, device, amp, out):
     """The bundled autoencoder; or (task decoder) its decoder alone, which leaves latents, and so every prior, alone."""
-    sd = load_checkpoint(args.ckpt, device) if args.ckpt else StableDiffusion(TINY, "v").to(device)
-    vae, whole = sd.first_stage_model.to(memory_format=torch.channels_last), args.task == "autoencoder"
-    if not args.ckpt:
-        vae.quant_conv.bias.data[sd.config.latent_channels:] -= 6  # almost no noise on the latents at first
+    whole = args.task == "autoencoder"
+    if whole and not args.ckpt:
+        sd = StableDiffusion(TINY, "v").to(device)
+        sd.first_stage_model.quant_conv.bias.data[sd.config.latent_channels:] -= 6  # almost no noise at first
+    else:
+        sd = load_checkpoint(args.ckpt or TINY_PRIOR, device)
+    vae = sd.first_stage_model.to(memory_format=torch.channels_last)
     trained = {name: p.requires_grad_() for name, p in vae.named_parameters()
                if whole or name.startswith(("decoder", "post_quant_conv"))}
     batches = Batches(AutoencoderPictures(args.scenes, 64, 64, args.seed), args.batch, args.seed, keep=False)
@@ -369,8 +372,9 @@ def train_autoencoder(args, device, amp, out):
         vae.load_state_dict(before)
 
     fit(args, out, trained, loss_of, batches, export, preview, state_file(args.resume) if args.resume else None)
-    print(f"weights: {out}/model.safetensors\nnext: "
-          f"{shlex.join(['python', 'train.py', '--task', 'prior', '--ckpt', f'{out}/model.safetensors'])}")
+    use = ["train.py", "--task", "prior"] if whole else ["sample.py"]
+    weights = str(out / "model.safetensors")
+    print(f"weights: {weights}\nnext: {shlex.join(['python', *use, '--ckpt', weights])}")
 
 
 def sizes(args, sd):

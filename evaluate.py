@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -45,15 +46,15 @@ def draw(scenes):
 
 def soften(images):
     """What a decoder does to pictures, at random strength: blur, contrast, a colour cast, stains, noise."""
-    strength = torch.rand(5, len(images), 3, 1, 1, device=images.device)
-    blurred = nn.functional.avg_pool2d(nn.functional.pad(images, (2, 2, 2, 2), mode="replicate"), 5, 1)
-    images = torch.lerp(images, blurred, strength[0, :, :1]) * (0.9 + 0.2 * strength[1, :, :1]) + 0.2 * (strength[2] - 0.5)
-    stains = nn.functional.interpolate(torch.randn_like(images[..., ::4, ::4]), images.shape[2:], mode="bilinear")
-    return images + 0.1 * strength[3, :, :1] * stains + 0.1 * strength[4, :, :1] * torch.randn_like(images)
+    blur, contrast, cast, stain, noise = torch.rand(5, len(images), 3, 1, 1, device=images.device)
+    blurred = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    stains = F.interpolate(torch.randn_like(images[..., ::4, ::4]), images.shape[2:], mode="bilinear")
+    images = torch.lerp(images, blurred, blur[:, :1]) * (0.9 + 0.2 * contrast[:, :1]) + 0.2 * (cast - 0.5)
+    return images + 0.1 * stain[:, :1] * stains + 0.1 * noise[:, :1] * torch.randn_like(images)
 
 
 def load_classifier(style, device):
-    """-> the classifier in runs/. If there is none, it is trained: softened fresh scenes at every step, cross entropy."""
+    """-> the classifier in runs/. If there is none, it is trained: cross entropy on fresh, softened scenes."""
     torch.manual_seed(0)
     path, net = Path(f"runs/classifier-{style}.safetensors"), build_classifier().to(device)
     if not path.exists():
@@ -65,7 +66,8 @@ def load_classifier(style, device):
             scenes = sorted(map(world.scene, range(len(world))), key=lambda scene: scene.relation != "in front of")
             images, labels = (x.to(device) for x in draw(scenes[:TRAIN_BATCH]))     # half-hidden shapes twice as often
             outputs = zip(net(soften(images)).float().split(CLASSES, 1), labels.unbind(1))
-            loss = sum(nn.functional.cross_entropy(o, y, ignore_index=-100, reduction="sum") for o, y in outputs) / TRAIN_BATCH
+            losses = (F.cross_entropy(o, y, ignore_index=-100, reduction="sum") for o, y in outputs)
+            loss = sum(losses) / TRAIN_BATCH
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -117,10 +119,9 @@ def captions(args):
     texts, side, samples = [scene.caption for scene in scenes[:args.n]], SIZE // sd.factor, []
     noise = torch.randn(args.n, sd.config.latent_channels, side, side, generator=torch.manual_seed(args.seed)).to(device)
     for i in tqdm(range(0, args.n, args.batch), "samples", dynamic_ncols=True):
-        context = sd.encode_text(texts[i:i + args.batch])
+        x0, context = noise[i:i + args.batch], sd.encode_text(texts[i:i + args.batch])
         uncond = sd.encode_text([""]).expand_as(context)
-        latents = flow.sample(noise[i:i + args.batch], context, args.steps, uncond, args.cfg)
-        samples.append(sd.decode(latents).clamp(-1, 1))
+        samples.append(sd.decode(flow.sample(x0, context, args.steps, uncond, args.cfg)).clamp(-1, 1))
     shares["samples"] = score(predict(classifier, torch.cat(samples)), labels[:args.n])
     save_grid(out / "samples.png", torch.cat(samples)[:32], 8, captions=texts[:32])
 
@@ -138,7 +139,7 @@ def main():
     add("--lora", help="LoRA file made for it (default: none)")
     for name, default, what in (("--steps", 25, "Euler steps"), ("--cfg", 4.0, "guidance, 1 for none"),
                                 ("--n", 512, "captions, one sample each"), ("--batch", 64, "samples at a time"),
-                                ("--seed", 0, "of the held-out scenes and the noise")):
+                                ("--seed", 0, "of the scenes and the noise")):
         add(name, type=type(default), default=default, help=f"{what} (default: {default})")
     add("--style", choices=list(PLAIN), default="solid", help="of the scenes (default: solid)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")

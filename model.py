@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SCALE = 0.18215  # latents have unit variance after this factor
-UNET, VAE, OPEN_CLIP, HF_CLIP = (
-    "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.", "cond_stage_model.transformer.text_model.")
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+OPEN_CLIP, HF_CLIP = "cond_stage_model.model.", "cond_stage_model.transformer.text_model."
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
         self.out_layers = nn.Sequential(
-            GroupNorm(out_channels), nn.SiLU(), nn.Identity(), zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
+            GroupNorm(out_channels), nn.SiLU(), nn.Identity(),
+            zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, embedding, context):
@@ -166,7 +167,9 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels, config):
         super().__init__()
         self.linear = config.linear_projection
-        projection = (lambda: nn.Linear(channels, channels)) if self.linear else (lambda: nn.Conv2d(channels, channels, 1))
+        def projection():
+            return nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+
         self.norm = GroupNorm(channels, eps=1e-6)
         self.proj_in = projection()
         self.transformer_blocks = nn.ModuleList([
@@ -598,7 +601,7 @@ class CheckpointFile:
 def looks_like(shapes):
     """What a file that is no Stable Diffusion 1.x or 2.x checkpoint seems to be."""
     hints = {
-        "conditioner.embedders.": "an SDXL checkpoint", "model.diffusion_model.label_emb": "an SDXL or unCLIP checkpoint",
+        "conditioner.embedders.": "an SDXL checkpoint", UNET + "label_emb": "an SDXL or unCLIP checkpoint",
         "lora_unet_": "a LoRA file: give it to --lora, with the checkpoint it was made for",
         "lora_": "a LoRA file: give it to --lora, with the checkpoint it was made for",
         "down_blocks.": "one part of a diffusers folder; a single-file checkpoint is needed",
@@ -657,12 +660,14 @@ def guess_prediction(file, config, prediction):
     if not config.open_clip:
         return "eps", "SD 1.x is"
     # a norm whose statistics tell SD 2.1 (768) from the eps-models of the same shapes
-    name = f"{UNET}output_blocks.{len(config.unet_widths) * (config.unet_res_blocks + 1) - 1}.1.transformer_blocks.0.norm1.bias"
+    last = len(config.unet_widths) * (config.unet_res_blocks + 1) - 1
+    name = f"{UNET}output_blocks.{last}.1.transformer_blocks.0.norm1.bias"
     if name not in file.shapes:
         return "v", "the default of SD 2.x; --prediction eps says otherwise"
     (_, bias), = file.tensors([name])
     std = bias.float().std().item()
-    return ("v" if std > 0.09 else "eps"), f"guessed from a norm's std of {std:.3f} (v is above 0.09); --prediction overrides"
+    why = f"guessed from a norm's std of {std:.3f} (v is above 0.09); --prediction overrides"
+    return "v" if std > 0.09 else "eps", why
 
 
 def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, ema=False):
@@ -680,8 +685,8 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, em
         raise ValueError(f"{path}: the UNet takes {config.in_channels} channels: an inpainting, depth or upscaling "
                          "variant, which is not supported")
     if config.vocabulary < 49408 or config.text_width != config.context_width:
-        raise ValueError(f"{path}: a text encoder of {config.vocabulary} words and width {config.text_width} does not fit "
-                         f"the tokenizer's 49408 and the UNet's context width {config.context_width}")
+        raise ValueError(f"{path}: a text encoder of {config.vocabulary} words and width {config.text_width} does "
+                         f"not fit the tokenizer's 49408 and the UNet's context width {config.context_width}")
     prediction, why = guess_prediction(file, config, prediction)
     if prediction not in ("v", "eps"):
         raise ValueError(f"{path}: prediction {prediction!r} ({why}) is neither 'v' nor 'eps'")
@@ -704,14 +709,15 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, em
     unknown = [k for k in shapes if k not in names and k not in ema_keys and not KNOWN_EXTRA.fullmatch(k)]
     if missing or unknown:
         raise ValueError(
-            f"{path}: not quite a Stable Diffusion {'2' if config.open_clip else '1'}.x checkpoint: {len(missing)} tensors "
-            f"missing{', first ' + min(missing) if missing else ''}; {len(unknown)} unknown"
+            f"{path}: not quite a Stable Diffusion {'2' if config.open_clip else '1'}.x checkpoint: "
+            f"{len(missing)} tensors missing{', first ' + min(missing) if missing else ''}; {len(unknown)} unknown"
             f"{', first ' + min(unknown) if unknown else ''}")
     expected = {n: tuple(p.shape) if len(ns) == 1 else (p.shape[0] // len(ns), *p.shape[1:])
                 for (k, ns), p in zip(wanted.items(), sd.state_dict().values()) for n in ns}
     for name, shape in expected.items():
         if shapes[source.get(name, name)] != shape:
-            raise ValueError(f"{path}: {name} is {shapes[source.get(name, name)]}, expected {shape} from the other tensors")
+            raise ValueError(f"{path}: {name} is {shapes[source.get(name, name)]}, "
+                             f"expected {shape} from the other tensors")
 
     back = {source.get(n, n): n for n in names}
     state, parts = {}, {}

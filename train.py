@@ -481,11 +481,11 @@ def train_text_to_image(args, device, amp, out):
             lora.save(sd.unet, out / "lora.safetensors", about)
 
     print("before training: velocity error and samples")
-    error_before, before = velocity_error(), pictures(4, 1.0)
+    error_before, before = velocity_error(), pictures(4, 2.0)
     average = fit(args, out, trained, loss_of, batches, export, preview,
                   state_file(args.resume) if args.resume else None)
     with average:
-        error_after, after = velocity_error(), pictures(4, 1.0)
+        error_after, after = velocity_error(), pictures(4, 2.0)
     save_grid(out / "before_after.png", torch.cat([before, after]), len(prompts),
               row_labels=["before, 4 steps", f"after {args.steps} steps of training"], captions=prompts * 2)
     (out / "result.json").write_text(json.dumps({

@@ -3055,7 +3055,7 @@ def run_full_size(name, folder, training):
 def main():
     import argparse
     parser = argparse.ArgumentParser(description="Full-size checks; see the comment in this file.")
-    parser.add_argument("names", nargs="*", choices=["sd15", "sd21"], help="which layouts")
+    parser.add_argument("names", nargs="*", help="sd15, sd21, or both")
     parser.add_argument("--train", action="store_true", help="train instead of read")
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)  # one measurement, in a process of its own
     args = parser.parse_args()

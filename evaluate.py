@@ -102,6 +102,8 @@ def captions(args):
     if args.lora is not None:
         objective = lora.load(args.lora, sd.unet).get("objective", objective)
         lora.merge(sd.unet)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"{args.lora or args.ckpt}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
     flow = OBJECTIVES[objective](sd.unet, *sd_schedule(), sd.prediction).to(device)
     settings = vars(args) | {"out": str(out), "device": str(device), "objective": objective, "prediction": sd.prediction}
     print(json.dumps(settings))

@@ -18,10 +18,9 @@ from tqdm import tqdm
 import lora
 from data import LABELS, PLAIN, Scenes, cli, render, save_grid
 from diff2flow import OBJECTIVES
-from model import CheckpointFile, load_checkpoint, pick_device, save_tensors
+from model import TINY_PRIOR, CheckpointFile, load_checkpoint, pick_device, save_tensors
 from schedule import sd_schedule
 
-TINY_PRIOR = Path(__file__).parent / "assets" / "tiny-v.safetensors"
 SIZE, CLASSES = 64, [len(classes) for classes in LABELS.values()]   # pixels a side; classes of each attribute
 TRAIN_SEED, HELD_OUT_SEED = 10_000_000, 20_000_000  # plus the step, plus --seed: far from what train.py is given
 TRAIN_STEPS, TRAIN_BATCH = 1200, 128

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SCALE = 0.18215  # latents have unit variance after this factor
+TINY_PRIOR = Path(__file__).parent / "assets" / "tiny-v.safetensors"  # what the scripts take without --ckpt
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 OPEN_CLIP, HF_CLIP = "cond_stage_model.model.", "cond_stage_model.transformer.text_model."
 
@@ -59,7 +60,7 @@ TINY = Config(unet_widths=(64, 96), unet_res_blocks=1, attention=(False, True), 
 # ------------------------------------------------------------------ blocks
 
 def full_precision(x):
-    """Norms and softmax-free sums are taken in float32 at least, whatever autocast says."""
+    """Norms are taken in float32 at least, whatever autocast says."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -602,7 +603,6 @@ def looks_like(shapes):
     """What a file that is no Stable Diffusion 1.x or 2.x checkpoint seems to be."""
     hints = {
         "conditioner.embedders.": "an SDXL checkpoint", UNET + "label_emb": "an SDXL or unCLIP checkpoint",
-        "lora_unet_": "a LoRA file: give it to --lora, with the checkpoint it was made for",
         "lora_": "a LoRA file: give it to --lora, with the checkpoint it was made for",
         "down_blocks.": "one part of a diffusers folder; a single-file checkpoint is needed",
         "joint_blocks": "Stable Diffusion 3", "double_blocks": "Flux", "encoder.down": "an autoencoder alone",

@@ -18,10 +18,9 @@ from tqdm import tqdm
 import lora
 from data import SUFFIXES, Scenes, cli, save_grid, save_image
 from diff2flow import OBJECTIVES
-from model import load_checkpoint, pick_device
+from model import TINY_PRIOR, load_checkpoint, pick_device
 from schedule import sd_schedule
 
-TINY_PRIOR = Path(__file__).parent / "assets" / "tiny-v.safetensors"
 
 
 def arguments():
@@ -106,9 +105,9 @@ def main():
         ckpt, adapter = args.ckpt or base_of(args.lora), args.lora
     else:
         ckpt, adapter = newest_run()
-    amp = torch.autocast(device.type, torch.bfloat16,
-                         enabled=(args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16")
-    sd = load_checkpoint(ckpt, device, torch.bfloat16 if amp._enabled else torch.float32, args.prediction)
+    half = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    sd = load_checkpoint(ckpt, device, torch.bfloat16 if half else torch.float32, args.prediction)
     metadata = sd.metadata
     if adapter:
         metadata = metadata | lora.load(adapter, sd.unet)
@@ -138,13 +137,16 @@ def main():
     shape = (sd.config.latent_channels, height // sd.factor, width // sd.factor)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(args.seed * 1_000_003 + i))
                          for i in range(n)]).to(device)
+    with amp:
+        uncond = sd.encode_text([args.negative])
     images = []
     for start in range(0, n, args.batch):
         some = prompts[start:start + args.batch]
         bar = partial(tqdm, desc=f"pictures {start + 1} to {start + len(some)}", unit="step", leave=False)
         with amp:
-            context, uncond = sd.encode_text(some), sd.encode_text([args.negative] * len(some))
-            latents = flow.sample(noise[start:start + len(some)], context, args.steps, uncond, args.cfg, bar)
+            context = sd.encode_text(some)
+            latents = flow.sample(noise[start:start + len(some)], context, args.steps, uncond.expand_as(context),
+                                  args.cfg, bar)
             images.append(sd.decode(latents).float().cpu())
     images = torch.cat(images)
     save_grid(out, images, min(n, 8), captions=prompts)

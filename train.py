@@ -14,6 +14,7 @@ import math
 import os
 import shlex
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -26,10 +27,9 @@ from tqdm import tqdm
 import lora
 from data import ImageFolder, Scenes, cli, save_grid
 from diff2flow import OBJECTIVES, Diff2Flow
-from model import SCALE, TINY, StableDiffusion, load_checkpoint, pick_device, save_tensors
+from model import SCALE, TINY, TINY_PRIOR, StableDiffusion, load_checkpoint, pick_device, save_tensors
 from schedule import sd_schedule
 
-TINY_PRIOR = Path(__file__).parent / "assets" / "tiny-v.safetensors"
 PAPER = dict(steps=20000, batch=4, grad_accum=16, lr=1e-5, decay="constant", warmup=0, ema=0.999, caption_dropout=0.02,
              lora="none", scenes=4096, style="outline", objective="diff2flow", validation=16, previews=4)
 RECIPES = {  # the defaults, by task; "demo" is text-to-image on the bundled prior
@@ -153,13 +153,13 @@ class Batches:
     def read(self, start, stop):
         """Yield batches `start` to `stop`, each a list of items."""
         with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-            ahead = []
-            for number in range(start, stop + 2):
-                if number < stop:
-                    ahead.append([pool.submit(self.item, key) for key in self.keys(number)])
-                if number >= start + 2 or number >= stop:
-                    if ahead:
-                        yield [future.result() for future in ahead.pop(0)]
+            ahead = deque()
+            for number in range(start, stop):
+                ahead.append([pool.submit(self.item, key) for key in self.keys(number)])
+                if len(ahead) > 2:
+                    yield [future.result() for future in ahead.popleft()]
+            while ahead:
+                yield [future.result() for future in ahead.popleft()]
 
     def latents(self, items, encode):
         """items -> latents (B, z, h, w). Scenes are encoded one by one, since the last bits depend on the batch, and a
@@ -462,7 +462,8 @@ def train_text_to_image(args, device, amp, out):
         for start in range(0, len(prompts), args.batch):
             some = prompts[start:start + args.batch]
             with amp:
-                context, uncond = sd.encode_text(some), sd.encode_text([""] * len(some))
+                context = sd.encode_text(some)
+                uncond = sd.encode_text([""]).expand_as(context)
                 latents = flow.sample(noise[start:start + len(some)], context, steps, uncond, cfg)
                 images.append(sd.decode(latents).float())
         return torch.cat(images)

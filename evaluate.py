@@ -104,7 +104,8 @@ def captions(args):
     if objective not in OBJECTIVES:
         raise ValueError(f"{args.lora or args.ckpt}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
     flow = OBJECTIVES[objective](sd.unet, *sd_schedule(), sd.prediction).to(device)
-    settings = vars(args) | {"out": str(out), "device": str(device), "objective": objective, "prediction": sd.prediction}
+    settings = vars(args) | {"out": str(out), "device": str(device), "objective": objective,
+                             "prediction": sd.prediction}
     print(json.dumps(settings))
     classifier = load_classifier(args.style, device)
     world = Scenes(max(args.n, REAL_SCENES), SIZE, SIZE, args.style, HELD_OUT_SEED + args.seed)
@@ -118,7 +119,8 @@ def captions(args):
     shares["decoded"] = score(predict(classifier, decoded), labels)
 
     texts, side, samples = [scene.caption for scene in scenes[:args.n]], SIZE // sd.factor, []
-    noise = torch.randn(args.n, sd.config.latent_channels, side, side, generator=torch.manual_seed(args.seed)).to(device)
+    shape = (args.n, sd.config.latent_channels, side, side)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
     for i in tqdm(range(0, args.n, args.batch), "samples", dynamic_ncols=True):
         x0, context = noise[i:i + args.batch], sd.encode_text(texts[i:i + args.batch])
         uncond = sd.encode_text([""]).expand_as(context)

@@ -486,11 +486,19 @@ class StableDiffusion(nn.Module):
         """Pixels a side of one latent."""
         return 2 ** (len(self.config.vae_widths) - 1)
 
-    def check_size(self, height, width):
-        """A picture's sides must survive the autoencoder's and the UNet's halvings."""
+    def picture_size(self, size=None):
+        """[side] or [height, width] in pixels (None: the file's own, or 512) -> height, width.
+
+        ValueError unless both survive the autoencoder's and the UNet's halvings.
+        """
+        size = size or [int(self.metadata.get("resolution", 512))]
+        if len(size) > 2:
+            raise ValueError(f"--size takes one number, or height and width, not {len(size)} numbers")
+        height, width = size[0], size[-1]
         multiple = self.factor * 2 ** (len(self.config.unet_widths) - 1)
         if height % multiple or width % multiple or min(height, width) < multiple:
             raise ValueError(f"size {height}x{width}: both sides must be multiples of {multiple} for this checkpoint")
+        return height, width
 
     def encode(self, images, sample=False):
         """images (B, 3, H, W) in [-1, 1] -> scaled latents (B, z, H/f, W/f): the posterior's mean, or a sample."""
@@ -655,8 +663,9 @@ def guess_prediction(file, config, prediction):
     """-> ("v" or "eps", why): the caller's word, then the file's metadata, then what the weights give away."""
     if prediction is not None:
         return prediction, "as asked"
-    if "prediction" in file.metadata:
-        return file.metadata["prediction"], "from the file's metadata"
+    for name in ("prediction", "modelspec.prediction_type"):
+        if name in file.metadata:
+            return {"epsilon": "eps"}.get(file.metadata[name], file.metadata[name]), f"from the file's {name}"
     if not config.open_clip:
         return "eps", "SD 1.x is"
     # a norm whose statistics tell SD 2.1 (768) from the eps-models of the same shapes

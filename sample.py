@@ -22,12 +22,12 @@ from model import TINY_PRIOR, load_checkpoint, pick_device
 from schedule import sd_schedule
 
 
-
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", help="Stable Diffusion 1.x or 2.x file (default: the newest run's model, else the bundled small one; "
                        "with --lora the one that it was trained from)")
+    add("--use-ema", action="store_true", help="take the EMA weights of a non-pruned file")
     add("--lora", help="LoRA file of train.py (default: the newest run's, if --ckpt is not given)")
     add("--prompt", action="append", help="what to draw; repeat it for more (default: captions of scenes)")
     add("--prompts", help="text file, one prompt a line")
@@ -49,19 +49,20 @@ def arguments():
 
 
 def newest_run():
-    """-> (checkpoint, LoRA file or None) of the newest run under runs/ that made one, else the bundled prior."""
+    """-> checkpoint, EMA weights or not, LoRA file or None: of the newest run that made one, else the bundled prior."""
     found = [p for name in ("model", "lora") for p in Path("runs").glob(f"*/{name}.safetensors")
              if (p.parent / "result.json").exists()]
     if not found:
-        return TINY_PRIOR, None
+        return TINY_PRIOR, False, None
     newest = max(found, key=lambda path: path.stat().st_mtime)
-    return (newest, None) if newest.name == "model.safetensors" else (base_of(newest), newest)
+    return (newest, False, None) if newest.name == "model.safetensors" else (*base_of(newest), newest)
 
 
 def base_of(adapter):
-    """The checkpoint that a LoRA was trained from: result.json beside it says, else the bundled one."""
+    """-> the checkpoint that a LoRA was trained from, EMA weights or not: result.json beside it says, else ours."""
     result = Path(adapter).with_name("result.json")
-    return (json.loads(result.read_text()).get("ckpt") if result.exists() else None) or TINY_PRIOR
+    result = json.loads(result.read_text()) if result.exists() else {}
+    return result.get("ckpt") or TINY_PRIOR, result.get("use_ema", False)
 
 
 def sigma_grid(flow, steps):
@@ -90,8 +91,6 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name} {value:g}: it must be between {low:g} and {high:g}")
-    if args.size and len(args.size) > 2:
-        raise ValueError(f"--size takes one number, or height and width, not {len(args.size)} numbers")
     if Path(args.out).suffix.lower() not in SUFFIXES or Path(args.out).is_dir():
         raise ValueError(f"--out {args.out}: it must be the name of a picture, such as samples.png")
 
@@ -101,31 +100,28 @@ def main():
     args = arguments()
     check(args)
     prompts, device = read_prompts(args), pick_device(args.device)
-    if args.ckpt or args.lora:
-        ckpt, adapter = args.ckpt or base_of(args.lora), args.lora
+    if args.ckpt:
+        ckpt, use_ema, adapter = args.ckpt, args.use_ema, args.lora
     else:
-        ckpt, adapter = newest_run()
+        ckpt, use_ema, adapter = (*base_of(args.lora), args.lora) if args.lora else newest_run()
     half = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
     amp = torch.autocast(device.type, torch.bfloat16, enabled=half)
-    sd = load_checkpoint(ckpt, device, torch.bfloat16 if half else torch.float32, args.prediction)
-    metadata = sd.metadata
+    sd = load_checkpoint(ckpt, device, torch.bfloat16 if half else torch.float32, args.prediction, use_ema)
     if adapter:
-        metadata = metadata | lora.load(adapter, sd.unet)
+        sd.metadata |= lora.load(adapter, sd.unet)
         lora.merge(sd.unet)
-    objective = args.objective or metadata.get("objective", "diff2flow")
+    objective = args.objective or sd.metadata.get("objective", "diff2flow")
     if objective not in OBJECTIVES:
         raise ValueError(f"{adapter or ckpt}: its objective {objective!r} is unknown; give one by --objective")
-    prediction = args.prediction or metadata.get("prediction", sd.prediction)
+    prediction = args.prediction or sd.metadata.get("prediction", sd.prediction)
     flow = OBJECTIVES[objective](sd.unet, *sd_schedule(), prediction).to(device)
     if args.print_sigmas:
         print(" ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, args.steps)))
         return
-    size = args.size or [int(metadata.get("resolution", 512))]
-    height, width = size[0], size[-1]
-    sd.check_size(height, width)
+    height, width = sd.picture_size(args.size)
     n = args.n or len(prompts) or 8
     if not prompts:
-        style = metadata.get("style", "solid")
+        style = sd.metadata.get("style", "solid")
         prompts = [Scenes(n, 8, 8, style, 1).scene(i).caption for i in range(n)]
     prompts = [prompts[i % len(prompts)] for i in range(n)]
     out = Path(args.out)

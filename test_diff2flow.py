@@ -841,7 +841,8 @@ def references(name, tensors, divisor=10):
         vocab_size=49408, hidden_size=text_width, intermediate_size=4 * text_width, max_position_embeddings=77,
         num_hidden_layers=23 if v2 else 12, num_attention_heads=(16 if v2 else 12) if full else 2,
         hidden_act="gelu" if v2 else "quick_gelu"))
-    converted = convert.convert_open_clip_checkpoint(text, tensors) if v2 else convert.convert_ldm_clip_checkpoint(tensors)
+    converted = (convert.convert_open_clip_checkpoint(text, tensors) if v2 else
+                 convert.convert_ldm_clip_checkpoint(tensors))
     converted = {k.removeprefix("text_model."): v for k, v in converted.items()}
     if v2:  # diffusers leaves the last layer out by its full-size name only
         converted = {k: v for k, v in converted.items() if ".23." not in k and "text_projection" not in k}
@@ -854,7 +855,7 @@ def references(name, tensors, divisor=10):
 
 
 def relative(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd21"])
@@ -942,13 +943,15 @@ def test_the_text_towers_have_the_heads_and_activations_of_their_published_confi
         with torch.device("meta"):
             tower = model.text_tower(config)
         blocks = tower.transformer.resblocks
-        assert (tower.width, tower.heads, len(blocks)) == tuple(published["text_cfg"][k] for k in ("width", "heads", "layers"))
+        sizes = tuple(published["text_cfg"][k] for k in ("width", "heads", "layers"))
+        assert (tower.width, tower.heads, len(blocks)) == sizes
         assert blocks[0].attn.num_heads == tower.heads
         assert isinstance(blocks[0].mlp.gelu, QuickGELU) == published.get("quick_gelu", False)
 
 
 def test_sd1_token_ids_equal_transformers_padded_with_the_end_token():
-    theirs = clip_tokenizer()(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    settings = dict(padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    theirs = clip_tokenizer()(PROMPTS, **settings).input_ids
     assert torch.equal(tokenize(PROMPTS, pad_token=49407), theirs)
 
 
@@ -987,9 +990,10 @@ def test_sizes_that_do_not_divide_are_refused_in_one_line(files):
     for size in ((7, 8), (8, 12), (1, 1)):
         with pytest.raises(ValueError, match=f"^latents of {size[0]}x{size[1]}: .* 8$"):
             sd.unet(torch.zeros(1, 4, *size), torch.zeros(1), torch.zeros(1, 77, 128))
-    sd.check_size(64, 128)
+    assert sd.picture_size([64, 128]) == (64, 128) and sd.picture_size([128]) == (128, 128)
+    assert sd.picture_size() == (512, 512)
     with pytest.raises(ValueError, match="^size 64x100: both sides must be multiples of 64"):
-        sd.check_size(64, 100)
+        sd.picture_size([64, 100])
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21"])
@@ -1119,9 +1123,9 @@ def test_a_float16_file_loads_and_saves_as_float16_again(files, folder):
     assert all(torch.equal(half[k], again[k]) and half[k].dtype == again[k].dtype for k in half)
 
 
-def with_ema(tensors):
+def with_ema(tensors, change=1):
     """A non-pruned file: an averaged copy of the UNet, under its names after "model." without dots."""
-    return {**tensors, **{"model_ema." + "".join(k.split(".")[1:]): v + 1  # as diffusers writes the rule
+    return {**tensors, **{"model_ema." + "".join(k.split(".")[1:]): v + change  # as diffusers writes the rule
                           for k, v in tensors.items() if k.startswith(UNET)}}
 
 
@@ -1170,9 +1174,16 @@ def test_a_lightning_ckpt_loads_though_lightning_is_not_installed(files, folder,
 def test_the_callers_word_wins_then_the_metadata_then_sd1_is_eps(files, folder, capsys):
     path = folder / "v1.safetensors"
     save_file(load_file(files["sd15"]), path, metadata={"prediction": "v"})
-    assert load_checkpoint(path).prediction == "v" and "v-prediction (from the file's metadata)" in capsys.readouterr().out
+    assert load_checkpoint(path).prediction == "v"
+    assert "v-prediction (from the file's prediction)" in capsys.readouterr().out
     assert load_checkpoint(path, prediction="eps").prediction == "eps" and "(as asked)" in capsys.readouterr().out
     assert load_checkpoint(files["sd15"]).prediction == "eps" and "eps-prediction (SD 1.x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("written, prediction", [("epsilon", "eps"), ("v", "v")])
+def test_the_metadata_may_be_in_the_words_of_the_modelspec_standard(files, folder, written, prediction):
+    save_file(load_file(files["sd21"]), folder / "spec.safetensors", metadata={"modelspec.prediction_type": written})
+    assert load_checkpoint(folder / "spec.safetensors").prediction == prediction
 
 
 @pytest.mark.parametrize("std, prediction", [(0.0901, "v"), (0.0899, "eps")])
@@ -1187,8 +1198,8 @@ def test_sd2_is_v_or_eps_by_the_spread_of_one_norms_biases(files, folder, capsys
 def test_a_prediction_that_does_not_exist_is_refused(files, folder):
     assert "'x0'" in refusal(files["sd15"], prediction="x0")
     assert "''" in refusal(files["sd15"], prediction="")
-    save_file(load_file(files["sd15"]), folder / "odd.safetensors", metadata={"prediction": "epsilon"})
-    assert "'epsilon'" in refusal(folder / "odd.safetensors")
+    save_file(load_file(files["sd15"]), folder / "odd.safetensors", metadata={"prediction": "velocity"})
+    assert "'velocity'" in refusal(folder / "odd.safetensors")
     assert load_checkpoint(folder / "odd.safetensors", prediction="eps").prediction == "eps"
 
 
@@ -1387,10 +1398,6 @@ def answer(unet, config, dtype=torch.float32):
     return out if isinstance(out, torch.Tensor) else out.sample
 
 
-def distance(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 def diffusers_unet(config):
     """diffusers' own UNet of the same architecture; `attention_head_dim` is its name for the number of heads."""
     from diffusers import UNet2DConditionModel
@@ -1525,7 +1532,7 @@ def test_adapters_of_a_bfloat16_network_are_float32_and_run_with_and_without_aut
     plain = answer(unet, TINY, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = answer(unet, TINY)
-    assert plain.dtype == torch.bfloat16 and distance(mixed, plain) < 0.03
+    assert plain.dtype == torch.bfloat16 and relative(mixed, plain) < 0.03
     assert {p.dtype for p in parameters} == {torch.float32}
 
 
@@ -1536,7 +1543,7 @@ def test_merging_gives_what_the_adapters_give():
     adapted = answer(unet, SMALL_SD2, torch.float64)
     lora.merge(unet)
     # the same sum in another order: float64 rounding, but the time embedding is float32 in both
-    assert distance(answer(unet, SMALL_SD2, torch.float64), adapted) < 1e-12
+    assert relative(answer(unet, SMALL_SD2, torch.float64), adapted) < 1e-12
 
 
 def test_a_merged_network_has_the_modules_and_the_names_of_the_plain_one():
@@ -1610,7 +1617,7 @@ def test_diffusers_loads_our_file_and_gives_the_same_output(tmp_path, config, pr
     lora.save(ours, tmp_path / "adapter.safetensors", {"base": "sd", "prediction": "v", "preset": str(preset)})
     diffusers_pipeline(theirs).load_lora_weights(tmp_path, weight_name="adapter.safetensors")
     expected = answer(ours, config)
-    assert distance(answer(theirs, config), expected) < 1e-4 < 0.05 < distance(before, expected)
+    assert relative(answer(theirs, config), expected) < 1e-4 < 0.05 < relative(before, expected)
 
 
 @pytest.mark.parametrize("config", [SMALL_SD1, SMALL_SD2])
@@ -1630,7 +1637,7 @@ def test_an_adapter_made_in_diffusers_adapts_our_network(tmp_path, config):
     save_file(file, tmp_path / "theirs.safetensors")
     assert lora.load(tmp_path / "theirs.safetensors", ours) == {}
     expected = answer(theirs, config)
-    assert distance(answer(ours, config), expected) < 1e-4 < 0.05 < distance(before, expected)
+    assert relative(answer(ours, config), expected) < 1e-4 < 0.05 < relative(before, expected)
 
 
 def test_alpha_over_rank_is_folded_into_the_weights(tmp_path):
@@ -2449,7 +2456,7 @@ def encoded(monkeypatch, words):
     plain, seen = StableDiffusion.encode, []
     monkeypatch.setattr(StableDiffusion, "encode", lambda sd, images: seen.extend(images.cpu()) or plain(sd, images))
     works(train, SHORT + words)
-    return seen[2:-2]  # without validation, before and after
+    return seen[2:]  # without the validation pictures
 
 
 def test_scenes_are_encoded_once_each(monkeypatch):
@@ -2618,6 +2625,15 @@ def test_a_lora_alone_is_sampled_on_its_own_base_whatever_the_newest_run_is(tiny
     works(train, SHORT + "--lora none --out runs/full")
     assert f"{tiny}: Stable" in works(sample, FEW + "--n 1 --lora lora/lora.safetensors")
     assert "other.safetensors: Stable" in works(sample, FEW + "--n 1 --lora moved/lora.safetensors")
+
+
+def test_the_averaged_weights_are_sampled_if_asked_and_are_the_base_of_a_lora_that_was_trained_on_them(tiny):
+    save_file(with_ema(load_file(tiny), 0), "full.safetensors")
+    out = works(train, SHORT + "--lora 2 --ckpt full.safetensors --use-ema --out run")
+    assert out.strip().endswith("--ckpt full.safetensors --use-ema")
+    assert ", EMA weights" in works(sample, FEW + "--n 1 --lora run/lora.safetensors")
+    assert ", EMA weights" in works(sample, FEW + "--n 1 --ckpt full.safetensors --use-ema")
+    assert ", non-EMA weights" in works(sample, FEW + "--n 1 --ckpt full.safetensors")
 
 
 def test_a_lora_remembers_the_prediction_that_it_was_trained_with(tiny):
@@ -3017,8 +3033,8 @@ def compare_lora(path, adapter):
     lora.load(adapter, sd.unet)
     ours = sd.unet(x, t_dm, context)
     diffusers_pipeline(theirs).load_lora_weights(adapter)
-    print(f"  diffusers with the LoRA against ours: {distance(theirs(x, t_dm, context).sample, ours):.1e}; "
-          f"the LoRA's own change: {distance(plain, ours):.2f}")
+    print(f"  diffusers with the LoRA against ours: {relative(theirs(x, t_dm, context).sample, ours):.1e}; "
+          f"the LoRA's own change: {relative(plain, ours):.2f}")
 
 
 def run_full_size(name, folder, training):

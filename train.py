@@ -377,34 +377,65 @@ def train_autoencoder(args, device, amp, out):
     print(f"weights: {weights}\nnext: {shlex.join(['python', *use, '--ckpt', weights])}")
 
 
-def sizes(args, sd):
-    """--size -> (height, width) in pixels, checked against the checkpoint."""
-    size = args.size or [int(sd.metadata.get("resolution", 512))]
-    if len(size) > 2:
-        raise ValueError(f"--size takes one number, or height and width, not {len(size)} numbers")
-    sd.check_size(size[0], size[-1])
-    return size[0], size[-1]
+def load_trainable(args, device):
+    """-> the checkpoint, and {name: parameter} of what is trained: the UNet or its LoRA; a prior's text encoder too."""
+    frozen = torch.bfloat16 if args.precision == "bf16" and args.lora != "none" else torch.float32
+    sd = load_checkpoint(args.ckpt or TINY_PRIOR, device, frozen, args.prediction, args.use_ema)
+    sd.unet.to(memory_format=torch.channels_last).train().checkpointing = args.checkpointing
+    if args.lora != "none":
+        lora.inject(sd.unet, int(args.lora) if args.lora.isdigit() else args.lora)
+        return sd, {name: p for name, p in sd.unet.named_parameters() if p.requires_grad}
+    trained = dict(sd.unet.requires_grad_().named_parameters())
+    if args.task == "prior":
+        trained |= {f"text.{name}": p.requires_grad_() for name, p in sd.text_encoder.named_parameters()}
+        trained.pop("text.text_projection", None)  # of the pooled output, which Stable Diffusion leaves aside
+    return sd, trained
+
+
+class HeldOut:
+    """What training is measured by, before and after, on the same noise: pictures it does not see (of a folder: some
+    that it does), and their captions to draw."""
+
+    def __init__(self, dataset, sd, flow, encode, args):
+        items = [dataset[i] for i in range(args.validation)]
+        self.sd, self.flow, self.batch, self.seed = sd, flow, args.batch, args.seed
+        self.captions = [item["caption"] for item in items]
+        self.latents = torch.cat([encode(item["image"][None]) for item in items])
+        self.prompts = [self.captions[i % len(items)] for i in range(args.previews)]
+        self.noise = self.draw((args.previews, *self.latents.shape[1:]))
+
+    def draw(self, shape):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)).to(self.latents.device)
+
+    @torch.no_grad()
+    def velocity_error(self):
+        """Mean squared error of u, t_fm evenly spread, noise fixed."""
+        total, x0 = 0.0, self.draw(self.latents.shape)
+        t_fm = (torch.arange(len(x0), device=x0.device) * 0.618034 + 0.5) % 1
+        for start in range(0, len(x0), self.batch):
+            some = slice(start, start + self.batch)
+            context = self.sd.encode_text(self.captions[some])
+            error = Diff2Flow.loss(self.flow, self.latents[some], context, x0[some], t_fm[some])
+            total += error.item() * len(context)
+        return total / len(x0)
+
+    @torch.no_grad()
+    def pictures(self, steps, cfg):
+        """-> images (previews, 3, H, W)."""
+        images = []
+        for start in range(0, len(self.prompts), self.batch):
+            context = self.sd.encode_text(self.prompts[start:start + self.batch])
+            uncond = self.sd.encode_text([""]).expand_as(context)
+            latents = self.flow.sample(self.noise[start:start + self.batch], context, steps, uncond, cfg)
+            images.append(self.sd.decode(latents).float())
+        return torch.cat(images)
 
 
 def train_text_to_image(args, device, amp, out):
     """Finetune the UNet, in full or by LoRA; or (task prior) train UNet and text encoder from scratch."""
-    prior = args.task == "prior"
-    frozen = torch.bfloat16 if args.precision == "bf16" and args.lora != "none" else torch.float32
-    sd = load_checkpoint(args.ckpt or TINY_PRIOR, device, frozen, args.prediction, args.use_ema)
-    height, width = sizes(args, sd)
-    sd.unet.to(memory_format=torch.channels_last).train().checkpointing = args.checkpointing
-    if args.lora == "none":
-        sd.unet.requires_grad_()
-        trained = dict(sd.unet.named_parameters())
-        if prior:
-            trained |= {f"text.{name}": p.requires_grad_() for name, p in sd.text_encoder.named_parameters()}
-            trained.pop("text.text_projection", None)  # of the pooled output, which Stable Diffusion leaves aside
-    else:
-        lora.inject(sd.unet, int(args.lora) if args.lora.isdigit() else args.lora)
-        trained = {name: p for name, p in sd.unet.named_parameters() if p.requires_grad}
-    alpha, sigma = sd_schedule()
-    flow = OBJECTIVES[args.objective](sd.unet, alpha, sigma, sd.prediction).to(device)
-
+    sd, trained = load_trainable(args, device)
+    height, width = sd.picture_size(args.size)
+    flow = OBJECTIVES[args.objective](sd.unet, *sd_schedule(), sd.prediction).to(device)
     if args.data:
         dataset = held_out = ImageFolder(args.data, height, width, args.seed)
     else:
@@ -429,47 +460,14 @@ def train_text_to_image(args, device, amp, out):
         latents = batches.latents(items, encode)
         dropped = torch.rand(len(items)) < args.caption_dropout
         t_fm = torch.randn(len(items), device=device).sigmoid() if args.t_sampling == "logit-normal" else None
-        with amp, torch.set_grad_enabled(prior):
+        with amp, torch.set_grad_enabled(args.task == "prior"):
             context = sd.encode_text(["" if drop else item["caption"] for drop, item in zip(dropped, items)])
         with amp:
             return flow.loss(latents, context, t_fm=t_fm)
 
-    fixed = torch.Generator().manual_seed(args.seed)
-    shown = [held_out[i] for i in range(args.validation)]
-    captions = [item["caption"] for item in shown]
-    prompts = [captions[i % len(captions)] for i in range(args.previews)]
-    z, factor = sd.config.latent_channels, sd.factor
-    noise = torch.randn(args.previews, z, height // factor, width // factor, generator=fixed).to(device)
-    velocity = Diff2Flow(sd.unet, alpha, sigma, sd.prediction).to(device) if args.objective == "dm" else flow
-
-    @torch.no_grad()
-    def velocity_error():
-        """Mean squared error of u on held-out pictures, t_fm evenly spread, noise fixed."""
-        total, generator = 0.0, torch.Generator().manual_seed(args.seed)
-        for start in range(0, len(shown), args.batch):
-            x1 = encode(torch.stack([item["image"] for item in shown[start:start + args.batch]]))
-            x0 = torch.randn(x1.shape, generator=generator).to(device)
-            t_fm = ((torch.arange(len(x1), device=device) + start) * 0.618034 + 0.5) % 1
-            with amp:
-                context = sd.encode_text(captions[start:start + len(x1)])
-                error = Diff2Flow.loss(velocity, x1, context, x0, t_fm)
-            total += error.item() * len(x1)
-        return total / len(shown)
-
-    @torch.no_grad()
-    def pictures(steps, cfg):
-        images = []
-        for start in range(0, len(prompts), args.batch):
-            some = prompts[start:start + args.batch]
-            with amp:
-                context = sd.encode_text(some)
-                uncond = sd.encode_text([""]).expand_as(context)
-                latents = flow.sample(noise[start:start + len(some)], context, steps, uncond, cfg)
-                images.append(sd.decode(latents).float())
-        return torch.cat(images)
-
     def preview(step):
-        save_grid(out / f"step_{step:06d}.png", pictures(25, 4.0), 4, captions=prompts)
+        with amp:
+            save_grid(out / f"step_{step:06d}.png", exam.pictures(25, 4.0), 4, captions=exam.prompts)
         tqdm.write(f"step {step}: {out}/step_{step:06d}.png")
 
     def export():
@@ -482,17 +480,20 @@ def train_text_to_image(args, device, amp, out):
             lora.save(sd.unet, out / "lora.safetensors", about)
 
     print("before training: velocity error and samples")
-    error_before, before = velocity_error(), pictures(4, 2.0)
+    exam = HeldOut(held_out, sd, flow, encode, args)
+    with amp:
+        error_before, before = exam.velocity_error(), exam.pictures(4, 2.0)
     average = fit(args, out, trained, loss_of, batches, export, preview,
                   state_file(args.resume) if args.resume else None)
-    with average:
-        error_after, after = velocity_error(), pictures(4, 2.0)
-    save_grid(out / "before_after.png", torch.cat([before, after]), len(prompts),
-              row_labels=["before, 4 steps", f"after {args.steps} steps of training"], captions=prompts * 2)
+    with average, amp:
+        error_after, after = exam.velocity_error(), exam.pictures(4, 2.0)
+    save_grid(out / "before_after.png", torch.cat([before, after]), len(exam.prompts),
+              row_labels=["before, 4 steps", f"after {args.steps} steps of training"], captions=exam.prompts * 2)
     (out / "result.json").write_text(json.dumps({
-        "ckpt": args.ckpt, "velocity_error_before": error_before, "velocity_error_after": error_after}))
+        "ckpt": args.ckpt, "use_ema": args.use_ema,
+        "velocity_error_before": error_before, "velocity_error_after": error_after}))
     weights = str(out / ("model.safetensors" if args.lora == "none" else "lora.safetensors"))
-    base = ["--ckpt", args.ckpt] if args.ckpt else []
+    base = (["--ckpt", args.ckpt] if args.ckpt else []) + (["--use-ema"] if args.use_ema else [])
     use = ["--ckpt", weights] if args.lora == "none" else ["--lora", weights, *base]
     print(f"validation velocity error |u - (x1 - x0)|^2: {error_before:.4f} before, {error_after:.4f} after\n"
           f"same noise before and after, 4 steps: {out}/before_after.png\nweights: {weights}\n"

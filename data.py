@@ -1,4 +1,4 @@
-"""Pictures with captions: procedural scenes with exact depth, folders of photographs, and PNG grids.
+"""Pictures with captions: procedural scenes with exact depth, folders of photographs, Reflow's pairs, PNG grids.
 
 A scene is one or two flat shapes in front of a plane, in units of half the picture's shorter side: x right, y down,
 (0, 0) the centre, so any height x width shows the same central square. All depths in metres:
@@ -6,9 +6,11 @@ A scene is one or two flat shapes in front of a plane, in units of half the pict
     object   depth = 1.15 / radius        all objects are one physical size, so large means near; 2.7 to 4.8
 Colours are shaded by 1.08 - 0.03 * depth, so depth can be read from the picture twice: by size and by shade.
 """
+import bisect
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError, safe_open
 
 SHAPES = {"circle": None, "square": (4, math.cos(math.pi / 4), math.pi / 4),    # tips, notch radius / tip radius, turn
           "triangle": (3, math.cos(math.pi / 3), 0.0), "star": (5, 0.5, 0.0)}
@@ -293,6 +296,189 @@ class ImageFolder(torch.utils.data.Dataset):
             self.undecodable.add(i)
             print(f"warning: cannot decode {self.items[i][0]} ({error}), taking the next image; "
                   f"{len(self.undecodable)} of {len(self.items)} so far", file=sys.stderr)
+
+
+# ------------------------------------------------------------------ depth
+
+HYPERSIM_WIDTH, HYPERSIM_HEIGHT, HYPERSIM_FOCAL = 1024, 768, 886.81     # pixels
+LAYOUTS = [  # depth file, its picture (by substitutions in the path), metres a unit, nearest and farthest valid depth
+    (r"_geometry_hdf5/frame\.\d+\.depth_meters\.hdf5$",                              # Hypersim as it is published
+     (("_geometry_hdf5/", "_final_preview/"), (".depth_meters.hdf5", ".tonemap.jpg")), 1.0, (1e-5, 65.0)),
+    (r"/depth_plane_cam_\d+_fr\d+\.png$", (("/depth_plane_", "/rgb_"),), 1e-3, (1e-5, 65.0)),    # as Marigold's PNGs
+    (r"/frames/depth/Camera_\d/depth_\d+\.png$",                                      # Virtual KITTI 2, sky at 655 m
+     (("/frames/depth/", "/frames/rgb/"), ("/depth_", "/rgb_"), (".png", ".jpg")), 1e-2, (1e-5, 80.0)),
+]
+
+
+def planar_depth(distance):
+    """Hypersim's distance from the camera's centre (768, 1024) -> depth along the viewing axis."""
+    x = np.arange(HYPERSIM_WIDTH) - (HYPERSIM_WIDTH - 1) / 2
+    y = np.arange(HYPERSIM_HEIGHT) - (HYPERSIM_HEIGHT - 1) / 2
+    return distance * (HYPERSIM_FOCAL / np.sqrt(x[None] ** 2 + y[:, None] ** 2 + HYPERSIM_FOCAL**2))
+
+
+def read_depth(path, scale=1.0):
+    """.npy, 16-bit .png or Hypersim's .hdf5, `scale` metres a unit -> float32 (H, W), holes as they are."""
+    path = Path(path)
+    try:
+        if path.suffix == ".hdf5":
+            import h5py
+            with h5py.File(path) as file:
+                depth = planar_depth(np.asarray(file["dataset"]))
+        elif path.suffix == ".npy":
+            depth = np.load(path, allow_pickle=False).squeeze()
+        else:
+            with Image.open(path) as image:
+                depth = np.asarray(image)
+    except ImportError:
+        raise ValueError(f"{path}: reading Hypersim's .hdf5 files takes h5py: pip install h5py") from None
+    except Exception as error:                          # damaged bytes can raise anything in a parser
+        raise ValueError(f"{path} cannot be read as depth: {error}") from error
+    if depth.ndim != 2:
+        raise ValueError(f"{path} has the shape {depth.shape}: depth is one number a pixel, (height, width)")
+    return depth.astype(np.float32) * np.float32(scale)
+
+
+def find_depth(folder):
+    """`folder` in one of LAYOUTS, or with NAME.npy or 16-bit NAME.png beside the picture NAME.jpg (or .png, for .npy)
+    -> list of (picture, depth, metres a unit, (nearest, farthest))."""
+    folder, found = Path(folder), []
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is {'a file' if folder.exists() else 'not there'}: give a folder of depth data")
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".npy", ".png", ".hdf5")):
+        for pattern, replacements, scale, limits in LAYOUTS:
+            if re.search(pattern, path.as_posix()):
+                picture = path.as_posix()
+                for old, new in replacements:
+                    picture = new.join(picture.rsplit(old, 1))
+                found.append((Path(picture), path, scale, limits))
+                break
+        else:
+            beside = [path.with_suffix(s) for s in SUFFIXES if s != path.suffix and path.with_suffix(s).is_file()]
+            if beside and path.suffix != ".hdf5":
+                found.append((beside[0], path, 1.0, (0.0, math.inf)))
+    found = [entry for entry in found if entry[0].is_file()]
+    if not found:
+        raise ValueError(f"{folder} has no picture with a depth file: Hypersim, Virtual KITTI 2, or NAME.jpg with "
+                         "NAME.npy or a 16-bit NAME.png")
+    return found
+
+
+def normalise_depth(depth, valid):
+    """depth, valid (1, H, W) -> log depth, in which this picture's 1 % and 99 % quantiles are -1 and 1; invalid: 1."""
+    log = depth.clamp(min=1e-6).log()
+    low, high = np.quantile(log[valid].numpy(), [0.01, 0.99]) if valid.any() else (0.0, 1.0)
+    return torch.where(valid, (2 * (log - low) / max(high - low, 1e-3) - 1).clamp(-1, 1), 1.0)
+
+
+class DepthFolders(torch.utils.data.Dataset):
+    """Pictures with depth from `folders`, each drawn with its weight: image (3, H, W), depth (1, H, W) as
+    normalise_depth makes it, valid (1, H, W), caption "". Scaled to cover, and cropped and flipped at random by
+    (seed, key)."""
+
+    def __init__(self, folders, weights, height, width, seed=0):
+        if weights and (len(weights) != len(folders) or min(weights) <= 0):
+            raise ValueError(f"{len(weights)} weights for {len(folders)} folders: one above 0 for each")
+        self.height, self.width, self.seed = height, width, seed
+        self.found = [find_depth(folder) for folder in folders]
+        weights = np.array(weights or [len(found) for found in self.found], np.float64)
+        self.weights = weights / weights.sum()
+
+    def __len__(self):
+        return sum(map(len, self.found))
+
+    def __getitem__(self, key):
+        rng = np.random.default_rng((self.seed, key))
+        found = self.found[rng.choice(len(self.found), p=self.weights)]
+        picture, path, scale, (near, far) = found[int(rng.integers(len(found)))]
+        image, depth = open_rgb(picture), read_depth(path, scale)
+        if image.size != depth.shape[::-1]:
+            raise ValueError(f"{picture} is {image.width}x{image.height}, its depth {path} "
+                             f"{depth.shape[1]}x{depth.shape[0]}")
+        factor = min(image.width / self.width, image.height / self.height)
+        width, height = self.width * factor, self.height * factor       # the crop
+        left, top = rng.random() * (image.width - width), rng.random() * (image.height - height)
+        columns = (left + (np.arange(self.width) + 0.5) * factor).astype(int).clip(0, image.width - 1)      # nearest:
+        rows = (top + (np.arange(self.height) + 0.5) * factor).astype(int).clip(0, image.height - 1)  # depth has edges
+        depth = torch.from_numpy(depth[rows[:, None], columns])[None]
+        box = (left, top, min(left + width, image.width), min(top + height, image.height))
+        image = torch.from_numpy(np.array(image.resize((self.width, self.height), Image.LANCZOS, box=box)))
+        image = image.permute(2, 0, 1) / 127.5 - 1
+        valid = torch.isfinite(depth) & (depth > near) & (depth < far)
+        depth = normalise_depth(torch.where(valid, depth, 1.0), valid)
+        if rng.random() < 0.5:
+            image, depth, valid = image.flip(-1), depth.flip(-1), valid.flip(-1)
+        return {"image": image, "depth": depth, "valid": valid, "caption": ""}
+
+
+class DepthScenes(Scenes):
+    """The procedural scenes with their depth, as DepthFolders gives it."""
+
+    def __getitem__(self, key):
+        item = super().__getitem__(key)
+        valid = torch.ones_like(item["depth"], dtype=torch.bool)
+        return {"image": item["image"], "depth": normalise_depth(item["depth"], valid), "valid": valid, "caption": ""}
+
+
+def colour_depth(depth):
+    """depth (H, W) from -1 near to 1 far -> uint8 (H, W, 3): yellow near, through red and violet, to black far."""
+    anchors = np.array([(252, 253, 191), (254, 159, 109), (222, 73, 104), (140, 41, 129), (59, 15, 112), (0, 0, 4)])
+    at = np.linspace(-1, 1, len(anchors))
+    return np.stack([np.interp(depth, at, channel) for channel in anchors.T], -1).round().astype(np.uint8)
+
+
+def save_depth(stem, depth):
+    """depth (H, W) in [-1, 1] -> stem.npy (float32), stem_16bit.png (0 to 65535), stem_colour.png."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    partial = stem.with_name(stem.name + ".partial.npy")
+    np.save(partial, depth.astype(np.float32))
+    os.replace(partial, stem.with_name(stem.name + ".npy"))
+    levels = ((depth + 1) * 32767.5).round().astype(np.uint16)
+    write_picture(stem.with_name(stem.name + "_16bit.png"), Image.fromarray(levels))
+    write_picture(stem.with_name(stem.name + "_colour.png"), Image.fromarray(colour_depth(depth)))
+
+
+# ------------------------------------------------------------------ Reflow's pairs, and files
+
+def read_pairs(path, tensors=("noise", "latent")):
+    """-> {"prompts": n strings, "about": the settings that made them, "noise" and "latent": (n, z, h, w) in float16}"""
+    try:
+        with safe_open(path, "pt") as file:
+            pairs = {name: json.loads(file.metadata()[name]) for name in ("prompts", "about")}
+            return pairs | {name: file.get_tensor(name) for name in tensors}
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: truncated, or no pairs of sample.py: delete it, and they are made again "
+                         f"({error})") from error
+
+
+class Pairs(torch.utils.data.Dataset):
+    """What `sample.py --pairs` wrote into `folder`: latent and noise (z, h, w), caption; the last ones if held_out."""
+
+    def __init__(self, folder, validation, held_out=False):
+        self.files, self.starts, n = sorted(Path(folder).glob("pairs-*.safetensors")), [], 0
+        if not self.files:
+            raise ValueError(f"{folder} has no pairs-*.safetensors: sample.py --pairs N --out {folder} makes them")
+        for path in self.files:
+            pairs = read_pairs(path, ())
+            if n and pairs["about"] != self.about:
+                raise ValueError(f"{path}: its pairs were made with other settings than those of {self.files[0]}")
+            self.about = pairs["about"]
+            self.starts.append(n)
+            n += len(pairs["prompts"])
+        if n <= validation:
+            raise ValueError(f"{folder} has {n} pairs, of which {validation} are held out (--validation): make more")
+        self.first, self.n = (n - validation, validation) if held_out else (0, n - validation)
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, key):
+        i = self.first + key % self.n
+        file = bisect.bisect_right(self.starts, i) - 1
+        with safe_open(self.files[file], "pt") as opened:
+            j, prompts = i - self.starts[file], json.loads(opened.metadata()["prompts"])
+            return {"noise": opened.get_slice("noise")[j].float(), "latent": opened.get_slice("latent")[j].float(),
+                    "caption": prompts[j]}
 
 
 def to_pil(image):

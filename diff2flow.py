@@ -28,6 +28,11 @@ def alpha_sigma(t_fm):
     return r * t_fm, r * (1 - t_fm)
 
 
+def masked_mean(x, mask=None):
+    """x (B, C, H, W), mask (B, 1, H, W) or None -> mean of x where mask is 1."""
+    return x.mean() if mask is None else (x * mask).sum() / mask.expand_as(x).sum().clamp(min=1)
+
+
 class Diff2Flow(nn.Module):
     """A network(x_dm, t_dm, context) -> v or eps, with its schedule alpha (T,), sigma (T,), as a velocity field u.
 
@@ -74,13 +79,13 @@ class Diff2Flow(nn.Module):
             v = (v - sigma_dm * x_dm) / alpha_dm
         return (alpha - sigma) * x_dm - (alpha + sigma) * v                 # Eqs. 15, 16, corrected
 
-    def loss(self, x1, context, x0=None, t_fm=None):
+    def loss(self, x1, context, x0=None, t_fm=None, mask=None):
         """Algorithm 1: x1 (B, C, H, W) -> scalar, Eq. 5. x0 is drawn unless paired (Reflow), t_fm unless given."""
         x1 = x1.float()
         x0 = torch.randn_like(x1) if x0 is None else x0
         t_fm = torch.rand(len(x1), device=x1.device) if t_fm is None else t_fm
         u = self(interpolate(x1, x0, t_fm), t_fm, context)
-        return (u - (x1 - x0)).square().mean()
+        return masked_mean((u - (x1 - x0)).square(), mask)
 
     def grid(self, steps):
         """The N + 1 times of an N-step sampler, t_fm = 0 .. 1."""
@@ -109,14 +114,15 @@ class Diff2Flow(nn.Module):
 class Diffusion(Diff2Flow):
     """Baseline "dm": the network's own loss at integer t_dm; DDIM (eta = 0), which is Euler on u at DDIM's times."""
 
-    def loss(self, x1, context, x0=None, t_fm=None):
+    def loss(self, x1, context, x0=None, t_fm=None, mask=None):
         """MSE on eps (Eq. 2) or v (Eq. 3) at an integer timestep: drawn, or the nearest to t_fm."""
         x1 = x1.float()
         x0 = torch.randn_like(x1) if x0 is None else x0
         t_dm = torch.randint(self.T, (len(x1),), device=x1.device) if t_fm is None else self.f_t_inv(t_fm).round()
         alpha, sigma = alpha_sigma(self.f_t(t_dm).view(-1, 1, 1, 1))
         target = x0 if self.prediction == "eps" else alpha * x0 - sigma * x1
-        return (self.net(alpha * x1 + sigma * x0, t_dm.float(), context).float() - target).square().mean()
+        output = self.net(alpha * x1 + sigma * x0, t_dm.float(), context).float()
+        return masked_mean((output - target).square(), mask)
 
     def grid(self, steps):
         """Every (T / N)-th timestep from T - 1 down ("trailing" spacing), then clean data."""

@@ -1,22 +1,31 @@
-"""Measure a checkpoint: the share of captions whose every attribute a classifier finds in the sampled picture.
+"""The paper's measures. Each command prints its settings, the count of pictures and the figures, last as a JSON line.
 
-    python evaluate.py captions --steps 25 --cfg 4
+    python evaluate.py captions --steps 25 --cfg 4                      samples of the procedural scenes, no download
+    python evaluate.py depth depth/ nyu/ --dataset nyu --list filename_list_test.txt            Tables 2 and 4, Figure 8
+    python evaluate.py images samples/ --real coco/val2017/ --inception weights.pth             Tables 1 and 3, Figure 5
 
-The scenes are data.py's, so their attributes are known. The classifier is trained here at first use and kept in runs/.
-Each run measures it on real held-out scenes, as they are and through the checkpoint's autoencoder, and refuses to judge
-by one that is right about every attribute in less than 98 % of the former.
+captions: the share whose every attribute a classifier finds in the sampled picture, and the Frechet distance of its
+features to real scenes'. It is trained here at first use, kept in runs/, and refused if it is right about every
+attribute in less than 98 % of real held-out scenes.
+depth: affine-invariant depth as Marigold's protocol has it: least squares on an image's valid pixels, clipped to the
+data set's range, a mean over pixels, then over images. AbsRel = mean |d - d*| / d*, delta1 = share of
+max(d / d*, d* / d) < 1.25.
+images: FID by torch-fidelity, CLIP score by open_clip, LAION's aesthetics, each with the weights that you name.
 """
 import argparse
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
 import lora
-from data import LABELS, PLAIN, Scenes, cli, render, save_grid
+from data import LABELS, PLAIN, SUFFIXES, Scenes, cli, find_depth, open_rgb, read_depth, render, save_grid
 from diff2flow import OBJECTIVES
 from model import TINY_PRIOR, CheckpointFile, load_checkpoint, pick_device, save_tensors
 from schedule import sd_schedule
@@ -85,6 +94,14 @@ def predict(classifier, images):
     return torch.stack([part.argmax(1) for part in logits.split(CLASSES, 1)], 1).cpu()
 
 
+def frechet_distance(a, b):
+    """Features (N, D), (M, D) -> |mean difference|^2 + tr(A + B - 2 sqrt(A B)), A and B their covariances."""
+    a, b = a.double(), b.double()
+    A, B = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root).item()
+
+
 def score(predicted, labels):
     """Two (N, 10) -> {"all": share of rows right in all attributes that apply, attribute: its own share, or None}."""
     right, applies = predicted == labels, labels != -100
@@ -125,13 +142,210 @@ def captions(args):
         x0, context = noise[i:i + args.batch], sd.encode_text(texts[i:i + args.batch])
         uncond = sd.encode_text([""]).expand_as(context)
         samples.append(sd.decode(flow.sample(x0, context, args.steps, uncond, args.cfg)).clamp(-1, 1))
-    shares["samples"] = score(predict(classifier, torch.cat(samples)), labels[:args.n])
-    save_grid(out / "samples.png", torch.cat(samples)[:32], 8, captions=texts[:32])
+    samples = torch.cat(samples)
+    shares["samples"] = score(predict(classifier, samples), labels[:args.n])
+    save_grid(out / "samples.png", samples[:32], 8, captions=texts[:32])
+    features, others = classifier[:-1], [world.scene(i) for i in range(len(world), 2 * len(world))]
+    distance = frechet_distance(*(torch.cat([features(some.to(device)) for some in pictures.split(256)])
+                                  for pictures in (samples, draw(others)[0])))
 
     print(f"{out}/samples.png\nright in    {len(world)} real scenes, the same encoded and decoded, {args.n} samples")
     for head in shares["real"]:
         print(f"{head:10}", *("   none" if of[head] is None else f"{of[head]:7.1%}" for of in shares.values()))
-    print(json.dumps({**settings, "real_scenes": len(world), "shares": shares}))
+    print(f"Frechet distance of the samples to {len(others)} other real scenes: {distance:.2f}")
+    print(json.dumps({**settings, "real_scenes": len(world), "shares": shares, "frechet": distance}))
+
+
+PROTOCOLS = {  # metres a unit of the depth files, nearest and farthest valid depth (Marigold's evaluation)
+    "nyu": (1e-3, 1e-3, 10.0), "scannet": (1e-3, 1e-3, 10.0), "kitti": (1 / 256, 1e-5, 80.0),
+    "eth3d": (1.0, 1e-5, math.inf), "diode": (1.0, 0.6, 350.0), "plain": (1.0, 1e-5, math.inf)}
+ETH3D_SHAPE, KITTI_CROP = (4032, 6048), (352, 1216)
+
+
+def read_truth(args, name, mask):
+    """-> depth (H, W) in metres, valid (H, W)."""
+    path, (scale, near, far) = Path(args.truth) / name, PROTOCOLS[args.dataset]
+    if args.dataset == "eth3d":
+        depth = np.fromfile(path, np.float32)
+        if depth.size != math.prod(ETH3D_SHAPE):
+            raise ValueError(f"{path} holds {depth.size} numbers, not ETH3D's {ETH3D_SHAPE[0]}x{ETH3D_SHAPE[1]}")
+        depth = depth.reshape(ETH3D_SHAPE)
+    else:
+        depth = read_depth(path, args.scale or scale)
+    if args.dataset == "kitti":
+        depth = kitti_crop(depth)
+    valid = np.isfinite(depth) & (depth > near) & (depth < far)
+    height, width = depth.shape
+    if args.dataset == "diode" and mask:
+        valid &= np.load(Path(args.truth) / mask, allow_pickle=False).squeeze().astype(bool)
+    elif args.dataset == "nyu":
+        valid[:45], valid[471:], valid[:, :41], valid[:, 601:] = False, False, False, False         # Eigen's crop
+    elif args.dataset == "kitti":
+        valid[:int(0.3324324 * height)], valid[int(0.91351351 * height):] = False, False           # Eigen's, again
+        valid[:, :int(0.0359477 * width)], valid[:, int(0.96405229 * width):] = False, False
+    return np.where(valid, depth, 1).astype(np.float64), valid
+
+
+def kitti_crop(depth):
+    """The benchmark's: 352 rows at the bottom, 1216 columns in the middle."""
+    top, left = depth.shape[0] - KITTI_CROP[0], (depth.shape[1] - KITTI_CROP[1]) // 2
+    return depth[top:, left:left + KITTI_CROP[1]]
+
+
+def align(prediction, truth, valid, space):
+    """Least-squares scale and shift of the prediction to the truth in `space` -> depth (H, W) in metres."""
+    target = {"depth": truth, "log": np.log(truth), "disparity": 1 / truth}[space]
+    system = np.stack([prediction[valid], np.ones(valid.sum())], 1)
+    scale, shift = np.linalg.lstsq(system, target[valid], rcond=None)[0]
+    aligned = scale * prediction + shift
+    return {"depth": lambda: aligned, "log": lambda: np.exp(aligned),
+            "disparity": lambda: 1 / aligned.clip(min=1e-3)}[space]()
+
+
+def depth_errors(prediction, truth, valid, near, far):
+    """Aligned prediction, truth (H, W) in metres -> {"absrel", "delta1", "rmse"} over the valid pixels."""
+    p, d = prediction.clip(near, far).clip(min=1e-6)[valid], truth[valid]
+    return {"absrel": np.mean(np.abs(p - d) / d), "delta1": np.mean(np.maximum(p / d, d / p) < 1.25),
+            "rmse": np.sqrt(np.mean((p - d) ** 2))}
+
+
+def depth(args):
+    settings = {name: vars(args)[name] for name in ("predictions", "truth", "dataset", "list", "align", "scale")}
+    if args.list:
+        lines = [line.split() for line in Path(args.list).read_text().splitlines() if line.strip()]
+        entries = [(line[0], line[1], line[2] if len(line) > 2 else None) for line in lines if line[1] != "None"]
+    else:
+        root = Path(args.truth)
+        entries = [(picture.relative_to(root), path.relative_to(root), None) for picture, path, *_ in find_depth(root)]
+    errors, (_, near, far) = [], PROTOCOLS[args.dataset]
+    for picture, name, mask in tqdm(entries, "depth", dynamic_ncols=True):
+        truth, valid = read_truth(args, name, mask)
+        prediction = read_depth((Path(args.predictions) / picture).with_suffix(".npy")).astype(np.float64)
+        if args.dataset == "kitti" and prediction.shape != truth.shape:
+            prediction = kitti_crop(prediction)
+        if prediction.shape != truth.shape:
+            prediction = F.interpolate(torch.from_numpy(prediction)[None, None], truth.shape, mode="bilinear",
+                                       antialias=True)[0, 0].numpy()
+        if valid.any():
+            errors.append(depth_errors(align(prediction, truth, valid, args.align), truth, valid, near, far))
+    if not errors:
+        raise ValueError(f"{args.truth}: no picture with a valid depth")
+    result = {name: float(np.mean([error[name] for error in errors])) for name in errors[0]}
+    print(f"{len(errors)} of {len(entries)} images, aligned in {args.align}: AbsRel {result['absrel']:.4f}, "
+          f"delta1 {result['delta1']:.4f}, RMSE {result['rmse']:.4f} m")
+    print(json.dumps({**settings, "images": len(errors), **result}))
+
+
+FID_NETWORK = "inception-v3-compat"  # torch-fidelity's, which is the original TensorFlow network's equal
+
+
+class Fitted(torch.utils.data.Dataset):
+    """The pictures of a folder, scaled and cropped around their centre to height x width: uint8 (3, H, W)."""
+
+    def __init__(self, folder, size=None):
+        self.paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
+        if len(self.paths) < 2:
+            raise ValueError(f"{folder} has {len(self.paths)} pictures ({' '.join(SUFFIXES)}): at least 2 are needed")
+        self.size = size or open_rgb(self.paths[0]).size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        picture = ImageOps.fit(open_rgb(self.paths[i]), self.size, Image.LANCZOS)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def fid(samples, real, args, device):
+    try:
+        from torch_fidelity import calculate_metrics
+    except ImportError:
+        raise ValueError("--real: FID takes torch-fidelity: pip install torch-fidelity") from None
+    figures = calculate_metrics(
+        input1=samples, input2=Fitted(real, samples.size), fid=True, cuda=device.type == "cuda", batch_size=args.batch,
+        feature_extractor=FID_NETWORK, feature_extractor_weights_path=args.inception, cache=False, verbose=False)
+    return figures["frechet_inception_distance"]
+
+
+def aesthetics_head(path):
+    """LAION's predictors are linear layers and nothing between them: {name: weight or bias} -> network."""
+    weights = torch.load(path, "cpu", weights_only=True)
+    layers = []
+    for name in (name for name in weights if name.endswith("weight")):
+        layers.append(nn.Linear(*weights[name].shape[::-1]))
+        layers[-1].load_state_dict({"weight": weights[name], "bias": weights[name.removesuffix("weight") + "bias"]})
+    return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def clip_figures(samples, args, device):
+    """-> {"clip": mean cosine of picture and prompt, "aesthetics": mean score}, by the weights that are given."""
+    import open_clip
+    name, weights = args.clip
+    if not Path(weights).is_file():
+        raise ValueError(f"--clip {name} {weights}: no such file of weights")
+    network, _, transform = open_clip.create_model_and_transforms(name, pretrained=weights, device=device)
+    tokenizer, total, n = open_clip.get_tokenizer(name), {}, len(samples)
+    prompts = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []
+    if args.prompts and len(prompts) != n:
+        raise ValueError(f"--prompts {args.prompts}: {len(prompts)} lines for {n} pictures; line i is of picture i")
+    head = aesthetics_head(args.aesthetics).to(device) if args.aesthetics else None
+    for start in tqdm(range(0, n, args.batch), "CLIP", dynamic_ncols=True):
+        paths = samples.paths[start:start + args.batch]
+        pictures = torch.stack([transform(open_rgb(path)) for path in paths]).to(device)
+        seen = F.normalize(network.encode_image(pictures).float(), dim=-1)
+        if prompts:
+            said = network.encode_text(tokenizer(prompts[start:start + len(paths)]).to(device)).float()
+            total["clip"] = total.get("clip", 0) + (seen * F.normalize(said, dim=-1)).sum().item()
+        if head:
+            total["aesthetics"] = total.get("aesthetics", 0) + head(seen).sum().item()
+    return {name: value / n for name, value in total.items()}
+
+
+def images(args):
+    if args.clip and not (args.prompts or args.aesthetics) or (args.prompts or args.aesthetics) and not args.clip:
+        raise ValueError("--clip MODEL WEIGHTS goes with --prompts FILE, --aesthetics WEIGHTS, or both")
+    if not args.real and not args.clip:
+        raise ValueError("nothing to measure: give --real FOLDER for FID, --clip MODEL WEIGHTS for CLIP and aesthetics")
+    device, samples = pick_device(args.device), Fitted(args.samples)
+    figures = {"fid": fid(samples, args.real, args, device)} if args.real else {}
+    figures |= clip_figures(samples, args, device) if args.clip else {}
+    print(f"{len(samples)} pictures in {args.samples}: " + ", ".join(f"{name} {x:.4f}" for name, x in figures.items()))
+    print(json.dumps({**{k: v for k, v in vars(args).items() if k != "command"}, "images": len(samples), **figures}))
+
+
+def plot(args):
+    """Velocity error over steps of many runs: a panel for each LoRA, a line for each objective, the seeds' span shaded."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("plot takes matplotlib: pip install matplotlib") from None
+    curves = {}
+    for run in map(Path, args.runs):
+        try:
+            result = json.loads((run / "result.json").read_text())
+            rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+        except OSError as error:
+            raise ValueError(f"{run}: not a finished run of train.py with --preview-every ({error})") from error
+        curve = {0: result["velocity_error_before"], **{row["step"]: row["velocity_error"] for row in rows}}
+        curves.setdefault(result["lora"], {}).setdefault(result["objective"], []).append(curve)
+    figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False, sharey=True)
+    for panel, (name, lines) in zip(panels[0], sorted(curves.items())):
+        for objective, runs in sorted(lines.items()):
+            steps = sorted(set.intersection(*(set(curve) for curve in runs)))
+            values = np.array([[curve[step] for step in steps] for curve in runs])
+            line, = panel.plot(steps, values.mean(0), label=f"{objective} ({len(runs)} seeds)")
+            panel.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
+        panel.set(title="all weights" if name == "none" else f"LoRA {name}", xlabel="step", yscale="log")
+        panel.legend(fontsize="small")
+    panels[0, 0].set_ylabel("held-out velocity error")
+    figure.tight_layout()
+    partial = Path(args.out).with_suffix(".partial.png")
+    figure.savefig(partial, dpi=120)
+    partial.replace(args.out)
+    print(args.out)
 
 
 def main():
@@ -147,8 +361,28 @@ def main():
     add("--style", choices=list(PLAIN), default="solid", help="of the scenes (default: solid)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", help="folder of the pictures (default: runs/evaluate- and the checkpoint's name)")
+    add = commands.add_parser("depth", help="depth of sample.py --task depth against the truth").add_argument
+    add("predictions", help="folder of .npy files, named like the pictures")
+    add("truth", help="folder of the data set, as Marigold distributes it, or of pictures with depth")
+    add("--dataset", choices=list(PROTOCOLS), default="plain", help="its units, range and crop (default: plain)")
+    add("--list", help="Marigold's file list: picture, depth file and mask, a line an image (default: what is found)")
+    add("--align", choices=["log", "depth", "disparity"], default="log",
+        help="space of the least-squares fit (default: log, which our models predict)")
+    add("--scale", type=float, help="metres a unit of the depth files (default: the data set's)")
+    add = commands.add_parser("images", help="FID, CLIP score and aesthetics of a folder of samples").add_argument
+    add("samples", help="folder of pictures, such as sample.py --singles writes")
+    add("--real", help="folder of real pictures: FID; they are scaled and cropped to the samples' size")
+    add("--inception", help="weights of torch-fidelity's Inception (default: it downloads them)")
+    add("--clip", nargs=2, metavar=("MODEL", "WEIGHTS"), help="open_clip's name of a network, and its weights")
+    add("--prompts", help="text file, one prompt a line, in the order of the pictures' names: CLIP score")
+    add("--aesthetics", help="weights of LAION's predictor on that network's embeddings (ViT-L-14-quickgelu)")
+    add("--batch", type=int, default=32, help="pictures at a time (default: 32)")
+    add("--device", help="cuda or cpu (default: cuda if there is one)")
+    add = commands.add_parser("plot", help="velocity error over steps of many runs of train.py").add_argument
+    add("runs", nargs="+", help="their folders")
+    add("--out", default="plot.png", help="the picture (default: plot.png)")
     args = parser.parse_args()
-    {"captions": captions}[args.command](args)
+    {"captions": captions, "depth": depth, "images": images, "plot": plot}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -282,6 +282,18 @@ class UNet(nn.Module):
         return self.out(h)
 
 
+class Conditioned(nn.Module):
+    """The UNet of a picture's depth, say: context is (text (B, L, D), the picture's latents (B, z, h, w))."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x_dm, t_dm, context):
+        text, latents = context
+        return self.unet(torch.cat([x_dm, latents], dim=1), t_dm, text)
+
+
 # ------------------------------------------------------------------ the autoencoder
 
 class VAEResBlock(nn.Module):
@@ -486,19 +498,33 @@ class StableDiffusion(nn.Module):
         """Pixels a side of one latent."""
         return 2 ** (len(self.config.vae_widths) - 1)
 
-    def picture_size(self, size=None):
-        """[side] or [height, width] in pixels (None: the file's own, or 512) -> height, width.
+    @property
+    def multiple(self):
+        """Of so many pixels both sides of a picture must be, to survive the halvings of autoencoder and UNet."""
+        return self.factor * 2 ** (len(self.config.unet_widths) - 1)
 
-        ValueError unless both survive the autoencoder's and the UNet's halvings.
-        """
-        size = size or [int(self.metadata.get("resolution", 512))]
+    def picture_size(self, size=None):
+        """[side] or [height, width] in pixels (None: the file's own, or 512) -> height, width, or a ValueError."""
+        size = size or [int(side) for side in self.metadata.get("resolution", "512").split()]
         if len(size) > 2:
             raise ValueError(f"--size takes one number, or height and width, not {len(size)} numbers")
         height, width = size[0], size[-1]
-        multiple = self.factor * 2 ** (len(self.config.unet_widths) - 1)
-        if height % multiple or width % multiple or min(height, width) < multiple:
-            raise ValueError(f"size {height}x{width}: both sides must be multiples of {multiple} for this checkpoint")
+        if height % self.multiple or width % self.multiple or min(height, width) < self.multiple:
+            raise ValueError(f"size {height}x{width}: both sides must be multiples of {self.multiple} for this "
+                             "checkpoint")
         return height, width
+
+    @torch.no_grad()
+    def widen(self):
+        """Double the UNet's input channels for a picture's latents beside the noisy ones: the first conv's weights
+        twice, halved, so that where both inputs agree nothing changes (Marigold). No-op on a widened UNet."""
+        conv, z = self.unet.input_blocks[0][0], self.config.latent_channels
+        if conv.in_channels == z:
+            wide = nn.Conv2d(2 * z, conv.out_channels, 3, padding=1).to(conv.weight).requires_grad_(False)
+            wide.weight.copy_(torch.cat([conv.weight, conv.weight], dim=1) / 2)
+            wide.bias.copy_(conv.bias)
+            self.unet.input_blocks[0][0] = wide
+            self.config = self.unet.config = replace(self.config, in_channels=2 * z)
 
     def encode(self, images, sample=False):
         """images (B, 3, H, W) in [-1, 1] -> scaled latents (B, z, H/f, W/f): the posterior's mean, or a sample."""

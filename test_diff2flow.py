@@ -2087,6 +2087,120 @@ def test_a_loader_with_workers_gives_the_same_batches(tmp_path):
     assert torch.equal(here, there)
 
 
+# ------------------------------------------------------------------------------------------------ depth
+
+def save_rgb(path, height=48, width=64, seed=0):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def save_png16(path, values):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, np.uint16)).save(path)
+
+
+def item_of(folder, size=(48, 64)):
+    return data.DepthFolders([folder], None, *size)[0]
+
+
+def test_hypersims_distances_become_depths_along_the_axis_and_its_holes_are_masked(tmp_path):
+    import h5py
+    x, y = np.arange(1024) - 511.5, np.arange(768) - 383.5
+    distance = 5 * np.sqrt(1 + (x[None] ** 2 + y[:, None] ** 2) / 886.81**2)        # a wall 5 m in front of the camera
+    assert np.allclose(data.planar_depth(distance), 5, rtol=1e-12)
+    distance[:100] = np.nan
+    folder = tmp_path / "ai_001_001/images"
+    (folder / "scene_cam_00_geometry_hdf5").mkdir(parents=True)
+    with h5py.File(folder / "scene_cam_00_geometry_hdf5/frame.0007.depth_meters.hdf5", "w") as file:
+        file["dataset"] = distance.astype(np.float16)
+    save_rgb(folder / "scene_cam_00_final_preview/frame.0007.tonemap.jpg", 768, 1024)
+    item = item_of(tmp_path)
+    assert item["image"].shape == (3, 48, 64) and item["valid"].float().mean().item() == pytest.approx(668 / 768, abs=0.02)
+    assert data.read_depth(next(tmp_path.rglob("*.hdf5")))[200, 300] == pytest.approx(5, rel=1e-3)     # float16 has 11 bits
+
+
+def test_without_h5py_its_name_and_use_are_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ValueError, match="pip install h5py"):
+        data.read_depth(tmp_path / "x.hdf5")
+
+
+@pytest.mark.parametrize("depth, picture, far", [
+    ("ai_001_001/depth_plane_cam_00_fr0000.png", "ai_001_001/rgb_cam_00_fr0000.png", 65_001),
+    ("Scene01/clone/frames/depth/Camera_0/depth_00000.png", "Scene01/clone/frames/rgb/Camera_0/rgb_00000.jpg", 65_535),
+], ids=["Marigold's Hypersim", "Virtual KITTI 2"])
+def test_published_layouts_are_read_in_their_units_and_what_is_too_far_or_missing_is_masked(tmp_path, depth, picture, far):
+    values = np.full((48, 64), 2000)
+    values[:10], values[10:20] = far, 0
+    save_png16(tmp_path / depth, values)
+    save_rgb(tmp_path / picture)
+    (found, path, scale, _), = data.find_depth(tmp_path)
+    assert found == tmp_path / picture and data.read_depth(path, scale)[30, 30] == (2 if "plane" in depth else 20)
+    assert item_of(tmp_path)["valid"].sum() == 28 * 64
+
+
+def test_a_plain_folder_has_npy_or_16_bit_png_beside_each_picture(tmp_path):
+    save_rgb(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", np.full((48, 64), 3.0))
+    save_rgb(tmp_path / "sub/b.jpg")
+    save_png16(tmp_path / "sub/b.png", np.full((48, 64), 7))
+    save_rgb(tmp_path / "lonely.jpg")
+    found = {(p.name, d.name) for p, d, *_ in data.find_depth(tmp_path)}
+    assert found == {("a.png", "a.npy"), ("b.jpg", "b.png")}
+
+
+def test_log_depth_has_its_quantiles_at_minus_one_and_one_whatever_the_unit_and_holes_are_far():
+    torch.manual_seed(0)
+    depth, valid = torch.rand(1, 64, 64) * 9 + 1, torch.rand(1, 64, 64) > 0.2
+    depth[~valid] = 1e9
+    result = data.normalise_depth(depth, valid)
+    assert np.quantile(result[valid].numpy(), 0.01) == pytest.approx(-1, abs=1e-5)
+    assert np.quantile(result[valid].numpy(), 0.99) == pytest.approx(1, abs=1e-5)
+    assert (result[~valid] == 1).all() and result.min() == -1
+    assert torch.allclose(result, data.normalise_depth(depth * 1000, valid), atol=1e-5)
+    log = depth[valid].log()
+    assert np.corrcoef(log.clamp(*np.quantile(log, [0.01, 0.99])), result[valid])[0, 1] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 64)])
+def test_picture_and_depth_are_cropped_and_flipped_together(tmp_path, size):
+    ramp = np.linspace(1, 255, 80)[None] + 0 * np.arange(60)[:, None]                    # depth can be read from red
+    Image.fromarray(np.stack([ramp, ramp, ramp], -1).astype(np.uint8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", np.exp(ramp / 255))
+    seen, dataset = set(), data.DepthFolders([tmp_path], None, *size)
+    for key in range(8):
+        item = dataset[key]
+        red, depth = item["image"][0].flatten(), item["depth"].flatten()
+        assert np.corrcoef(red, depth)[0, 1] > 0.999
+        seen.add((bool(item["depth"][0, 0, 0] > item["depth"][0, 0, -1]), round(item["image"].mean().item(), 4)))
+    assert len(seen) >= (8 if size == (32, 32) else 2) and {flipped for flipped, _ in seen} == {True, False}
+
+
+def test_folders_are_drawn_from_by_their_weights(tmp_path):
+    for name, value in ("a", 0), ("b", 255):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 48), (value,) * 3).save(tmp_path / name / "x.png")
+        np.save(tmp_path / name / "x.npy", np.ones((48, 64)))
+    dataset = data.DepthFolders([tmp_path / "a", tmp_path / "b"], [90, 10], 48, 64)
+    share = np.mean([dataset[key]["image"].mean().item() > 0 for key in range(400)])
+    assert share == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda folder: np.save(folder / "a.npy", np.ones((48, 63))), "64x48, its depth"),
+    (lambda folder: np.save(folder / "a.npy", np.ones((48, 64, 3))), "one number a pixel"),
+    (lambda folder: (folder / "a.npy").write_bytes(b"no depth"), "cannot be read as depth"),
+    (lambda folder: None, "no picture with a depth file"),
+])
+def test_depth_that_does_not_fit_its_picture_is_named(tmp_path, make, says):
+    save_rgb(tmp_path / "a.png")
+    make(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        item_of(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ output
 
 def test_a_saved_image_comes_back_exactly_and_leaves_no_partial_file(tmp_path):
@@ -2268,6 +2382,9 @@ def test_pictures_and_checkpoints_come_at_their_intervals():
     out = works(train, SHORT + "--out run --preview-every 2 --save-every 3")
     assert {p.name for p in Path("run").glob("step_*")} == {"step_000002.png", "step_000004.png"}
     assert metadata("run/state.safetensors")["step"] == "4" and "run/step_000004.png" in out
+    rows = [json.loads(line) for line in Path("run/validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert rows[1]["velocity_error"] == json.loads(Path("run/result.json").read_text())["velocity_error_after"]
     steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert steps == [3, 4]
 
@@ -2401,7 +2518,7 @@ def test_bf16_runs_on_a_cpu_and_stays_near_float32(kind):
 
 def test_two_accumulated_half_batches_are_one_batch(monkeypatch):
     plain = Diff2Flow.loss
-    monkeypatch.setattr(Diff2Flow, "loss", lambda self, x1, context, x0=None, t_fm=None: plain(
+    monkeypatch.setattr(Diff2Flow, "loss", lambda self, x1, context, x0=None, t_fm=None, mask=None: plain(
         self, x1, context, -x1.roll(1, -1), torch.full((len(x1),), 0.5)))  # drawn noise would differ
     for name, split in ("one", "--batch 4"), ("two", "--batch 2 --grad-accum 2"):
         works(train, f"{SHORT} --steps 1 --clip 1e6 --caption-dropout 0 {split} --out {name}")
@@ -2436,7 +2553,7 @@ def test_dropping_every_caption_is_training_on_empty_captions():
 def test_logit_normal_times_crowd_the_middle_and_uniform_times_do_not(monkeypatch):
     seen = []
 
-    def cheap(self, x1, context, x0=None, t_fm=None):
+    def cheap(self, x1, context, x0=None, t_fm=None, mask=None):
         seen.append(torch.rand(len(x1)) if t_fm is None else t_fm)
         return next(p for p in self.parameters() if p.requires_grad).sum() * 0
     monkeypatch.setattr(Diff2Flow, "loss", cheap)
@@ -2451,7 +2568,7 @@ def test_logit_normal_times_crowd_the_middle_and_uniform_times_do_not(monkeypatc
     assert middle["logit-normal"] == pytest.approx(0.728, abs=0.06)
 
 
-def encoded(monkeypatch, words):
+def encoded_images(monkeypatch, words):
     """-> the images that the training steps encode."""
     plain, seen = StableDiffusion.encode, []
     monkeypatch.setattr(StableDiffusion, "encode", lambda sd, images: seen.extend(images.cpu()) or plain(sd, images))
@@ -2460,14 +2577,14 @@ def encoded(monkeypatch, words):
 
 
 def test_scenes_are_encoded_once_each(monkeypatch):
-    images = encoded(monkeypatch, "--steps 12 --batch 3 --out run")
+    images = encoded_images(monkeypatch, "--steps 12 --batch 3 --out run")
     scenes = [Scenes(8, 32, 32, "outline", 0)[i]["image"] for i in range(8)]
     assert len(images) == 8 and all(any(torch.equal(image, scene) for image in images) for scene in scenes)
 
 
 def test_photographs_are_encoded_anew_with_new_crops(monkeypatch):
     photographs()
-    images = encoded(monkeypatch, "--steps 6 --data photos --out run")
+    images = encoded_images(monkeypatch, "--steps 6 --data photos --out run")
     assert len(images) == 12 and not any(torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
 
 
@@ -2616,6 +2733,10 @@ def test_the_newest_finished_run_is_sampled_with_the_base_it_was_trained_from_an
     assert "other.safetensors: Stable" in out and "LoRA runs/lora/lora.safetensors" in out
     os.utime("runs/full/model.safetensors")
     assert "runs/full/model.safetensors" in works(sample, FEW + "--n 1")
+    works(train, DEPTH + "--lora 2 --out runs/depth")
+    assert "runs/full/model.safetensors" in works(sample, FEW + "--n 1")
+    save_rgb("a.png")
+    assert "depth of 1 pictures" in works(sample, "--task depth --image a.png --steps 1 --device cpu")
 
 
 def test_a_lora_alone_is_sampled_on_its_own_base_whatever_the_newest_run_is(tiny):
@@ -2643,6 +2764,189 @@ def test_a_lora_remembers_the_prediction_that_it_was_trained_with(tiny):
     assert np.array_equal(a[0], b[0])
 
 
+# ------------------------------------------------------------------ depth
+
+DEPTH = SHORT.replace("--size 32", "--size 32 48") + "--task depth "
+
+
+def test_the_widened_unet_is_the_old_one_where_both_inputs_agree(tiny):
+    plain, wide = load_checkpoint(tiny), load_checkpoint(tiny)
+    wide.widen()
+    wide.widen()
+    x, t_dm, context = rand(2, 4, 8, 8), torch.tensor([3.0, 700.0]), plain.encode_text(["", "a red circle"])
+    expected = plain.unet(x, t_dm, context)
+    assert torch.allclose(model.Conditioned(wide.unet)(x, t_dm, (context, x)), expected, atol=1e-5)
+    assert not torch.allclose(model.Conditioned(wide.unet)(x, t_dm, (context, -x)), expected, atol=1e-2)
+    wide.save("wide.safetensors")
+    again = load_checkpoint("wide.safetensors")
+    assert again.config.in_channels == 8
+    assert torch.equal(again.unet.input_blocks[0][0].weight, wide.unet.input_blocks[0][0].weight)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_masked_loss_is_the_mean_over_the_masked_latents(objective):
+    flow, mask = OBJECTIVES[objective](Arbitrary(), ALPHA, SIGMA), torch.zeros(SHAPE[0], 1, *SHAPE[2:])
+    mask[1, :, 2:, :3] = 1
+    t_fm = torch.full((SHAPE[0],), 0.4)
+    whole = flow.loss(X1, CONTEXT, X0, t_fm, torch.ones_like(mask)).item()
+    assert whole == pytest.approx(flow.loss(X1, CONTEXT, X0, t_fm).item(), rel=1e-6)
+    alone = flow.loss(X1[1:2], CONTEXT[1:2], X0[1:2], t_fm[1:2], mask[1:2]).item()
+    assert flow.loss(X1, CONTEXT, X0, t_fm, mask).item() == pytest.approx(alone, rel=1e-6) != pytest.approx(whole, rel=1e-3)
+    assert flow.loss(X1, CONTEXT, X0, t_fm, 0 * mask).item() == 0
+
+
+@pytest.mark.parametrize("words", ["--lora none", "--lora base --objective dm", "--lora 2 --objective fm"])
+def test_depth_trains_on_scenes_and_samples_pictures_of_any_shape_at_their_own_size(tiny, words):
+    out = works(train, DEPTH + words + " --out run")
+    assert "python sample.py --steps 4 --task depth --image photo.jpg" in out
+    Path("in/sub").mkdir(parents=True)
+    save_rgb("in/wide.jpg", 50, 333)
+    Image.new("L", (41, 97), 90).save("in/sub/grey.png")
+    Image.new("RGBA", (60, 40), (200, 30, 30, 100)).save("alpha.png")
+    weights = "--ckpt run/model.safetensors" if "none" in words else "--lora run/lora.safetensors"
+    works(sample, f"--task depth --image in alpha.png --steps 2 --ensemble 2 --device cpu {weights} --out depth")
+    for name, shape in ("wide", (50, 333)), ("sub/grey", (97, 41)), ("alpha", (40, 60)):
+        depth = np.load(f"depth/{name}.npy")
+        assert depth.shape == shape and depth.dtype == np.float32 and np.isfinite(depth).all() and abs(depth).max() <= 1
+        with Image.open(f"depth/{name}_16bit.png") as png:
+            assert np.allclose(np.asarray(png) / 32767.5 - 1, depth, atol=2e-5)
+        assert picture(f"depth/{name}_colour.png").shape == (*shape, 3)
+    assert not list(Path("depth").rglob("*partial*"))
+
+
+def test_depth_trains_on_folders_with_holes_and_on_a_checkpoint_in_stable_diffusions_layout():
+    for folder in "ab":
+        for i in range(3):
+            save_rgb(f"{folder}/{i}.jpg", 70, 90, seed=i)
+            depth = np.random.default_rng(i).uniform(1, 9, (70, 90))
+            depth[:30, :40] = [np.nan, np.inf, 0][i]
+            np.save(f"{folder}/{i}.npy", depth)
+    save_file(random_checkpoint("sd21"), "sd21.safetensors", metadata={"format": "pt"})
+    words = ("--task depth --ckpt sd21.safetensors --data a b --weights 90 10 --size 64 128 --steps 2 --batch 2 "
+             "--grad-accum 1 --validation 2 --previews 2 --lora small --device cpu --out run")
+    out = works(train, words)
+    assert "6 pictures with depth in a b, 64x128" in out and all(math.isfinite(loss) for loss in losses("run"))
+    works(sample, "--task depth --image a/0.jpg --steps 1 --ckpt sd21.safetensors --lora run/lora.safetensors --device cpu")
+    assert np.load("depth/0.npy").shape == (70, 90)
+
+
+def test_depth_killed_and_resumed_ends_like_one_that_was_not():
+    words = DEPTH + "--save-every 2 --out "
+    works(train, words + "whole")
+    killed_run(words + "killed", 3)
+    works(train, "--resume killed")
+    assert same("whole/model.safetensors", "killed/model.safetensors")
+
+
+def test_a_depth_model_and_a_picture_model_are_not_taken_for_each_other(tiny):
+    works(train, DEPTH + "--lora none --out run")
+    save_rgb("a.png")
+    for script, words, says in (
+            (sample, FEW + "--ckpt run/model.safetensors", "not trained for --task text-to-image"),
+            (sample, f"--task depth --image a.png --ckpt {tiny}", "not trained for --task depth"),
+            (train, SHORT + "--ckpt run/model.safetensors", "only --task depth trains")):
+        refused = call(script, words)
+        assert refused.code == 2 and says in refused.err.splitlines()[-1]
+
+
+# ------------------------------------------------------------------ Reflow
+
+PAIRS = FEW + "--pairs 7 --batch 2 --cfg 3 --out pairs "
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    monkeypatch.setattr(sample, "SHARD", 4)
+
+
+def test_a_pair_is_a_noise_and_what_the_model_makes_of_it_in_files_of_so_many(tiny, small_files):
+    out = works(sample, PAIRS + "--prompt 'a red circle' --prompt 'a blue star' --seed 5")
+    assert "7 pairs of 1,024 bytes" in out
+    assert sorted(os.listdir("pairs")) == ["pairs-000000.safetensors", "pairs-000001.safetensors"]
+    pairs = [data.read_pairs(f"pairs/pairs-00000{i}.safetensors") for i in (0, 1)]
+    noise, latent = (torch.cat([p[name] for p in pairs]) for name in ("noise", "latent"))
+    prompts = pairs[0]["prompts"] + pairs[1]["prompts"]
+    assert noise.dtype == latent.dtype == torch.float16
+    assert prompts == ["a red circle", "a blue star"] * 3 + ["a red circle"]
+    assert 0.9 < noise.float().std() < 1.1 and len({row.sum().item() for row in noise}) == 7
+    sd = load_checkpoint(tiny)
+    flow = Diff2Flow(sd.unet, *sd_schedule(), sd.prediction)
+    with torch.no_grad():
+        expected = flow.sample(noise.float(), sd.encode_text(prompts), 2, sd.encode_text([""] * 7), 3.0)
+    assert torch.allclose(latent.float(), expected, rtol=2e-3, atol=2e-3)  # float16 keeps 11 bits
+
+
+def test_interrupted_pairs_go_on_where_they_stopped_and_none_is_made_twice(small_files, monkeypatch):
+    works(sample, PAIRS.replace("--out pairs", "--out whole") + "--seed 1")
+    plain, made = Diff2Flow.sample, []
+
+    def deadly(self, x0, *args):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.extend([x0.sum().item()])
+        return plain(self, x0, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(Diff2Flow, "sample", deadly)
+        assert call(sample, PAIRS + "--seed 1").code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(Diff2Flow, "sample",
+                      lambda self, x0, *args: made.append(x0.sum().item()) or plain(self, x0, *args))
+        works(sample, PAIRS + "--seed 1")
+        assert len(made) == len(set(made)) == 4  # 2 + 2 and 2 + 1 pairs
+        works(sample, PAIRS + "--seed 1")
+        assert len(made) == 4
+    for name in os.listdir("whole"):
+        assert same(f"whole/{name}", f"pairs/{name}") and metadata(f"whole/{name}") == metadata(f"pairs/{name}")
+
+
+def test_two_processes_share_the_files_and_more_pairs_can_be_asked_for_later(small_files):
+    works(sample, PAIRS.replace("7", "6"))
+    works(sample, PAIRS)
+    for shard in "0 1", "1 2":
+        works(sample, PAIRS.replace("--out pairs", "--out shared") + f"--shards {shard}")
+    assert len(os.listdir("pairs")) == 2
+    for name in os.listdir("pairs"):
+        assert same(f"pairs/{name}", f"shared/{name}")
+
+
+def test_pairs_of_other_settings_are_not_mixed(small_files):
+    works(sample, PAIRS)
+    refused = call(sample, PAIRS + "--cfg 2")
+    assert refused.code == 2 and "other settings" in refused.err.splitlines()[-1]
+    works(sample, PAIRS.replace("--out pairs", "--out other") + "--cfg 2")
+    shutil.move("other/pairs-000001.safetensors", "pairs/pairs-000002.safetensors")
+    refused = call(train, SHORT.replace("--size 32", "") + "--task reflow --data pairs")
+    assert refused.code == 2 and "other settings" in refused.err.splitlines()[-1]
+
+
+def test_reflow_trains_on_the_given_pairs_and_its_lora_is_sampled_without_guidance(small_files, monkeypatch):
+    works(sample, PAIRS)
+    pairs = [data.read_pairs(f"pairs/pairs-00000{i}.safetensors") for i in (0, 1)]
+    noise, latent = (torch.cat([p[name] for p in pairs]).float() for name in ("noise", "latent"))
+    plain, seen = Diff2Flow.loss, []
+
+    def spied(self, x1, context, x0=None, t_fm=None, mask=None):
+        seen.extend((noise == n).all((1, 2, 3)).nonzero().item() for n in x0)
+        assert all((latent[i] == l).all() for i, l in zip(seen[-len(x1):], x1))
+        return plain(self, x1, context, x0, t_fm)
+    with monkeypatch.context() as patch:
+        patch.setattr(Diff2Flow, "loss", spied)
+        out = works(train, SHORT.replace("--size 32", "") + "--task reflow --data pairs --steps 5 --out run")
+    assert seen[:2] == seen[-2:] == [5, 6] and sorted(seen[2:7]) == [0, 1, 2, 3, 4] == sorted(seen[7:-2])
+    assert "5 pairs in pairs, 32x32" in out and "LoRA small" in out
+    assert metadata("run/lora.safetensors")["cfg"] == "1.0"
+    assert "cfg 1," in works(sample, FEW + "--n 1 --lora run/lora.safetensors")
+
+
+def test_reflow_killed_and_resumed_ends_like_one_that_was_not(small_files):
+    works(sample, PAIRS)
+    words = SHORT.replace("--size 32", "") + "--task reflow --data pairs --save-every 2 --out "
+    works(train, words + "whole")
+    killed_run(words + "killed", 3)
+    works(train, "--resume killed")
+    assert same("whole/lora.safetensors", "killed/lora.safetensors")
+
+
 # ------------------------------------------------------------------ bad input: one line, exit code 2, nothing written
 
 @pytest.fixture(scope="session")
@@ -2657,6 +2961,8 @@ def bad_files(tiny, tmp_path_factory):
     save_file(adapter, folder / "lora.safetensors")
     save_file(load_file(tiny), folder / "odd.safetensors", {"prediction": "v", "objective": "bogus"})
     (folder / "empty").mkdir()
+    (folder / "pairs").mkdir()
+    (folder / "pairs/pairs-000000.safetensors").write_bytes(whole[:1000])
     (folder / "empty.txt").write_text("\n \n")
     (folder / "binary.txt").write_bytes(b"\x89PNG\xff\xfe")
     (folder / "file").write_text("")
@@ -2691,6 +2997,23 @@ BAD = {
     "lora of a prior": ("train --task prior --lora base", "leave --lora out"),
     "data of an autoencoder": ("train --task autoencoder --data {}", "--data"),
     "no EMA weights": ("train --use-ema", "--use-ema"),
+    "reflow without pairs": ("train --task reflow", "--pairs N"),
+    "reflow of another objective": ("train --task reflow --data {} --objective dm", "velocity field"),
+    "reflow in an empty folder": ("train --task reflow --data {}/empty", "no pairs-"),
+    "reflow on truncated pairs": ("train --task reflow --data {}/pairs", "truncated"),
+    "pairs 0": ("sample --pairs 0", "--pairs 0"),
+    "shards without pairs": ("sample --shards 0 1", "--shards 0 1"),
+    "shards beyond the pairs": ("sample --pairs 300 --shards 1 3", "--shards 1 3"),
+    "pairs into a file": ("sample --pairs 2 --out {}/file", "file"),
+    "captions of an empty folder": ("sample --data {}/empty", "no readable image"),
+    "two folders of pictures": ("train --data a b", "one folder"),
+    "weights without depth": ("train --weights 1", "--weights"),
+    "weights of other folders": ("train --task depth --data {}/empty --weights 1 2", "2 weights for 1 folders"),
+    "no depth": ("train --task depth --data {}/empty", "no picture with a depth file"),
+    "depth without pictures": ("sample --task depth", "--image"),
+    "pictures without depth": ("sample --image {}/file", "--task depth"),
+    "depth of no pictures": ("sample --task depth --image {}/empty", "no picture"),
+    "ensemble 0": ("sample --task depth --image {}/file --ensemble 0", "--ensemble 0"),
     "no data folder": ("train --data {}/none", "not there"),
     "empty data folder": ("train --data {}/empty", "no readable image"),
     "data file": ("train --data {}/file", "a file"),
@@ -2838,6 +3161,205 @@ def test_predictions_are_in_the_order_of_the_labels():
     assert torch.equal(evaluate.predict(lambda some: next(parts), images), labels.clamp(min=0))
 
 
+# ------------------------------------------------------------------------------------------------ Frechet distance
+
+def test_the_frechet_distance_equals_scipys():
+    from scipy.linalg import sqrtm
+    a, b = rand(500, 6, seed=1).double(), (rand(400, 6, seed=2) @ rand(6, 6, seed=3) + 1).double()
+    A, B = np.cov(a.T), np.cov(b.T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(A + B - 2 * sqrtm(A @ B).real)
+    assert evaluate.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ depth
+
+def run_evaluate(capsys, *words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        try:
+            cli(evaluate.main)
+        except SystemExit:
+            return capsys.readouterr().err.splitlines()[-1]
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture
+def depths(tmp_path):
+    """gt/: three pictures with depth, some of it invalid; pred/: noisy predictions, affine in log depth."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "pred/sub").mkdir(parents=True)
+    for name in ("a", "b", "sub/c"):
+        save_rgb(tmp_path / f"gt/{name}.jpg")
+        truth = rng.uniform(1, 9, (48, 64))
+        np.save(tmp_path / f"pred/{name}.npy", (0.7 * np.log(truth) - 0.4 + rng.normal(0, 0.1, truth.shape)))
+        truth[rng.random(truth.shape) < 0.1] = rng.choice([np.nan, np.inf, 0, -1])
+        np.save(tmp_path / f"gt/{name}.npy", truth)
+    return tmp_path
+
+
+@pytest.mark.parametrize("space, forward, backward", [
+    ("log", np.log, np.exp), ("depth", lambda d: d, lambda d: d), ("disparity", lambda d: 1 / d, lambda d: 1 / d)])
+def test_depth_errors_equal_an_independent_least_squares(depths, capsys, space, forward, backward):
+    result = run_evaluate(capsys, "depth", depths / "pred", depths / "gt", "--align", space)
+    expected = []
+    for name in ("a", "b", "sub/c"):
+        d, p = np.load(depths / f"gt/{name}.npy"), np.load(depths / f"pred/{name}.npy")
+        ok = np.isfinite(d) & (d > 1e-5)
+        d, p = d[ok], p[ok]
+        slope, shift = np.polyfit(p, forward(d), 1)
+        fitted = slope * p + shift
+        q = np.clip(backward(np.maximum(fitted, 1e-3) if space == "disparity" else fitted), 1e-5, None)
+        expected.append((np.mean(abs(q - d) / d), np.mean(np.maximum(q / d, d / q) < 1.25), np.mean((q - d) ** 2) ** 0.5))
+    absrel, delta1, rmse = np.mean(expected, 0)
+    assert result["absrel"] == pytest.approx(absrel, rel=1e-6) and result["delta1"] == pytest.approx(delta1, rel=1e-6)
+    assert result["rmse"] == pytest.approx(rmse, rel=1e-6) and result["images"] == 3 and result["align"] == space
+
+
+def test_a_prediction_affine_in_log_depth_is_perfect_in_log_space_and_not_in_the_others(depths, capsys):
+    for path in (depths / "pred").rglob("*.npy"):
+        truth = np.nan_to_num(np.load(depths / "gt" / path.relative_to(depths / "pred")), posinf=1)
+        np.save(path, 2 - 0.3 * np.log(np.maximum(truth, 0.1)))
+    found = {space: run_evaluate(capsys, "depth", depths / "pred", depths / "gt", "--align", space)
+             for space in ("log", "depth", "disparity")}
+    assert found["log"]["absrel"] < 1e-6 and found["log"]["delta1"] == 1
+    assert found["depth"]["absrel"] > 0.05 < found["disparity"]["absrel"]
+
+
+def test_a_prediction_of_another_size_is_scaled_to_the_truth(depths, capsys):
+    full = run_evaluate(capsys, "depth", depths / "pred", depths / "gt")
+    for path in (depths / "pred").rglob("*.npy"):
+        np.save(path, np.kron(np.load(path), np.ones((2, 2))))
+    assert run_evaluate(capsys, "depth", depths / "pred", depths / "gt")["absrel"] == pytest.approx(full["absrel"], rel=0.05)
+
+
+@pytest.mark.parametrize("dataset, shape, inside, outside", [
+    ("nyu", (480, 640), (45, 41), (44, 41)), ("kitti", (375, 1242), (375 - 352 + 117, 13 + 43), (375 - 352 + 116, 300)),
+    ("scannet", (480, 640), (0, 0), None), ("diode", (768, 1024), (10, 10), (0, 0))])
+def test_each_data_set_has_its_units_and_its_crop(tmp_path, capsys, dataset, shape, inside, outside):
+    rng, unit = np.random.default_rng(0), {"nyu": 1000, "scannet": 1000, "kitti": 256, "diode": 1}[dataset]
+    truth = np.round(rng.uniform(2, 8, shape) * unit)
+    lines = "rgb/x.png depth/x.png\n" + ("rgb/y.png None\n" if dataset == "kitti" else "")
+    prediction = np.log(truth / unit)
+    (tmp_path / "pred/rgb").mkdir(parents=True)
+    if dataset == "diode":
+        (tmp_path / "gt/depth").mkdir(parents=True)
+        np.save(tmp_path / "gt/depth/x.npy", truth[..., None])
+        mask = np.ones(shape)
+        mask[:5] = 0
+        np.save(tmp_path / "gt/depth/mask.npy", mask)
+        lines = "rgb/x.png depth/x.npy depth/mask.npy\n"
+    else:
+        save_png16(tmp_path / "gt/depth/x.png", truth)
+    (tmp_path / "list.txt").write_text(lines)
+
+    def error(at):
+        changed = prediction.copy()
+        if at:
+            changed[at] += 3
+        np.save(tmp_path / "pred/rgb/x.npy", changed)
+        result = run_evaluate(capsys, "depth", tmp_path / "pred", tmp_path / "gt", "--dataset", dataset,
+                              "--list", tmp_path / "list.txt")
+        assert result["images"] == 1
+        return result["absrel"]
+    assert error(None) < 1e-6 and error(inside) > 1e-7
+    if outside:
+        assert error(outside) < 1e-10 or error(outside) == error(None)
+
+
+def test_eth3d_is_raw_float32_with_infinite_holes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "ETH3D_SHAPE", (6, 8))
+    truth = np.random.default_rng(0).uniform(1, 50, (6, 8)).astype(np.float32)
+    (tmp_path / "pred").mkdir()
+    np.save(tmp_path / "pred/x.npy", np.log(truth))
+    truth[0] = np.inf
+    truth.tofile(tmp_path / "x_depth")
+    (tmp_path / "list.txt").write_text("x.JPG x_depth\n")
+    words = "depth", tmp_path / "pred", tmp_path, "--dataset", "eth3d", "--list", tmp_path / "list.txt"
+    assert run_evaluate(capsys, *words)["absrel"] < 1e-5
+    truth[:5].tofile(tmp_path / "x_depth")
+    assert "40 numbers, not ETH3D's 6x8" in run_evaluate(capsys, *words)
+
+
+def test_a_missing_prediction_is_named(depths, capsys):
+    (depths / "pred/b.npy").unlink()
+    assert "pred/b.npy" in run_evaluate(capsys, "depth", depths / "pred", depths / "gt")
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+@pytest.fixture
+def folders(tmp_path):
+    for name, base in ("samples", 0), ("real", 100):
+        for i in range(12):
+            save_rgb(tmp_path / name / f"{i:02d}.png", 40 + (name == "real") * i, 40, seed=base + i)
+    return tmp_path
+
+
+def test_fid_goes_through_torch_fidelitys_own_interface(folders, capsys, monkeypatch):
+    import torch_fidelity
+
+    class Small(torch_fidelity.FeatureExtractorBase):
+        """Mean colours of the quadrants: no weights to download."""
+
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("4",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "4"
+
+        def forward(self, x):
+            return F.adaptive_avg_pool2d(x.float(), 2).flatten(1)[:, :4],
+
+    torch_fidelity.register_feature_extractor("small", Small)
+    monkeypatch.setattr(evaluate, "FID_NETWORK", "small")
+    found = run_evaluate(capsys, "images", folders / "samples", "--real", folders / "real", "--device", "cpu")
+    features = [torch.stack([F.adaptive_avg_pool2d(x.float(), 2).flatten()[:4]
+                             for x in evaluate.Fitted(folders / name, (40, 40))]) for name in ("samples", "real")]
+    assert found["images"] == 12 and found["fid"] == pytest.approx(evaluate.frechet_distance(*features), rel=1e-4)
+    same = run_evaluate(capsys, "images", folders / "samples", "--real", folders / "samples", "--device", "cpu")
+    assert same["fid"] == pytest.approx(0, abs=1e-3)
+
+
+def test_clip_score_and_aesthetics_are_the_means_of_open_clips_own_numbers(folders, capsys):
+    import open_clip
+    (folders / "configs").mkdir()
+    (folders / "configs/small-clip.json").write_text(json.dumps({
+        "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}))
+    open_clip.add_model_config(folders / "configs")
+    torch.manual_seed(0)
+    network, _, transform = open_clip.create_model_and_transforms("small-clip")
+    torch.save(network.state_dict(), folders / "clip.pt")
+    torch.save({"layers.0.weight": rand(3, 16), "layers.0.bias": rand(3, seed=1),
+                "layers.2.weight": rand(1, 3, seed=2), "layers.2.bias": rand(1, seed=3)}, folders / "head.pt")
+    prompts = [f"picture {i}" for i in range(12)]
+    (folders / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    found = run_evaluate(capsys, "images", folders / "samples", "--clip", "small-clip", folders / "clip.pt", "--batch", 5,
+                         "--prompts", folders / "prompts.txt", "--aesthetics", folders / "head.pt", "--device", "cpu")
+    with torch.no_grad():
+        network.eval()
+        seen = torch.cat([network.encode_image(transform(Image.open(folders / f"samples/{i:02d}.png"))[None], normalize=True)
+                          for i in range(12)])
+        said = network.encode_text(open_clip.tokenize(prompts), normalize=True)
+        head = (seen @ rand(3, 16).T + rand(3, seed=1)) @ rand(1, 3, seed=2).T + rand(1, seed=3)
+    assert found["clip"] == pytest.approx((seen * said).sum(1).mean().item(), abs=1e-5)
+    assert found["aesthetics"] == pytest.approx(head.mean().item(), abs=1e-5) and found["images"] == 12
+
+
+@pytest.mark.parametrize("words, says", [
+    ((), "nothing to measure"), (("--real", "none"), "0 pictures"), (("--clip", "ViT-B-32", "none.pt"), "goes with"),
+    (("--prompts", "x.txt"), "goes with"), (("--clip", "ViT-B-32", "none.pt", "--prompts", "x"), "no such file")])
+def test_bad_input_of_images_is_one_line(folders, capsys, words, says):
+    line = run_evaluate(capsys, "images", folders / "samples", "--device", "cpu", *words)
+    assert line.startswith("error: ") and says in line
+
+
 # ------------------------------------------------------------------------------------------------ the classifier
 
 def test_the_classifier_has_logits_for_every_class_of_every_attribute():
@@ -2889,6 +3411,23 @@ def test_a_lora_says_its_own_objective_and_changes_the_samples(command, checkpoi
     assert (tmp_path / "with/samples.png").read_bytes() != (tmp_path / "without/samples.png").read_bytes()
 
 
+def test_runs_of_several_seeds_and_objectives_are_plotted(tmp_path, capsys):
+    for seed in (0, 1):
+        for objective in ("dm", "diff2flow"):
+            run = tmp_path / f"{objective}-{seed}"
+            run.mkdir()
+            (run / "result.json").write_text(json.dumps(
+                {"velocity_error_before": 2.0, "lora": "none", "objective": objective, "seed": seed}))
+            rows = ({"step": step, "velocity_error": 1 / step} for step in (10, 20))
+            (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = sorted(str(run) for run in tmp_path.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate.py", "plot", *runs, "--out", str(tmp_path / "plot.png")])
+        evaluate.main()
+    assert picture(tmp_path / "plot.png").std() > 0
+    assert "not a finished run" in run_evaluate(capsys, "plot", tmp_path)
+
+
 def test_the_outline_style_has_a_classifier_of_its_own(command, tmp_path):
     command("--style", "outline")
     assert [path.name for path in (tmp_path / "runs").glob("*.safetensors")] == ["classifier-outline.safetensors"]
@@ -2938,7 +3477,7 @@ def bundled_error(objective):
 def test_the_bundled_prior_is_an_ordinary_v_checkpoint_of_at_most_10_MB():
     assert BUNDLED.stat().st_size <= 10_000_000
     sd = load_checkpoint(BUNDLED)
-    assert sd.config == TINY and sd.prediction == "v" and sd.metadata["resolution"] == "64"
+    assert sd.config == TINY and sd.prediction == "v" and sd.picture_size() == (64, 64)
     with safe_open(BUNDLED, "pt") as file:
         assert {key.split(".")[0] for key in file.keys()} == {"model", "first_stage_model", "cond_stage_model"}
 

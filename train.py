@@ -4,7 +4,7 @@
     python train.py --ckpt sd21.safetensors --data photos/ --lora base            the paper's recipe on your pictures
 
 A run is a folder: lora.safetensors or model.safetensors (what other tools load), state.safetensors (what --resume
-reads), metrics.jsonl, and pictures. Step s draws its batch, noise and times from (seed, s) alone, so a run that was
+reads), metrics.jsonl, validation.jsonl (what --preview-every measured), and pictures. Step s draws its batch, noise and times from (seed, s) alone, so a run that was
 killed and resumed ends like one that was not.
 """
 import argparse
@@ -25,17 +25,23 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import lora
-from data import ImageFolder, Scenes, cli, save_grid
+from data import DepthFolders, DepthScenes, ImageFolder, Pairs, Scenes, cli, save_grid
 from diff2flow import OBJECTIVES, Diff2Flow
-from model import SCALE, TINY, TINY_PRIOR, StableDiffusion, load_checkpoint, pick_device, save_tensors
+from model import SCALE, TINY, TINY_PRIOR, Conditioned, StableDiffusion, load_checkpoint, pick_device, save_tensors
 from schedule import sd_schedule
 
 PAPER = dict(steps=20000, batch=4, grad_accum=16, lr=1e-5, decay="constant", warmup=0, ema=0.999, caption_dropout=0.02,
              lora="none", scenes=4096, style="outline", objective="diff2flow", validation=16, previews=4)
-RECIPES = {  # the defaults, by task; "demo" is text-to-image on the bundled prior
+RECIPES = {  # the defaults, by task; "demo" is the task on the bundled prior
     "text-to-image": PAPER,
-    "demo": dict(PAPER, steps=300, batch=32, grad_accum=1, lr=2e-3, decay="cosine", warmup=20, lora="base", scenes=2048,
-                 validation=64, previews=8),
+    "text-to-image demo": dict(PAPER, steps=300, batch=32, grad_accum=1, lr=2e-3, decay="cosine", warmup=20,
+                               lora="base", scenes=2048, validation=64, previews=8),
+    "reflow": dict(PAPER, steps=60000, grad_accum=32, lr=2e-5, decay="cosine", lora="small", caption_dropout=0.0),
+    "reflow demo": dict(PAPER, steps=400, batch=32, grad_accum=1, lr=1e-3, decay="cosine", warmup=20, lora="small",
+                        caption_dropout=0.0, validation=64, previews=8),
+    "depth": dict(PAPER, grad_accum=8, lr=3e-5, decay="cosine", style="solid", size=[384, 512]),
+    "depth demo": dict(PAPER, steps=400, batch=32, grad_accum=1, lr=1e-3, decay="cosine", warmup=20, scenes=2048,
+                       style="solid", validation=64, previews=8),
     "prior": dict(PAPER, steps=10000, batch=32, grad_accum=1, lr=1e-3, decay="cosine", warmup=200, caption_dropout=0.1,
                   scenes=40000, style="solid", objective="dm", validation=64, previews=16),
     "autoencoder": dict(PAPER, steps=3000, batch=16, grad_accum=1, lr=1.5e-3, decay="cosine", warmup=100, scenes=48000,
@@ -48,12 +54,14 @@ RECIPES = {  # the defaults, by task; "demo" is text-to-image on the bundled pri
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", choices=[t for t in RECIPES if t != "demo"], default="text-to-image",
+    add("--task", choices=[t for t in RECIPES if "demo" not in t], default="text-to-image",
         help="what to train; autoencoder, decoder and prior make the bundled checkpoint (default: text-to-image)")
     add("--ckpt", help="Stable Diffusion 1.x or 2.x file, .safetensors or .ckpt (default: the bundled small one)")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--use-ema", action="store_true", help="start from the EMA weights of a non-pruned file")
-    add("--data", help="folder of images with captions, .txt or metadata.jsonl (default: procedural scenes)")
+    add("--data", nargs="+", help="folder of images with captions, .txt or metadata.jsonl (default: procedural "
+        "scenes); for the task reflow of pairs that sample.py made; for the task depth one or more with depth beside")
+    add("--weights", type=float, nargs="+", help="how often each folder of depth is drawn from (default: by its size)")
     add("--style", choices=["solid", "outline"], help="style of the scenes (default: outline; prior: solid)")
     add("--scenes", type=int, help="number of different scenes (default: by task)")
     add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: 512; bundled: 64)")
@@ -82,7 +90,7 @@ def arguments():
     args = parser.parse_args()
     if args.resume:
         return argparse.Namespace(**{**saved_settings(args.resume), "resume": args.resume})
-    recipe = RECIPES["demo" if args.task == "text-to-image" and not args.ckpt else args.task]
+    recipe = RECIPES.get(f"{args.task} demo" * (not args.ckpt), RECIPES[args.task])
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -104,6 +112,13 @@ def check(args):
         raise ValueError(f"--lora {args.lora}: the task {args.task} trains all weights; leave --lora out")
     if args.lora not in ("base", "small", "none") and not (args.lora.isdecimal() and int(args.lora) > 0):
         raise ValueError(f"--lora {args.lora}: it is base, small, none, or a rank such as 16")
+    if args.task != "depth" and args.data and len(args.data) > 1 or args.weights and args.task != "depth":
+        raise ValueError(f"--data takes one folder, and --weights none, for the task {args.task}")
+    if args.task != "depth" and args.data:
+        args.data, = args.data
+    if args.task == "reflow" and (not args.data or args.size or args.objective != "diff2flow"):
+        raise ValueError("--task reflow trains a velocity field on the folder of pairs that --data names, at their "
+                         "size: first python sample.py --pairs N --out pairs")
     if args.task in ("autoencoder", "decoder") and (args.data or args.size):
         raise ValueError(f"--data and --size: the task {args.task} learns the 64x64 scenes; leave them out")
 
@@ -161,16 +176,17 @@ class Batches:
             while ahead:
                 yield [future.result() for future in ahead.popleft()]
 
-    def latents(self, items, encode):
-        """items -> latents (B, z, h, w). Scenes are encoded one by one, since the last bits depend on the batch, and a
-        resumed run would meet a scene in another one."""
+    def encoded(self, items, encode):
+        """items -> {name: tensor (B, ...)} by encode(items), which is kept for scenes. They are encoded one by one,
+        since the last bits depend on the batch, and a resumed run would meet a scene in another one."""
         if not self.keep:
-            return encode(torch.stack([item["image"] for item in items]))
-        for item in items:
-            i = item["key"] % len(self.dataset)
-            if i not in self.kept:
-                self.kept[i] = {"latent": encode(item["image"][None])[0], "caption": item["caption"]}
-        return torch.stack([self.kept[item["key"] % len(self.dataset)]["latent"] for item in items])
+            return encode(items)
+        places = [item["key"] % len(self.dataset) for item in items]
+        for place, item in zip(places, items):
+            if place not in self.kept:
+                self.kept[place] = {"encoded": encode([item]), "caption": item["caption"]}
+        encoded = [self.kept[place]["encoded"] for place in places]
+        return {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
 
 
 class AutoencoderPictures(torch.utils.data.Dataset):
@@ -381,6 +397,10 @@ def load_trainable(args, device):
     """-> the checkpoint, and {name: parameter} of what is trained: the UNet or its LoRA; a prior's text encoder too."""
     frozen = torch.bfloat16 if args.precision == "bf16" and args.lora != "none" else torch.float32
     sd = load_checkpoint(args.ckpt or TINY_PRIOR, device, frozen, args.prediction, args.use_ema)
+    if args.task == "depth":
+        sd.widen()
+    elif sd.config.in_channels > sd.config.latent_channels:
+        raise ValueError(f"{args.ckpt}: a depth model, which only --task depth trains")
     sd.unet.to(memory_format=torch.channels_last).train().checkpointing = args.checkpointing
     if args.lora != "none":
         lora.inject(sd.unet, int(args.lora) if args.lora.isdigit() else args.lora)
@@ -393,111 +413,164 @@ def load_trainable(args, device):
 
 
 class HeldOut:
-    """What training is measured by, before and after, on the same noise: pictures it does not see (of a folder: some
-    that it does), and their captions to draw."""
+    """What training is measured by, before and after, on the same noise: items it does not see (of a folder of
+    pictures: some that it does), and what it makes of their captions, or of the pictures whose depth it learns."""
 
-    def __init__(self, dataset, sd, flow, encode, args):
-        items = [dataset[i] for i in range(args.validation)]
-        self.sd, self.flow, self.batch, self.seed = sd, flow, args.batch, args.seed
-        self.captions = [item["caption"] for item in items]
-        self.latents = torch.cat([encode(item["image"][None]) for item in items])
-        self.prompts = [self.captions[i % len(items)] for i in range(args.previews)]
-        self.noise = self.draw((args.previews, *self.latents.shape[1:]))
+    def __init__(self, items, sd, flow, encode, context_of, args):
+        self.sd, self.flow, self.context_of, self.batch, self.n = sd, flow, context_of, args.batch, args.previews
+        encoded = [encode([item]) for item in items]
+        self.encoded = {name: torch.cat([e[name] for e in encoded]) for name in encoded[0]}
+        self.captions, x1 = [item["caption"] for item in items], self.encoded["latent"]
+        noise = torch.randn(max(len(x1), self.n), *x1.shape[1:], generator=torch.Generator().manual_seed(args.seed))
+        self.noise = noise.to(x1.device)
+        if "noise" in self.encoded:
+            self.noise[:len(x1)] = self.encoded["noise"]
 
-    def draw(self, shape):
-        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)).to(self.latents.device)
+    def batches(self, n):
+        """-> slice, captions, encoded, of n items, in batches; from the first on again if there are fewer."""
+        for start in range(0, n, self.batch):
+            rows = [i % len(self.captions) for i in range(start, min(start + self.batch, n))]
+            some = {name: tensor[rows] for name, tensor in self.encoded.items()}
+            yield slice(start, start + len(rows)), [self.captions[i] for i in rows], some
 
     @torch.no_grad()
     def velocity_error(self):
         """Mean squared error of u, t_fm evenly spread, noise fixed."""
-        total, x0 = 0.0, self.draw(self.latents.shape)
-        t_fm = (torch.arange(len(x0), device=x0.device) * 0.618034 + 0.5) % 1
-        for start in range(0, len(x0), self.batch):
-            some = slice(start, start + self.batch)
-            context = self.sd.encode_text(self.captions[some])
-            error = Diff2Flow.loss(self.flow, self.latents[some], context, x0[some], t_fm[some])
-            total += error.item() * len(context)
-        return total / len(x0)
+        total, n = 0.0, len(self.captions)
+        t_fm = (torch.arange(n, device=self.noise.device) * 0.618034 + 0.5) % 1
+        for some, captions, encoded in self.batches(n):
+            error = Diff2Flow.loss(self.flow, encoded["latent"], self.context_of(captions, encoded), self.noise[some],
+                                   t_fm[some], encoded.get("mask"))
+            total += error.item() * len(captions)
+        return total / n
 
     @torch.no_grad()
     def pictures(self, steps, cfg):
         """-> images (previews, 3, H, W)."""
         images = []
-        for start in range(0, len(self.prompts), self.batch):
-            context = self.sd.encode_text(self.prompts[start:start + self.batch])
-            uncond = self.sd.encode_text([""]).expand_as(context)
-            latents = self.flow.sample(self.noise[start:start + self.batch], context, steps, uncond, cfg)
-            images.append(self.sd.decode(latents).float())
+        for some, captions, encoded in self.batches(self.n):
+            context = self.context_of(captions, encoded)
+            uncond = self.sd.encode_text([""]).expand_as(context) if cfg != 1 else None
+            images.append(self.sd.decode(self.flow.sample(self.noise[some], context, steps, uncond, cfg)).float())
         return torch.cat(images)
 
 
-def train_text_to_image(args, device, amp, out):
-    """Finetune the UNet, in full or by LoRA; or (task prior) train UNet and text encoder from scratch."""
-    sd, trained = load_trainable(args, device)
+def open_data(args, sd):
+    """-> dataset, held-out items, (height, width), and where they come from, in words."""
+    n = args.validation
+    if args.task == "reflow":
+        dataset, held_out = Pairs(args.data, n), Pairs(args.data, n, held_out=True)
+        return dataset, [held_out[i] for i in range(n)], dataset.about["size"], f"pairs in {args.data}"
     height, width = sd.picture_size(args.size)
-    flow = OBJECTIVES[args.objective](sd.unet, *sd_schedule(), sd.prediction).to(device)
-    if args.data:
+    if args.data and args.task == "depth":
+        dataset = held_out = DepthFolders(args.data, args.weights, height, width, args.seed)
+        source = f"pictures with depth in {' '.join(args.data)}"
+    elif args.data:
         dataset = held_out = ImageFolder(args.data, height, width, args.seed)
+        source = f"pictures in {args.data}"
     else:
-        dataset = Scenes(args.scenes, height, width, args.style, args.seed)
-        held_out = Scenes(args.validation, height, width, args.style, args.seed + 1)
+        kind = DepthScenes if args.task == "depth" else Scenes
+        dataset = kind(args.scenes, height, width, args.style, args.seed)
+        held_out = kind(n, height, width, args.style, args.seed + 1)
+        source = f"procedural scenes, style {args.style} (--data FOLDER trains on your own)"
+    return dataset, [held_out[i] for i in range(n)], (height, width), source
+
+
+def train_unet(args, device, amp, out):
+    """Finetune the UNet, in full or by LoRA: on pictures, on pairs of noise and latent (task reflow), on pictures with
+    depth (task depth); or train UNet and text encoder from scratch (task prior)."""
+    sd, trained = load_trainable(args, device)
+    net = Conditioned(sd.unet) if args.task == "depth" else sd.unet
+    flow = OBJECTIVES[args.objective](net, *sd_schedule(), sd.prediction).to(device)
+    dataset, held_out, (height, width), source = open_data(args, sd)
     batches = Batches(dataset, args.batch, args.seed, keep=not args.data)
     out.mkdir(parents=True, exist_ok=True)
     print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters "
           f"({'all' if args.lora == 'none' else 'LoRA ' + args.lora}), objective {args.objective}, "
           f"{sd.prediction}-network\n"
-          f"data: {len(dataset):,} " + (f"pictures in {args.data}" if args.data else
-          f"procedural scenes, style {args.style} (--data FOLDER trains on your own)") + f", {height}x{width}\n"
+          f"data: {len(dataset):,} {source}, {height}x{width}\n"
           f"{args.steps:,} steps of {args.batch * args.grad_accum} images, lr {args.lr:g} {args.decay}, "
           f"{args.precision} on {device}, into {out}/")
+    with torch.no_grad(), amp:
+        empty = sd.encode_text([""])
 
     @torch.no_grad()
-    def encode(images):
+    def encode(items):
+        """items -> latent x1, and by task noise x0, the picture's latents, the mask of latents with depth."""
+        stacked = {name: torch.stack([item[name] for item in items]).to(device)
+                   for name in ("image", "latent", "noise", "depth", "valid") if name in items[0]}
         with amp:
-            return sd.encode(images.to(device)).float()
+            if args.task == "reflow":
+                return stacked
+            latent = sd.encode(stacked["image"]).float()
+            if args.task != "depth":
+                return {"latent": latent}
+            invalid = F.max_pool2d((~stacked["valid"]).float(), sd.factor)      # a latent counts if all its pixels do
+            return {"latent": sd.encode(stacked["depth"].expand(-1, 3, -1, -1)).float(), "picture": latent,
+                    "mask": 1 - invalid}
+
+    def context_of(captions, encoded):
+        if args.task == "depth":
+            return empty.expand(len(captions), -1, -1), encoded["picture"]
+        return sd.encode_text(captions)
 
     def loss_of(items):
-        latents = batches.latents(items, encode)
+        encoded = batches.encoded(items, encode)
         dropped = torch.rand(len(items)) < args.caption_dropout
+        captions = ["" if drop else item["caption"] for drop, item in zip(dropped, items)]
         t_fm = torch.randn(len(items), device=device).sigmoid() if args.t_sampling == "logit-normal" else None
         with amp, torch.set_grad_enabled(args.task == "prior"):
-            context = sd.encode_text(["" if drop else item["caption"] for drop, item in zip(dropped, items)])
+            context = context_of(captions, encoded)
         with amp:
-            return flow.loss(latents, context, t_fm=t_fm)
+            return flow.loss(encoded["latent"], context, encoded.get("noise"), t_fm, encoded.get("mask"))
+
+    exam = HeldOut(held_out, sd, flow, encode, context_of, args)
+    captions = [held_out[i % len(held_out)]["caption"] for i in range(args.previews)]
+    few, many, cfg_before = (2.0, 4.0, 2.0) if args.task in ("text-to-image", "prior") else (1.0, 1.0, 1.0)
+    if args.task == "reflow":  # guidance is in the pairs, so what learns them needs none
+        cfg_before = dataset.about["cfg"]
 
     def preview(step):
         with amp:
-            save_grid(out / f"step_{step:06d}.png", exam.pictures(25, 4.0), 4, captions=exam.prompts)
-        tqdm.write(f"step {step}: {out}/step_{step:06d}.png")
+            error, pictures = exam.velocity_error(), exam.pictures(25, many)
+        save_grid(out / f"step_{step:06d}.png", pictures, 4, captions=captions)
+        log = out / "validation.jsonl"
+        log.write_text(past_metrics(log, step - 1) + json.dumps({"step": step, "velocity_error": error}) + "\n")
+        tqdm.write(f"step {step}: velocity error {error:.4f}, {out}/step_{step:06d}.png")
 
     def export():
         about = {"objective": args.objective, "style": args.style, "prediction": sd.prediction, "task": args.task,
-                 "schedule": "scaled_linear", "resolution": str(height), "preset": args.lora,
-                 "base": Path(args.ckpt or TINY_PRIOR).name}
+                 "schedule": "scaled_linear", "preset": args.lora, "base": Path(args.ckpt or TINY_PRIOR).name,
+                 "resolution": f"{height} {width}", **({"cfg": "1.0"} if many == 1 else {})}
         if args.lora == "none":
             sd.save(out / "model.safetensors", torch.float16, **about)
         else:
             lora.save(sd.unet, out / "lora.safetensors", about)
 
     print("before training: velocity error and samples")
-    exam = HeldOut(held_out, sd, flow, encode, args)
     with amp:
-        error_before, before = exam.velocity_error(), exam.pictures(4, 2.0)
+        error_before, before = exam.velocity_error(), exam.pictures(4, cfg_before)
     average = fit(args, out, trained, loss_of, batches, export, preview,
                   state_file(args.resume) if args.resume else None)
     with average, amp:
-        error_after, after = exam.velocity_error(), exam.pictures(4, 2.0)
-    save_grid(out / "before_after.png", torch.cat([before, after]), len(exam.prompts),
-              row_labels=["before, 4 steps", f"after {args.steps} steps of training"], captions=exam.prompts * 2)
+        error_after, after = exam.velocity_error(), exam.pictures(4, few)
+    rows = {"before, 4 steps": before, f"after {args.steps} steps of training": after}
+    if args.task == "depth":
+        shown = [held_out[i % len(held_out)] for i in range(args.previews)]
+        rows = {"picture": torch.stack([item["image"] for item in shown]).to(device),
+                "log depth": torch.stack([item["depth"].expand(3, -1, -1) for item in shown]).to(device)} | rows
+    save_grid(out / "before_after.png", torch.cat(list(rows.values())), args.previews, row_labels=list(rows),
+              captions=captions * len(rows))
     (out / "result.json").write_text(json.dumps({
-        "ckpt": args.ckpt, "use_ema": args.use_ema,
+        **{name: vars(args)[name] for name in ("task", "ckpt", "use_ema", "objective", "lora", "seed", "steps")},
         "velocity_error_before": error_before, "velocity_error_after": error_after}))
     weights = str(out / ("model.safetensors" if args.lora == "none" else "lora.safetensors"))
     base = (["--ckpt", args.ckpt] if args.ckpt else []) + (["--use-ema"] if args.use_ema else [])
     use = ["--ckpt", weights] if args.lora == "none" else ["--lora", weights, *base]
+    task = ["--task", "depth", "--image", "photo.jpg"] if args.task == "depth" else []
     print(f"validation velocity error |u - (x1 - x0)|^2: {error_before:.4f} before, {error_after:.4f} after\n"
           f"same noise before and after, 4 steps: {out}/before_after.png\nweights: {weights}\n"
-          f"next: {shlex.join(['python', 'sample.py', '--steps', '4', *use])}")
+          f"next: {shlex.join(['python', 'sample.py', '--steps', '4', *task, *use])}")
 
 
 def main():
@@ -509,7 +582,7 @@ def main():
     if not args.resume and (out / "state.safetensors").exists():
         raise ValueError(f"{out} holds a run already: go on with it by --resume {out}, or choose another --out")
     torch.manual_seed(args.seed)
-    train = train_autoencoder if args.task in ("autoencoder", "decoder") else train_text_to_image
+    train = train_autoencoder if args.task in ("autoencoder", "decoder") else train_unet
     try:
         train(args, device, amp, out)
     except KeyboardInterrupt:

@@ -53,8 +53,8 @@ class Config:
 
 SD21 = Config()
 SD15 = Config(context_width=768, linear_projection=False, open_clip=False, text_width=768, text_layers=12)
-TINY = Config(unet_widths=(64, 96), unet_res_blocks=1, attention=(False, True), context_width=32,
-              vae_widths=(32, 32, 64), vae_res_blocks=1, text_width=32, text_layers=3)
+TINY = Config(unet_widths=(96, 64), unet_res_blocks=1, attention=(False, True), context_width=32,
+              vae_widths=(64, 64, 64), vae_res_blocks=1, text_width=32, text_layers=3)
 
 
 # ------------------------------------------------------------------ blocks

@@ -42,11 +42,11 @@ RECIPES = {  # the defaults, by task; "demo" is the task on the bundled prior
     "depth": dict(PAPER, grad_accum=8, lr=3e-5, decay="cosine", style="solid", size=[384, 512]),
     "depth demo": dict(PAPER, steps=400, batch=32, grad_accum=1, lr=1e-3, decay="cosine", warmup=20, scenes=2048,
                        style="solid", validation=64, previews=8),
-    "prior": dict(PAPER, steps=10000, batch=32, grad_accum=1, lr=1e-3, decay="cosine", warmup=200, caption_dropout=0.1,
-                  scenes=40000, style="solid", objective="dm", validation=64, previews=16),
-    "autoencoder": dict(PAPER, steps=3000, batch=16, grad_accum=1, lr=1.5e-3, decay="cosine", warmup=100, scenes=48000,
+    "prior": dict(PAPER, steps=16000, batch=32, grad_accum=1, lr=1e-3, decay="cosine", warmup=200, caption_dropout=0.1,
+                  scenes=20000, style="solid", objective="dm", validation=64, previews=16),
+    "autoencoder": dict(PAPER, steps=1600, batch=16, grad_accum=1, lr=1.5e-3, decay="cosine", warmup=100, scenes=48000,
                         validation=512),
-    "decoder": dict(PAPER, steps=3000, batch=16, grad_accum=1, lr=1e-3, decay="cosine", warmup=100, scenes=48000,
+    "decoder": dict(PAPER, steps=1000, batch=16, grad_accum=1, lr=1e-3, decay="cosine", warmup=100, scenes=48000,
                     validation=512),
 }
 
@@ -335,7 +335,7 @@ def autoencoder_loss(vae, images):
     mean, std = mean.float(), std.float()
     edges = sum(F.mse_loss(output.diff(dim=d), images.diff(dim=d)) for d in (-2, -1))
     kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
-    return F.mse_loss(output, images) + edges + 1e-5 * kl
+    return F.mse_loss(output, images) + edges + 1e-4 * kl
 
 
 @torch.no_grad()
@@ -384,7 +384,7 @@ def train_autoencoder(args, device, amp, out):
         before = copy.deepcopy(vae.state_dict())
         if whole:
             standardise(vae, pictures[::2])
-        sd.save(out / "model.safetensors", resolution="64")
+        sd.save(out / "model.safetensors", torch.float16, resolution="64")
         vae.load_state_dict(before)
 
     fit(args, out, trained, loss_of, batches, export, preview, state_file(args.resume) if args.resume else None)

@@ -177,6 +177,8 @@ def pictures_of(paths):
                 raise ValueError(f"{found[name]} and {picture} would be written to the same {name}.npy: "
                                  "give each an --out of its own")
             found[name] = picture
+        if not path.exists():
+            raise ValueError(f"--image {path}: no such file")
         if path.is_dir() and not inside:
             raise ValueError(f"{path} has no picture: give a folder with {' '.join(SUFFIXES)} files")
     return found

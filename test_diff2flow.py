@@ -2833,6 +2833,18 @@ def test_depth_trains_on_folders_with_holes_and_on_a_checkpoint_in_stable_diffus
     assert np.load("depth/0.npy").shape == (70, 90)
 
 
+def test_only_latents_whose_pixels_all_have_depth_count(monkeypatch):
+    save_rgb("d/a.png", 32, 48)
+    depth = np.ones((32, 48)) + np.arange(48)
+    depth[:, :9] = np.nan                           # two latents and a quarter of the third, of twelve
+    np.save("d/a.npy", depth)
+    plain, masks = Diff2Flow.loss, []
+    monkeypatch.setattr(Diff2Flow, "loss", lambda *args: masks.append(args[-1]) or plain(*args))
+    works(train, DEPTH + "--data d --out run")
+    columns = torch.cat(masks)[:, 0].float()        # (N, 8, 12)
+    assert (columns.sum(2) == 9).all() and ((columns[:, :, 0] == 0) ^ (columns[:, :, -1] == 0)).all()
+
+
 def test_depth_killed_and_resumed_ends_like_one_that_was_not():
     words = DEPTH + "--save-every 2 --out "
     works(train, words + "whole")
@@ -3015,6 +3027,7 @@ BAD = {
     "no depth": ("train --task depth --data {}/empty", "no picture with a depth file"),
     "depth without pictures": ("sample --task depth", "--image"),
     "pictures without depth": ("sample --image {}/file", "--task depth"),
+    "depth of a missing picture": ("sample --task depth --image {}/none.jpg", "no such file"),
     "depth of no pictures": ("sample --task depth --image {}/empty", "no picture"),
     "ensemble 0": ("sample --task depth --image {}/file --ensemble 0", "--ensemble 0"),
     "no data folder": ("train --data {}/none", "not there"),

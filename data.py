@@ -201,8 +201,7 @@ class Scenes(torch.utils.data.Dataset):
     def __getitem__(self, key):
         scene = self.scene(key % self.n)
         image, depth = render(scene, self.height, self.width)
-        return {"image": torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1, "caption": scene.caption,
-                "depth": torch.from_numpy(depth)[None]}
+        return {"image": to_tensor(image), "caption": scene.caption, "depth": torch.from_numpy(depth)[None]}
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -218,6 +217,20 @@ def open_rgb(path):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def pictures_in(folder):
+    """-> the paths of the pictures under `folder`, sorted."""
+    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def crop_box(image, height, width, right, down):
+    """The largest part of `image` with the shape height x width, `right` and `down` (0 to 1) of the spare way along
+    -> (left, top, right, bottom) in pixels."""
+    scale = min(image.width / width, image.height / height)
+    width, height = min(width * scale, image.width), min(height * scale, image.height)
+    left, top = right * (image.width - width), down * (image.height - height)
+    return left, top, left + width, top + height
 
 
 def read_text(path):
@@ -253,7 +266,7 @@ class ImageFolder(torch.utils.data.Dataset):
         self.items, self.undecodable, unreadable, metadata = [], set(), [], {}
         for path in sorted(folder.rglob("metadata.jsonl")):
             metadata |= read_metadata(path)
-        for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+        for path in pictures_in(folder):
             try:
                 with Image.open(path) as image:
                     image.verify()
@@ -281,12 +294,9 @@ class ImageFolder(torch.utils.data.Dataset):
             if len(self.undecodable) == len(self.items):
                 raise ValueError(f"none of the {len(self.items)} images can be decoded, last {self.items[i][0]}")
             i = (i + 1) % len(self.items)
-        scale = min(image.width / self.width, image.height / self.height)
-        width, height = min(self.width * scale, image.width), min(self.height * scale, image.height)    # the crop
-        left, top = right * (image.width - width), down * (image.height - height)
-        image = image.resize((self.width, self.height), Image.LANCZOS, box=(left, top, left + width, top + height))
-        image = np.array(ImageOps.mirror(image) if flip else image)
-        return {"image": torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1, "caption": self.items[i][1]}
+        box = crop_box(image, self.height, self.width, right, down)
+        image = image.resize((self.width, self.height), Image.LANCZOS, box=box)
+        return {"image": to_tensor(ImageOps.mirror(image) if flip else image), "caption": self.items[i][1]}
 
     def decode(self, i):
         """-> RGB image, or None with a warning, once, where the file is damaged behind its header."""
@@ -395,15 +405,11 @@ class DepthFolders(torch.utils.data.Dataset):
         if image.size != depth.shape[::-1]:
             raise ValueError(f"{picture} is {image.width}x{image.height}, its depth {path} "
                              f"{depth.shape[1]}x{depth.shape[0]}")
-        factor = min(image.width / self.width, image.height / self.height)
-        width, height = self.width * factor, self.height * factor       # the crop
-        left, top = rng.random() * (image.width - width), rng.random() * (image.height - height)
-        columns = (left + (np.arange(self.width) + 0.5) * factor).astype(int).clip(0, image.width - 1)      # nearest:
-        rows = (top + (np.arange(self.height) + 0.5) * factor).astype(int).clip(0, image.height - 1)  # depth has edges
-        depth = torch.from_numpy(depth[rows[:, None], columns])[None]
-        box = (left, top, min(left + width, image.width), min(top + height, image.height))
-        image = torch.from_numpy(np.array(image.resize((self.width, self.height), Image.LANCZOS, box=box)))
-        image = image.permute(2, 0, 1) / 127.5 - 1
+        box = left, top, right, bottom = crop_box(image, self.height, self.width, rng.random(), rng.random())
+        columns = left + (np.arange(self.width) + 0.5) * (right - left) / self.width
+        rows = top + (np.arange(self.height) + 0.5) * (bottom - top) / self.height
+        depth = torch.from_numpy(depth[rows.astype(int)[:, None], columns.astype(int)])[None]   # nearest: it has edges
+        image = to_tensor(image.resize((self.width, self.height), Image.LANCZOS, box=box))
         valid = torch.isfinite(depth) & (depth > near) & (depth < far)
         depth = normalise_depth(torch.where(valid, depth, 1.0), valid)
         if rng.random() < 0.5:
@@ -452,9 +458,10 @@ def read_pairs(path, tensors=("noise", "latent")):
 
 
 class Pairs(torch.utils.data.Dataset):
-    """What `sample.py --pairs` wrote into `folder`: latent and noise (z, h, w), caption; the last ones if held_out."""
+    """What `sample.py --pairs` wrote into `folder`: latent and noise (z, h, w), caption. The last `validation` pairs
+    are behind the end, for `pair` alone."""
 
-    def __init__(self, folder, validation, held_out=False):
+    def __init__(self, folder, validation):
         self.files, self.starts, n = sorted(Path(folder).glob("pairs-*.safetensors")), [], 0
         if not self.files:
             raise ValueError(f"{folder} has no pairs-*.safetensors: sample.py --pairs N --out {folder} makes them")
@@ -467,18 +474,25 @@ class Pairs(torch.utils.data.Dataset):
             n += len(pairs["prompts"])
         if n <= validation:
             raise ValueError(f"{folder} has {n} pairs, of which {validation} are held out (--validation): make more")
-        self.first, self.n = (n - validation, validation) if held_out else (0, n - validation)
+        self.n = n - validation
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, key):
-        i = self.first + key % self.n
+        return self.pair(key % self.n)
+
+    def pair(self, i):
         file = bisect.bisect_right(self.starts, i) - 1
         with safe_open(self.files[file], "pt") as opened:
             j, prompts = i - self.starts[file], json.loads(opened.metadata()["prompts"])
             return {"noise": opened.get_slice("noise")[j].float(), "latent": opened.get_slice("latent")[j].float(),
                     "caption": prompts[j]}
+
+
+def to_tensor(image):
+    """PIL image or uint8 (H, W, 3) -> (3, H, W) in [-1, 1]"""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
 def to_pil(image):

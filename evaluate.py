@@ -25,7 +25,8 @@ from torch import nn
 from tqdm import tqdm
 
 import lora
-from data import LABELS, PLAIN, SUFFIXES, Scenes, cli, find_depth, open_rgb, read_depth, render, save_grid
+from data import (LABELS, PLAIN, SUFFIXES, Scenes, cli, find_depth, open_rgb, pictures_in, read_depth, read_text,
+                  render, save_grid)
 from diff2flow import OBJECTIVES
 from model import TINY_PRIOR, CheckpointFile, load_checkpoint, pick_device, save_tensors
 from schedule import sd_schedule
@@ -192,14 +193,17 @@ def kitti_crop(depth):
     return depth[top:, left:left + KITTI_CROP[1]]
 
 
+SPACES = {  # from depth, and back
+    "log": (np.log, np.exp), "depth": (np.asarray, np.asarray),
+    "disparity": (np.reciprocal, lambda disparity: 1 / disparity.clip(min=1e-3))}
+
+
 def align(prediction, truth, valid, space):
     """Least-squares scale and shift of the prediction to the truth in `space` -> depth (H, W) in metres."""
-    target = {"depth": truth, "log": np.log(truth), "disparity": 1 / truth}[space]
+    forward, back = SPACES[space]
     system = np.stack([prediction[valid], np.ones(valid.sum())], 1)
-    scale, shift = np.linalg.lstsq(system, target[valid], rcond=None)[0]
-    aligned = scale * prediction + shift
-    return {"depth": lambda: aligned, "log": lambda: np.exp(aligned),
-            "disparity": lambda: 1 / aligned.clip(min=1e-3)}[space]()
+    scale, shift = np.linalg.lstsq(system, forward(truth[valid]), rcond=None)[0]
+    return back(scale * prediction + shift)
 
 
 def depth_errors(prediction, truth, valid, near, far):
@@ -243,7 +247,7 @@ class Fitted(torch.utils.data.Dataset):
     """The pictures of a folder, scaled and cropped around their centre to height x width: uint8 (3, H, W)."""
 
     def __init__(self, folder, size=None):
-        self.paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
+        self.paths = pictures_in(folder)
         if len(self.paths) < 2:
             raise ValueError(f"{folder} has {len(self.paths)} pictures ({' '.join(SUFFIXES)}): at least 2 are needed")
         self.size = size or open_rgb(self.paths[0]).size
@@ -286,7 +290,7 @@ def clip_figures(samples, args, device):
         raise ValueError(f"--clip {name} {weights}: no such file of weights")
     network, _, transform = open_clip.create_model_and_transforms(name, pretrained=weights, device=device)
     tokenizer, total, n = open_clip.get_tokenizer(name), {}, len(samples)
-    prompts = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else []
+    prompts = read_text(Path(args.prompts)).splitlines() if args.prompts else []
     if args.prompts and len(prompts) != n:
         raise ValueError(f"--prompts {args.prompts}: {len(prompts)} lines for {n} pictures; line i is of picture i")
     head = aesthetics_head(args.aesthetics).to(device) if args.aesthetics else None
@@ -315,7 +319,7 @@ def images(args):
 
 
 def plot(args):
-    """Velocity error over steps of many runs: a panel for each LoRA, a line for each objective, the seeds' span shaded."""
+    """Velocity error over steps of many runs: a panel a LoRA, a line an objective, the seeds' span shaded."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -366,7 +370,7 @@ def main():
     add("truth", help="folder of the data set, as Marigold distributes it, or of pictures with depth")
     add("--dataset", choices=list(PROTOCOLS), default="plain", help="its units, range and crop (default: plain)")
     add("--list", help="Marigold's file list: picture, depth file and mask, a line an image (default: what is found)")
-    add("--align", choices=["log", "depth", "disparity"], default="log",
+    add("--align", choices=list(SPACES), default="log",
         help="space of the least-squares fit (default: log, which our models predict)")
     add("--scale", type=float, help="metres a unit of the depth files (default: the data set's)")
     add = commands.add_parser("images", help="FID, CLIP score and aesthetics of a folder of samples").add_argument

@@ -15,14 +15,14 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import lora
-from data import SUFFIXES, ImageFolder, Scenes, cli, open_rgb, read_pairs, save_depth, save_grid, save_image
+from data import (SUFFIXES, ImageFolder, Scenes, cli, open_rgb, pictures_in, read_pairs, read_text, save_depth,
+                  save_grid, save_image, to_tensor)
 from diff2flow import OBJECTIVES
 from model import TINY_PRIOR, Conditioned, load_checkpoint, pick_device, save_tensors
 from schedule import sd_schedule
@@ -100,11 +100,7 @@ def sigma_grid(flow, steps):
 def read_prompts(args):
     prompts = list(args.prompt or [])
     if args.prompts:
-        try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompts {args.prompts}: not UTF-8 text") from error
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += [line.strip() for line in read_text(Path(args.prompts)).splitlines() if line.strip()]
         if not prompts:
             raise ValueError(f"--prompts {args.prompts}: no prompt in it")
     if args.data:
@@ -170,7 +166,7 @@ def pictures_of(paths):
     """Files, and folders of files -> {where below --out the depth goes: picture}."""
     found = {}
     for path in map(Path, paths):
-        inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+        inside = pictures_in(path)
         for picture in inside if path.is_dir() else [path]:
             name = (picture.relative_to(path) if path.is_dir() else Path(picture.name)).with_suffix("")
             if name in found:
@@ -184,7 +180,7 @@ def pictures_of(paths):
     return found
 
 
-def make_depth(args, sd, pictures, sample):
+def make_depth(args, sd, pictures, depth_of):
     """For each picture, at its own size, log depth in which -1 is its near and 1 its far quantile (1 % and 99 %), as
     NAME.npy; as NAME_16bit.png, 0 near and 65535 far; and as a coloured NAME_colour.png."""
     out = Path(args.out)
@@ -198,9 +194,7 @@ def make_depth(args, sd, pictures, sample):
         if not args.size:  # as many pixels as in training, in the picture's own shape
             factor = math.sqrt(height * width / (image.height * image.width))
             height, width = (max(1, round(side * factor / sd.multiple)) * sd.multiple for side in image.size[::-1])
-        small = np.array(image.resize((width, height), Image.LANCZOS))
-        small = torch.from_numpy(small).permute(2, 0, 1)[None] / 127.5 - 1
-        depth = torch.stack([sample(small, some).mean((0, 1)) for some in range(args.ensemble)]).mean(0)
+        depth = depth_of(to_tensor(image.resize((width, height), Image.LANCZOS))[None])
         depth = F.interpolate(depth[None, None], image.size[::-1], mode="bilinear", antialias=True)[0, 0].clamp(-1, 1)
         save_depth(out / name, depth.numpy())
     print(f"{out}/{name}.npy ... depth of {len(pictures)} pictures")
@@ -239,12 +233,13 @@ def main():
     if args.task == "depth":
         empty = sd.encode_text([""])
 
-        def depth_of(image, number):
+        def depth_of(image):
+            """image (1, 3, H, W) -> (H, W), the mean of the ensemble."""
             with amp:
                 picture = sd.encode(image.to(device)).float()
-                x0 = noises([number], picture.shape[1:], args.seed).to(device)
-                latents = flow.sample(x0, (empty, picture), args.steps)
-                return sd.decode(latents).float().cpu()
+                samples = [flow.sample(x0[None].to(device), (empty, picture), args.steps)
+                           for x0 in noises(range(args.ensemble), picture.shape[1:], args.seed)]
+                return torch.stack([sd.decode(x1).float().cpu().mean((0, 1)) for x1 in samples]).mean(0)
 
         make_depth(args, sd, pictures, depth_of)
         return

@@ -4,8 +4,8 @@
     python train.py --ckpt sd21.safetensors --data photos/ --lora base            the paper's recipe on your pictures
 
 A run is a folder: lora.safetensors or model.safetensors (what other tools load), state.safetensors (what --resume
-reads), metrics.jsonl, validation.jsonl (what --preview-every measured), and pictures. Step s draws its batch, noise and times from (seed, s) alone, so a run that was
-killed and resumed ends like one that was not.
+reads), metrics.jsonl, validation.jsonl (what --preview-every measured), and pictures. Step s draws its batch, noise and
+times from (seed, s) alone, so a run that was killed and resumed ends like one that was not.
 """
 import argparse
 import copy
@@ -142,7 +142,7 @@ def saved_settings(folder):
 # ------------------------------------------------------------------ data
 
 class Batches:
-    """Step -> (images, captions), read ahead by threads; scenes are kept as latents once they were encoded.
+    """Batches of a data set's items, read ahead by threads; scenes are kept as latents once they were encoded.
 
     A key is epoch * n + index: each epoch is a new permutation, and a photograph's crop depends on the key.
     """
@@ -459,8 +459,9 @@ def open_data(args, sd):
     """-> dataset, held-out items, (height, width), and where they come from, in words."""
     n = args.validation
     if args.task == "reflow":
-        dataset, held_out = Pairs(args.data, n), Pairs(args.data, n, held_out=True)
-        return dataset, [held_out[i] for i in range(n)], dataset.about["size"], f"pairs in {args.data}"
+        dataset = Pairs(args.data, n)
+        held_out = [dataset.pair(len(dataset) + i) for i in range(n)]
+        return dataset, held_out, dataset.about["size"], f"pairs in {args.data}"
     height, width = sd.picture_size(args.size)
     if args.data and args.task == "depth":
         dataset = held_out = DepthFolders(args.data, args.weights, height, width, args.seed)
@@ -491,8 +492,9 @@ def train_unet(args, device, amp, out):
           f"data: {len(dataset):,} {source}, {height}x{width}\n"
           f"{args.steps:,} steps of {args.batch * args.grad_accum} images, lr {args.lr:g} {args.decay}, "
           f"{args.precision} on {device}, into {out}/")
-    with torch.no_grad(), amp:
-        empty = sd.encode_text([""])
+    if args.task == "depth":
+        with torch.no_grad(), amp:
+            empty = sd.encode_text([""])
 
     @torch.no_grad()
     def encode(items):

@@ -92,15 +92,14 @@ class Diff2Flow(nn.Module):
         return torch.linspace(0, 1, steps + 1, device=self.f_table.device)
 
     @torch.no_grad()
-    def sample(self, x0, context, steps, uncond=None, cfg=1.0, progress=iter):
-        """Algorithm 2: Euler from noise x0 to x1 (B, C, H, W). progress wraps the loop, as tqdm does.
+    def sample(self, x0, context, steps, uncond=None, cfg=1.0, callback=lambda x_fm: None):
+        """Algorithm 2: Euler from noise x0 to x1 (B, C, H, W). callback(x_fm) is called after each step.
 
-        Guidance (cfg != 1) extrapolates u from uncond (B, L, D) to context, in one batch of 2B; u is affine in v and in
-        eps, so it is the same as on them.
+        Guidance (cfg != 1) extrapolates u from uncond (B, L, D) to context; u is affine in v and eps: it is theirs.
         """
         grid = self.grid(steps)
         x_fm = x0.float() / sum(alpha_sigma(grid[0]))                       # x_dm = x0 at the first level
-        for i in progress(range(steps)):
+        for i in range(steps):
             t_fm = grid[i].expand(len(x0))
             if cfg == 1:
                 u = self(x_fm, t_fm, context)
@@ -108,6 +107,7 @@ class Diff2Flow(nn.Module):
                 u, u_uncond = self(x_fm.repeat(2, 1, 1, 1), t_fm.repeat(2), torch.cat([context, uncond])).chunk(2)
                 u = u_uncond + cfg * (u - u_uncond)
             x_fm = x_fm + (grid[i + 1] - grid[i]) * u                       # Eq. 6
+            callback(x_fm)
         return x_fm
 
 

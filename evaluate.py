@@ -1,16 +1,19 @@
 """The paper's measures. Each command prints its settings, the count of pictures and the figures, last as a JSON line.
 
     python evaluate.py captions --steps 25 --cfg 4                      samples of the procedural scenes, no download
+    python evaluate.py depth-scenes runs/depth/lora.safetensors --steps 2 10 --ensemble 1 4
     python evaluate.py depth depth/ nyu/ --dataset nyu --list filename_list_test.txt            Tables 2 and 4, Figure 8
     python evaluate.py images samples/ --real coco/val2017/ --inception weights.pth             Tables 1 and 3, Figure 5
 
-captions: the share whose every attribute a classifier finds in the sampled picture, and the Frechet distance of its
-features to real scenes'. It is trained here at first use, kept in runs/, and refused if it is right about every
-attribute in less than 98 % of real held-out scenes.
+captions: the share whose every attribute a classifier finds in the sampled picture, the Frechet distance of its
+features to real scenes', the straightness of the paths, mean |u - (x1 - x0)|^2 along them, and the mean of what should
+be plain black or white. The classifier is trained here at first use, kept in runs/, and refused if it is right about
+every attribute in less than 98 % of real held-out scenes.
 depth: affine-invariant depth as Marigold's protocol has it: least squares on an image's valid pixels, clipped to the
 data set's range, a mean over pixels, then over images. AbsRel = mean |d - d*| / d*, delta1 = share of
 max(d / d*, d* / d) < 1.25.
 images: FID by torch-fidelity, CLIP score by open_clip, LAION's aesthetics, each with the weights that you name.
+plot, table: velocity error over steps, and any results, of many runs.
 """
 import argparse
 import json
@@ -27,8 +30,8 @@ from tqdm import tqdm
 import lora
 from data import (LABELS, PLAIN, SUFFIXES, Scenes, cli, find_depth, open_rgb, pictures_in, read_depth, read_text,
                   render, save_grid)
-from diff2flow import OBJECTIVES
-from model import TINY_PRIOR, CheckpointFile, load_checkpoint, pick_device, save_tensors
+from diff2flow import OBJECTIVES, alpha_sigma
+from model import TINY_PRIOR, CheckpointFile, Conditioned, load_checkpoint, pick_device, save_tensors
 from schedule import sd_schedule
 
 SIZE, CLASSES = 64, [len(classes) for classes in LABELS.values()]   # pixels a side; classes of each attribute
@@ -110,24 +113,62 @@ def score(predicted, labels):
     return {"all": (right | ~applies).all(1).float().mean().item(), **dict(zip(LABELS, own))}
 
 
-def captions(args):
-    if min(args.n, args.steps, args.batch) < 1:
-        raise ValueError("--n, --steps and --batch must be at least 1")
-    device, out = pick_device(args.device), Path(args.out or f"runs/evaluate-{Path(args.ckpt).stem}")
-    sd = load_checkpoint(args.ckpt, device)
-    objective = sd.metadata.get("objective", "diff2flow")
-    if args.lora is not None:
-        objective = lora.load(args.lora, sd.unet).get("objective", objective)
+def load_model(path, device, objective=None):
+    """A checkpoint, or a LoRA of train.py on the base that result.json beside it names -> the model, its velocity field,
+    and what a result says of it: its file, its objective, its cfg, and the run of train.py that it came from."""
+    path, result = Path(path), Path(path).with_name("result.json")
+    run = json.loads(result.read_text()) if result.exists() else {}
+    if any(key.startswith("lora_") for key in CheckpointFile(path).shapes):
+        sd = load_checkpoint(run.get("ckpt") or TINY_PRIOR, device, ema=run.get("use_ema", False))
+        if CheckpointFile(path).metadata.get("task") == "depth":
+            sd.widen()
+        sd.metadata |= lora.load(path, sd.unet)
         lora.merge(sd.unet)
+    else:
+        sd = load_checkpoint(path, device)
+    objective = objective or sd.metadata.get("objective", "diff2flow")
     if objective not in OBJECTIVES:
-        raise ValueError(f"{args.lora or args.ckpt}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
-    flow = OBJECTIVES[objective](sd.unet, *sd_schedule(), sd.prediction).to(device)
-    settings = vars(args) | {"out": str(out), "device": str(device), "objective": objective,
-                             "prediction": sd.prediction}
-    print(json.dumps(settings))
-    classifier = load_classifier(args.style, device)
+        raise ValueError(f"{path}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+    wide = sd.config.in_channels > sd.config.latent_channels
+    flow = OBJECTIVES[objective](Conditioned(sd.unet) if wide else sd.unet, *sd_schedule(), sd.prediction).to(device)
+    return sd, flow, {"model": str(path), "objective": objective, "prediction": sd.prediction, "run": run}
+
+
+def shift_grid(flow, shift):
+    """Ask the network at timesteps lower by `shift` (Figure 2: fractional ones, which it never saw)."""
+    grid = flow.grid
+
+    def shifted(steps):
+        t_fm = grid(steps)
+        return torch.cat([flow.f_t(flow.f_t_inv(t_fm[:-1]) - shift), t_fm[-1:]])
+
+    flow.grid = shifted
+
+
+def straightness(points, grid):
+    """x_fm (B, C, H, W) at the N + 1 times of `grid` -> mean of |u - (x1 - x0)|^2 over the path: 0 if it is a line."""
+    chord = (points[-1] - points[0]) / (grid[-1] - grid[0])
+    errors = [((b - a) / dt - chord).square().mean() for a, b, dt in zip(points, points[1:], grid.diff())]
+    return (torch.stack(errors) * grid.diff()).sum().item() / (grid[-1] - grid[0]).item()
+
+
+def sample_captions(sd, flow, texts, noise, steps, cfg, batch):
+    """-> samples (N, 3, 64, 64), straightness of their paths."""
+    samples, straight, grid = [], 0.0, flow.grid(steps)
+    for i in tqdm(range(0, len(texts), batch), f"{steps} steps", dynamic_ncols=True):
+        x0, context = noise[i:i + batch].to(grid.device), sd.encode_text(texts[i:i + batch])
+        uncond, points = sd.encode_text([""]).expand_as(context), [x0 / sum(alpha_sigma(grid[0]))]
+        x1 = flow.sample(x0, context, steps, uncond, cfg, points.append)
+        samples.append(sd.decode(x1).clamp(-1, 1))
+        straight += straightness(points, grid) * len(x0) / len(texts)
+    return torch.cat(samples), straight
+
+
+def real_scenes(args, classifier, sd, device):
+    """-> scenes, labels, the classifier's score on them as they are and decoded by sd, features of as many others."""
     world = Scenes(max(args.n, REAL_SCENES), SIZE, SIZE, args.style, HELD_OUT_SEED + args.seed)
-    scenes = [world.scene(i) for i in range(len(world))]
+    scenes = [world.scene(i) for i in range(2 * len(world))]
+    scenes, others = scenes[:len(world)], scenes[len(world):]
     images, labels = draw(scenes)
     shares = {"real": score(predict(classifier, images.to(device)), labels)}
     if shares["real"]["all"] < REQUIRED:
@@ -135,26 +176,87 @@ def captions(args):
                          f"{REQUIRED:.0%}: delete runs/classifier-{args.style}.safetensors, and it is trained again")
     decoded = torch.cat([sd.decode(sd.encode(some.to(device))).clamp(-1, 1) for some in images.split(args.batch)])
     shares["decoded"] = score(predict(classifier, decoded), labels)
+    return scenes, labels, shares, torch.cat([classifier[:-1](some.to(device)) for some in draw(others)[0].split(256)])
 
-    texts, side, samples = [scene.caption for scene in scenes[:args.n]], SIZE // sd.factor, []
-    shape = (args.n, sd.config.latent_channels, side, side)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    for i in tqdm(range(0, args.n, args.batch), "samples", dynamic_ncols=True):
-        x0, context = noise[i:i + args.batch], sd.encode_text(texts[i:i + args.batch])
-        uncond = sd.encode_text([""]).expand_as(context)
-        samples.append(sd.decode(flow.sample(x0, context, args.steps, uncond, args.cfg)).clamp(-1, 1))
-    samples = torch.cat(samples)
-    shares["samples"] = score(predict(classifier, samples), labels[:args.n])
-    save_grid(out / "samples.png", samples[:32], 8, captions=texts[:32])
-    features, others = classifier[:-1], [world.scene(i) for i in range(len(world), 2 * len(world))]
-    distance = frechet_distance(*(torch.cat([features(some.to(device)) for some in pictures.split(256)])
-                                  for pictures in (samples, draw(others)[0])))
 
-    print(f"{out}/samples.png\nright in    {len(world)} real scenes, the same encoded and decoded, {args.n} samples")
-    for head in shares["real"]:
-        print(f"{head:10}", *("   none" if of[head] is None else f"{of[head]:7.1%}" for of in shares.values()))
-    print(f"Frechet distance of the samples to {len(others)} other real scenes: {distance:.2f}")
-    print(json.dumps({**settings, "real_scenes": len(world), "shares": shares, "frechet": distance}))
+def captions(args):
+    if min(args.n, args.batch, *args.steps) < 1:
+        raise ValueError("--n, --steps and --batch must be at least 1")
+    device, out = pick_device(args.device), Path(args.out)
+    models = [load_model(path, device, args.objective) for path in args.models]
+    settings = {name: vars(args)[name] for name in ("n", "seed", "style", "t_shift")} | {"device": str(device)}
+    print(json.dumps({**vars(args), **settings}))
+    classifier = load_classifier(args.style, device)
+    sd = models[0][0]
+    scenes, labels, shares, real_features = real_scenes(args, classifier, sd, device)
+    texts, side = [scene.caption for scene in scenes[:args.n]], SIZE // sd.factor
+    plain = {name: [i for i, text in enumerate(texts) if text == f"a {name} image"] for name in ("black", "white")}
+    noise = torch.randn((args.n, sd.config.latent_channels, side, side),
+                        generator=torch.Generator().manual_seed(args.seed))
+    shown, rows = {}, []
+    for sd, flow, about in models:
+        cfg = float(sd.metadata.get("cfg", 4.0)) if args.cfg is None else args.cfg
+        if args.t_shift:
+            shift_grid(flow, args.t_shift)
+        for steps in args.steps:
+            samples, straight = sample_captions(sd, flow, texts, noise, steps, cfg, args.batch)
+            sampled = score(predict(classifier, samples), labels[:args.n])
+            distance = frechet_distance(torch.cat([classifier[:-1](x) for x in samples.split(256)]), real_features)
+            means = {name: (samples[i].mean().item() + 1) / 2 for name, i in plain.items() if i}
+            rows.append({**settings, **about, "steps": steps, "cfg": cfg, "real_scenes": len(scenes),
+                         "all": sampled["all"], "frechet": distance, "straightness": straight, "plain": means,
+                         "shares": {**shares, "samples": sampled}})
+            shown[f"{about['model']} {steps} steps"] = samples[:8 if len(models) * len(args.steps) > 1 else 32]
+            print(f"{about['model']}, {steps} steps, cfg {cfg:g}: every attribute right in {sampled['all']:.1%}, "
+                  f"Frechet distance to {len(scenes)} other real scenes {distance:.1f}, straightness {straight:.4f}"
+                  + "".join(f", mean of a {name} image {mean:.3f}" for name, mean in means.items()))
+    save_grid(out / "samples.png", torch.cat(list(shown.values())), 8,
+              row_labels=[name.replace("/", "/ ") for name in shown] if len(shown) > 1 else None,
+              captions=[text for images in shown.values() for text in texts[:len(images)]])
+    (out / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"right in: {len(scenes)} real scenes | the same, encoded and decoded | {args.n} samples of "
+          + " | ".join(shown))
+    columns = [*shares.values(), *(row["shares"]["samples"] for row in rows)]
+    for head in LABELS | {"all": None}:
+        print(f"{head:10}", *("   none" if of[head] is None else f"{of[head]:7.1%}" for of in columns))
+    print(f"{out}/samples.png, {out}/captions.jsonl")
+    for row in rows:
+        print(json.dumps(row))
+
+
+def depth_scenes(args):
+    """Depth of held-out procedural scenes by models of train.py --task depth, aligned in log depth."""
+    device, out, rows = pick_device(args.device), Path(args.out), []
+    if min(args.n, *args.steps, *args.ensemble) < 1:
+        raise ValueError("--n, --steps and --ensemble must be at least 1")
+    models = [load_model(path, device) for path in args.models]
+    for sd, flow, about in models:
+        if sd.config.in_channels == sd.config.latent_channels:
+            raise ValueError(f"{about['model']}: not trained by train.py --task depth")
+    world = Scenes(args.n, SIZE, SIZE, "solid", HELD_OUT_SEED + args.seed)
+    items = [world[i] for i in range(args.n)]
+    images = torch.stack([item["image"] for item in items]).to(device)
+    truths = [item["depth"][0].double().numpy() for item in items]
+    for sd, flow, about in models:
+        picture = sd.encode(images)
+        empty = sd.encode_text([""]).expand(args.n, -1, -1)
+        noise = torch.randn((max(args.ensemble), *picture.shape), generator=torch.Generator().manual_seed(args.seed))
+        for steps in args.steps:
+            decoded = [sd.decode(flow.sample(x0.to(device), (empty, picture), steps)).mean(1)
+                       for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
+            for ensemble in args.ensemble:
+                predictions = torch.stack(decoded[:ensemble]).mean(0).clamp(-1, 1).double().cpu().numpy()
+                errors = []
+                for prediction, truth in zip(predictions, truths):
+                    aligned = align(prediction, truth, np.ones(truth.shape, bool), "log")
+                    errors.append(depth_errors(aligned, truth, np.ones(truth.shape, bool), 1e-5, math.inf))
+                row = {**about, "steps": steps, "ensemble": ensemble, "images": args.n, "seed": args.seed, "align": "log",
+                       **{name: float(np.mean([error[name] for error in errors])) for name in errors[0]}}
+                rows.append(row)
+                print(json.dumps(row))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "depth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"{out}/depth.jsonl")
 
 
 PROTOCOLS = {  # metres a unit of the depth files, nearest and farthest valid depth (Marigold's evaluation)
@@ -352,19 +454,51 @@ def plot(args):
     print(args.out)
 
 
+def table(args):
+    """A Markdown table: a row for each different `by`, and of each figure the mean and, in brackets, its span."""
+    def look(row, name):
+        for part in name.split("."):
+            row = (row or {}).get(part)
+        return row
+
+    groups = {}
+    for path in args.results:
+        for line in read_text(Path(path)).splitlines():
+            row = json.loads(line)
+            groups.setdefault(tuple(str(look(row, name)) for name in args.by), []).append(
+                [look(row, name) for name in args.of])
+    print(f"| {' | '.join(args.by)} | n | {' | '.join(args.of)} |\n|{'---|' * (len(args.by) + 1 + len(args.of))}")
+    for group, rows in groups.items():
+        cells = []
+        for values in zip(*rows):
+            values = [value for value in values if value is not None]
+            cells.append(f"{np.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})" if values else "")
+        print(f"| {' | '.join(group)} | {len(rows)} | {' | '.join(cells)} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("captions", help="caption accuracy of samples of the procedural scenes").add_argument
-    add("--ckpt", default=str(TINY_PRIOR), help="Stable Diffusion 1.x or 2.x file (default: the bundled small one)")
-    add("--lora", help="LoRA file made for it (default: none)")
-    for name, default, what in (("--steps", 25, "Euler steps"), ("--cfg", 4.0, "guidance, 1 for none"),
-                                ("--n", 512, "captions, one sample each"), ("--batch", 64, "samples at a time"),
-                                ("--seed", 0, "of the scenes and the noise")):
-        add(name, type=type(default), default=default, help=f"{what} (default: {default})")
+    def of_models(name, what, out, n, steps):
+        parser = commands.add_parser(name, help=what)
+        add = parser.add_argument
+        add("models", nargs="*", default=[str(TINY_PRIOR)],
+            help="checkpoints, and LoRA files of train.py (default: the bundled checkpoint)")
+        add("--steps", type=int, nargs="+", default=steps, help=f"Euler steps, one or more (default: {steps})")
+        add("--n", type=int, default=n, help=f"scenes (default: {n})")
+        add("--seed", type=int, default=0, help="of the scenes and the noise (default: 0)")
+        add("--device", help="cuda or cpu (default: cuda if there is one)")
+        add("--out", default=out, help=f"folder of the results (default: {out})")
+        return add
+
+    add = of_models("captions", "caption accuracy of samples of the procedural scenes", "runs/captions", 512, [25])
+    add("--cfg", type=float, help="guidance, 1 for none (default: 4.0, 1 after Reflow)")
+    add("--batch", type=int, default=64, help="samples at a time (default: 64)")
     add("--style", choices=list(PLAIN), default="solid", help="of the scenes (default: solid)")
-    add("--device", help="cuda or cpu (default: cuda if there is one)")
-    add("--out", help="folder of the pictures (default: runs/evaluate- and the checkpoint's name)")
+    add("--objective", choices=list(OBJECTIVES), help="how to sample (default: from the file, else diff2flow)")
+    add("--t-shift", type=float, default=0.0, help="ask the network at timesteps lower by this (default: 0)")
+    add = of_models("depth-scenes", "depth of procedural scenes", "runs/depth-scenes", 48, [10])
+    add("--ensemble", type=int, nargs="+", default=[1], help="depth is the mean of so many samples (default: [1])")
     add = commands.add_parser("depth", help="depth of sample.py --task depth against the truth").add_argument
     add("predictions", help="folder of .npy files, named like the pictures")
     add("truth", help="folder of the data set, as Marigold distributes it, or of pictures with depth")
@@ -385,8 +519,13 @@ def main():
     add = commands.add_parser("plot", help="velocity error over steps of many runs of train.py").add_argument
     add("runs", nargs="+", help="their folders")
     add("--out", default="plot.png", help="the picture (default: plot.png)")
+    add = commands.add_parser("table", help="many results in one table: means and spans over seeds").add_argument
+    add("results", nargs="+", help="files of JSON lines: result.json of train.py, captions.jsonl, depth.jsonl")
+    add("--by", nargs="+", required=True, help="what tells rows apart, such as objective, run.lora")
+    add("--of", nargs="+", required=True, help="the figures, such as all, plain.black")
     args = parser.parse_args()
-    {"captions": captions, "depth": depth, "images": images, "plot": plot}[args.command](args)
+    {"captions": captions, "depth-scenes": depth_scenes, "depth": depth, "images": images, "plot": plot,
+     "table": table}[args.command](args)
 
 
 if __name__ == "__main__":

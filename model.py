@@ -54,7 +54,7 @@ class Config:
 SD21 = Config()
 SD15 = Config(context_width=768, linear_projection=False, open_clip=False, text_width=768, text_layers=12)
 TINY = Config(unet_widths=(96, 64), unet_res_blocks=1, attention=(False, True), context_width=32,
-              vae_widths=(64, 64, 64), vae_res_blocks=1, text_width=32, text_layers=3)
+              linear_projection=False, vae_widths=(64, 64, 64), vae_res_blocks=1, text_width=32, text_layers=4)
 
 
 # ------------------------------------------------------------------ blocks
@@ -111,6 +111,13 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + self.out_layers(h)
 
 
+def attend(q, k, v):
+    """q (B, heads, N, D), k, v (B, heads, L, D) -> softmax(q k^T / sqrt(D)) v, (B, heads, N, D)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 256:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v  # 3 to 5 times faster than the fused one
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """x (B, N, C), context (B, L, D) -> (B, N, C)."""
 
@@ -125,7 +132,7 @@ class Attention(nn.Module):
     def forward(self, x, context):
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)              # (B, heads, N or L, C / heads)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(-2))
 
 
 class GEGLU(nn.Module):
@@ -428,6 +435,7 @@ def text_tower(config):
         act_layer=nn.GELU if config.open_clip else QuickGELU)
     if config.text_width < 64:  # initialised for widths of hundreds: at 32 the words would all but vanish
         nn.init.normal_(tower.token_embedding.weight, std=0.5)
+        nn.init.normal_(tower.positional_embedding, std=0.1)
     return tower
 
 

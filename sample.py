@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import shlex
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -252,10 +251,10 @@ def main():
     with amp:
         uncond = sd.encode_text([args.negative])
 
-    def sample(noise, texts, progress=iter):
+    def sample(noise, texts, **more):
         with amp:
             context = sd.encode_text(texts)
-            return flow.sample(noise.to(device), context, args.steps, uncond.expand_as(context), args.cfg, progress)
+            return flow.sample(noise.to(device), context, args.steps, uncond.expand_as(context), args.cfg, **more)
 
     if args.pairs:
         about = {"ckpt": Path(ckpt).name, "lora": adapter and str(adapter), "objective": objective, "seed": args.seed,
@@ -271,8 +270,9 @@ def main():
     images = []
     for start in range(0, n, args.batch):
         some = range(n)[start:start + args.batch]
-        bar = partial(tqdm, desc=f"pictures {some[0] + 1} to {some[-1] + 1}", unit="step", leave=False)
-        latents = sample(noises(some, shape, args.seed), prompts[some[0]:some[-1] + 1], bar)
+        with tqdm(desc=f"pictures {some[0] + 1} to {some[-1] + 1}", total=args.steps, unit="step", leave=False) as bar:
+            latents = sample(noises(some, shape, args.seed), prompts[some[0]:some[-1] + 1],
+                             callback=lambda x_fm: bar.update())
         with amp:
             images.append(sd.decode(latents).float().cpu())
     images = torch.cat(images)

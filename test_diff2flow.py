@@ -507,17 +507,11 @@ def test_guidance_costs_one_call_of_two_batches_a_step_and_none_costs_one_call_o
     assert [(len(x_dm), len(t_dm), len(context)) for x_dm, t_dm, context in spy.calls] == [(10, 10, 10)] * 3
 
 
-def test_sampling_wraps_its_loop_in_progress_and_keeps_no_graph():
+def test_sampling_shows_each_point_of_its_path_and_keeps_no_graph():
     seen = []
-
-    def progress(loop):
-        assert len(loop) == 3                                     # what a bar needs to know its end
-        for i in loop:
-            seen.append(i)
-            yield i
-
-    assert not wrap(Arbitrary()).sample(X0, CONTEXT, 3, progress=progress).requires_grad
-    assert seen == [0, 1, 2]
+    x1 = wrap(Arbitrary()).sample(X0, CONTEXT, 3, callback=seen.append)
+    assert len(seen) == 3 and seen[-1] is x1 and not x1.requires_grad
+    assert torch.allclose(seen[0], X0 + wrap(Arbitrary())(X0, torch.zeros(len(X0)), CONTEXT) / 3)
 
 
 # ---- Algorithm 1
@@ -994,6 +988,13 @@ def test_sizes_that_do_not_divide_are_refused_in_one_line(files):
     assert sd.picture_size() == (512, 512)
     with pytest.raises(ValueError, match="^size 64x100: both sides must be multiples of 64"):
         sd.picture_size([64, 100])
+
+
+@pytest.mark.parametrize("tokens", [64, 300])
+def test_attention_in_bfloat16_on_a_cpu_is_attention(tokens):
+    q, k, v = (rand(2, 8, n, 8, seed=n + i).bfloat16() for i, n in enumerate((tokens, 77, 77)))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert relative(model.attend(q, k, v), exact) < 8e-3                            # bfloat16 has 8 bits: 2^-8 = 4e-3
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21"])
@@ -2389,6 +2390,19 @@ def test_pictures_and_checkpoints_come_at_their_intervals():
     assert steps == [3, 4]
 
 
+def test_keep_leaves_the_weights_of_each_checkpoint_under_its_step():
+    works(train, SHORT + "--out run --save-every 2 --keep")
+    kept = {p.name: p.read_bytes() for p in Path("run").glob("lora*")}
+    assert set(kept) == {"lora.safetensors", "lora-000002.safetensors", "lora-000004.safetensors"}
+    assert kept["lora.safetensors"] == kept["lora-000004.safetensors"] != kept["lora-000002.safetensors"]
+
+
+@pytest.mark.parametrize("ckpt, steps", [("assets/tiny-v.safetensors", 300), ("elsewhere/tiny-v.safetensors", 20000)])
+def test_a_bundled_checkpoint_gets_the_recipe_of_the_demo_and_any_other_the_papers(monkeypatch, ckpt, steps):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--ckpt", str(HERE / ckpt)])
+    assert train.arguments().steps == steps
+
+
 def test_a_new_run_does_not_mix_with_an_old_one_in_its_folder():
     works(train, SHORT + "--out run")
     refused = call(train, SHORT + "--out run")
@@ -3118,8 +3132,8 @@ def command(checkpoint, tmp_path, monkeypatch, capsys):
     for name, value in dict(TRAIN_STEPS=2, TRAIN_BATCH=8, REAL_SCENES=8, REQUIRED=0).items():
         monkeypatch.setattr(evaluate, name, value)
 
-    def run(*words):
-        short = "--ckpt", str(checkpoint), "--n", "3", "--steps", "2", "--batch", "2", "--device", "cpu"
+    def run(*words, models=(checkpoint,)):
+        short = *map(str, models), "--n", "3", "--steps", "2", "--batch", "2", "--device", "cpu"
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "captions", *short, *words])
         try:
             cli(evaluate.main)
@@ -3401,7 +3415,8 @@ def test_the_command_trains_a_classifier_once_and_ends_with_one_line_of_json(com
     assert "training the classifier of solid scenes" in first
     result = json.loads(first.splitlines()[-1])
     assert result["n"] == 3 and result["steps"] == 2 and result["cfg"] == 4 and result["seed"] == 0
-    assert result["objective"] == "fm" and result["prediction"] == "v" and result["ckpt"] == str(checkpoint)
+    assert result["objective"] == "fm" and result["prediction"] == "v" and result["model"] == str(checkpoint)
+    assert [json.loads(line) for line in Path("here/captions.jsonl").read_text().splitlines()] == [result]
     assert result["real_scenes"] == 8 and set(result["shares"]) == {"real", "decoded", "samples"}
     for share in result["shares"].values():
         assert list(share) == ["all", *HEADS] and all(x is None or 0 <= x <= 1 for x in share.values())
@@ -3412,20 +3427,108 @@ def test_the_command_trains_a_classifier_once_and_ends_with_one_line_of_json(com
     assert "training" not in again and json.loads(again.splitlines()[-1]) == result
 
 
-def test_pictures_lie_in_a_folder_named_after_the_checkpoint(command):
-    assert "runs/evaluate-random/samples.png" in command()
-
-
-def test_a_lora_says_its_own_objective_and_changes_the_samples(command, checkpoint, tmp_path):
+def random_lora(path, sd, **metadata):
+    """The file of a LoRA with random weights for sd, which stays as it is."""
     torch.manual_seed(1)
-    sd = StableDiffusion(TINY, "v")
-    for parameter in lora.inject(sd.unet, 2):
+    unet = copy.deepcopy(sd.unet)
+    for parameter in lora.inject(unet, 2):
         torch.nn.init.normal_(parameter, std=0.1)
-    lora.save(sd.unet, tmp_path / "lora.safetensors", {"objective": "dm"})
-    command("--out", "without")
-    printed = command("--lora", str(tmp_path / "lora.safetensors"), "--out", "with")
-    assert json.loads(printed.splitlines()[-1])["objective"] == "dm"
-    assert (tmp_path / "with/samples.png").read_bytes() != (tmp_path / "without/samples.png").read_bytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lora.save(unet, path, metadata)
+    return path
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_models_by_steps_are_one_table_and_a_lora_brings_its_base_objective_guidance_and_run(command, checkpoint,
+                                                                                              tmp_path):
+    run = {"ckpt": str(checkpoint), "objective": "dm", "lora": "2", "seed": 5}
+    path = random_lora(tmp_path / "run/lora.safetensors", StableDiffusion(TINY, "v"), objective="dm", cfg="1.0")
+    (tmp_path / "run/result.json").write_text(json.dumps(run))
+    printed = command("--steps", "1", "3", models=(checkpoint, path))
+    rows = rows_of("runs/captions/captions.jsonl")
+    assert [(row["model"], row["steps"], row["objective"], row["cfg"], row["run"]) for row in rows] == [
+        (str(checkpoint), 1, "fm", 4, {}), (str(checkpoint), 3, "fm", 4, {}),
+        (str(path), 1, "dm", 1, run), (str(path), 3, "dm", 1, run)]
+    assert len({row["frechet"] for row in rows}) == 4 and "all " in printed
+    assert rows[0]["straightness"] == pytest.approx(0, abs=1e-9) < rows[1]["straightness"]   # one step is straight
+    with Image.open("runs/captions/samples.png") as grid:
+        assert grid.height > 4 * 128                                                          # a row each
+
+
+def test_straightness_is_zero_on_a_line_and_the_variance_of_the_velocity_on_a_bend():
+    grid = torch.tensor([0.0, 0.25, 1.0])
+    line = [X0 + t * (X1 - X0) for t in grid]
+    assert evaluate.straightness(line, grid) == pytest.approx(0, abs=1e-12)
+    bend = [torch.zeros(SHAPE), torch.full(SHAPE, 1.0), torch.full(SHAPE, 1.0)]     # u = 4, then 0; its mean is 1
+    assert evaluate.straightness(bend, grid) == pytest.approx(0.25 * 3**2 + 0.75 * 1**2)
+
+
+def test_t_shift_asks_the_network_between_its_timesteps():
+    spy = Spy(lambda x_dm, t_dm, context: x_dm)
+    flow = wrap(spy, kind=Diffusion)
+    flow.sample(X0, CONTEXT, 4)
+    evaluate.shift_grid(flow, 0.5)
+    flow.sample(X0, CONTEXT, 4)
+    asked = torch.stack([t_dm[0] for _, t_dm, _ in spy.calls])
+    assert asked.tolist() == pytest.approx([999, 749, 499, 249, 998.5, 748.5, 498.5, 248.5], abs=1e-3)
+
+
+def test_plain_black_and_white_captions_have_their_mean(command, monkeypatch):
+    world = Scenes(400, 64, 64, "outline", evaluate.HELD_OUT_SEED)
+    assert {"a black image", "a white image"} <= {world.scene(i).caption for i in range(40)}
+    command("--style", "outline", "--n", "40", "--steps", "1", "--batch", "40")
+    row, = rows_of("runs/captions/captions.jsonl")
+    assert set(row["plain"]) == {"black", "white"} and all(0 <= mean <= 1 for mean in row["plain"].values())
+
+
+# ------------------------------------------------------------------------------------------------ depth of scenes
+
+def test_depth_of_scenes_is_measured_by_steps_and_ensemble(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sd = load_checkpoint(checkpoint)
+    sd.widen()
+    path = random_lora(tmp_path / "run/lora.safetensors", sd, objective="diff2flow", task="depth")
+    (tmp_path / "run/result.json").write_text(json.dumps({"ckpt": str(checkpoint)}))
+    last = run_evaluate(capsys, "depth-scenes", path, "--steps", 1, 2, "--ensemble", 1, 3, "--n", 2)
+    rows = rows_of("runs/depth-scenes/depth.jsonl")
+    assert [(row["steps"], row["ensemble"]) for row in rows] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    assert len({row["absrel"] for row in rows}) == 4 and all(0 <= row["delta1"] <= 1 for row in rows)
+    assert rows[0]["images"] == 2 and "depth.jsonl" in last
+    assert "not trained by train.py --task depth" in run_evaluate(capsys, "depth-scenes", checkpoint)
+
+
+def test_depth_of_scenes_is_perfect_when_the_network_is_the_truth(checkpoint, tmp_path, capsys, monkeypatch):
+    """What is decoded is replaced by an affine map of the true log depth: no error is left, and noise adds some."""
+    monkeypatch.chdir(tmp_path)
+    world = Scenes(3, 64, 64, "solid", evaluate.HELD_OUT_SEED)
+    truth = torch.stack([world[i]["depth"] for i in range(3)]).log()
+    sd = load_checkpoint(checkpoint)
+    sd.widen()
+    path = random_lora(tmp_path / "run/lora.safetensors", sd, objective="diff2flow", task="depth")
+    (tmp_path / "run/result.json").write_text(json.dumps({"ckpt": str(checkpoint)}))
+    for noise, low, high in ((0.0, 0, 1e-5), (0.05, 1e-3, 0.5)):
+        monkeypatch.setattr(StableDiffusion, "decode", lambda self, latents: 0.4 * truth - 0.7 + noise * rand(3, 1, 64, 64))
+        run_evaluate(capsys, "depth-scenes", path, "--steps", 1, "--n", 3)
+        row, = rows_of("runs/depth-scenes/depth.jsonl")
+        assert low <= row["absrel"] <= high
+
+
+# ------------------------------------------------------------------------------------------------ tables and plots
+
+def test_a_table_has_a_row_a_group_with_the_mean_and_the_span_of_its_seeds(tmp_path, capsys, monkeypatch):
+    for seed, x in ((0, 1.0), (1, 2.0), (2, 6.0)):
+        rows = [{"run": {"objective": o, "seed": seed}, "all": x * k, "plain": {"black": x} if k == 1 else {}}
+                for k, o in ((1, "dm"), (2, "fm"))]
+        (tmp_path / f"{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "table", *map(str, sorted(tmp_path.glob("*.jsonl"))),
+                                      "--by", "run.objective", "--of", "all", "plain.black"])
+    evaluate.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "| run.objective | n | all | plain.black |", "|---|---|---|---|",
+        "| dm | 3 | 3 (1 to 6) | 3 (1 to 6) |", "| fm | 3 | 6 (2 to 12) |  |"]
 
 
 def test_runs_of_several_seeds_and_objectives_are_plotted(tmp_path, capsys):
@@ -3454,7 +3557,7 @@ def test_a_classifier_below_98_percent_is_refused_before_sampling(command, monke
     monkeypatch.setattr(evaluate, "REQUIRED", 0.98)
     with pytest.raises(SystemExit) as exit:
         command()
-    assert exit.value.code == 2 and not (tmp_path / "runs/evaluate-random").exists()
+    assert exit.value.code == 2 and not (tmp_path / "runs/captions").exists()
     line = command.printed.err.splitlines()[-1]
     assert line.startswith("error: the classifier is right about only") and "delete runs/classifier-solid" in line
 
@@ -3466,13 +3569,13 @@ def test_a_classifier_of_another_version_is_refused(command, tmp_path):
     assert "of another version: delete it" in command.printed.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("words, says", [
-    (("--n", "0"), "at least 1"), (("--steps", "0"), "at least 1"), (("--batch", "-2"), "at least 1"),
-    (("--ckpt", "nowhere.safetensors"), "no such checkpoint file"), (("--lora", "nowhere.safetensors"), "nowhere"),
+@pytest.mark.parametrize("words, models, says", [
+    (("--n", "0"), None, "at least 1"), (("--steps", "0"), None, "at least 1"), (("--batch", "-2"), None, "at least 1"),
+    ((), ["nowhere.safetensors"], "no such checkpoint file"),
 ])
-def test_bad_input_is_one_line_before_anything_is_trained(command, tmp_path, words, says):
+def test_bad_input_is_one_line_before_anything_is_trained(command, checkpoint, tmp_path, words, models, says):
     with pytest.raises(SystemExit) as exit:
-        command(*words)
+        command(*words, models=models or [checkpoint])
     errors = [line for line in command.printed.err.splitlines() if line.startswith("error:")]
     assert exit.value.code == 2 and len(errors) == 1 and says in errors[0] and not (tmp_path / "runs").exists()
 

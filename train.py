@@ -32,7 +32,7 @@ from schedule import sd_schedule
 
 PAPER = dict(steps=20000, batch=4, grad_accum=16, lr=1e-5, decay="constant", warmup=0, ema=0.999, caption_dropout=0.02,
              lora="none", scenes=4096, style="outline", objective="diff2flow", validation=16, previews=4)
-RECIPES = {  # the defaults, by task; "demo" is the task on the bundled prior
+RECIPES = {  # the defaults, by task; "demo" is the task on a bundled prior
     "text-to-image": PAPER,
     "text-to-image demo": dict(PAPER, steps=300, batch=32, grad_accum=1, lr=2e-3, decay="cosine", warmup=20,
                                lora="base", scenes=2048, validation=64, previews=8),
@@ -83,6 +83,7 @@ def arguments():
     add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: bf16 on CUDA, fp32 on CPU)")
     add("--preview-every", type=int, default=1000, help="steps between picture grids, 0 for none (default: 1000)")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
+    add("--keep", action="store_true", help="keep the weights of every checkpoint, under its step (default: the last)")
     add("--seed", type=int, default=0, help="of everything random (default: 0)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", help="folder of the run (default: runs/ and the time)")
@@ -90,7 +91,8 @@ def arguments():
     args = parser.parse_args()
     if args.resume:
         return argparse.Namespace(**{**saved_settings(args.resume), "resume": args.resume})
-    recipe = RECIPES.get(f"{args.task} demo" * (not args.ckpt), RECIPES[args.task])
+    bundled = not args.ckpt or Path(args.ckpt).resolve().parent == TINY_PRIOR.resolve().parent
+    recipe = RECIPES.get(f"{args.task} demo" * bundled, RECIPES[args.task])
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -236,7 +238,10 @@ class Averaged:
 
 
 def fit(args, out, named, loss_of, batches, export, preview, start_tensors):
-    """The training loop. named {name: parameter}, loss_of(items) -> scalar, export() and preview(step) see the EMA."""
+    """The training loop. named {name: parameter}, loss_of(items) -> scalar; export and preview see the EMA.
+
+    export(suffix) writes the weights, under that suffix to the name; preview(step) a picture.
+    """
     parameters = list(named.values())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
     average, start = Averaged(named), 0
@@ -286,6 +291,8 @@ def fit(args, out, named, loss_of, batches, export, preview, start_tensors):
                 with average:
                     if saving:
                         export()
+                        if args.keep:
+                            export(f"-{done:06d}")
                     if previewing:
                         preview(done)
                 clock = time.time()
@@ -380,11 +387,11 @@ def train_autoencoder(args, device, amp, out):
         save_grid(path, torch.cat([shown, output]), 16, row_labels=["picture", "decoded"])
         tqdm.write(f"step {step}: squared error {error:.4f} on held-out pictures, {path}")
 
-    def export():
+    def export(suffix=""):
         before = copy.deepcopy(vae.state_dict())
         if whole:
             standardise(vae, pictures[::2])
-        sd.save(out / "model.safetensors", torch.float16, resolution="64")
+        sd.save(out / f"model{suffix}.safetensors", torch.float16, resolution="64")
         vae.load_state_dict(before)
 
     fit(args, out, trained, loss_of, batches, export, preview, state_file(args.resume) if args.resume else None)
@@ -528,26 +535,26 @@ def train_unet(args, device, amp, out):
 
     exam = HeldOut(held_out, sd, flow, encode, context_of, args)
     captions = [held_out[i % len(held_out)]["caption"] for i in range(args.previews)]
-    few, many, cfg_before = (2.0, 4.0, 2.0) if args.task in ("text-to-image", "prior") else (1.0, 1.0, 1.0)
-    if args.task == "reflow":  # guidance is in the pairs, so what learns them needs none
-        cfg_before = dataset.about["cfg"]
+    guided = args.task in ("text-to-image", "prior")  # depth has no caption to guide by; pairs hold their guidance
+    cfg_few, cfg_many = (2.0, 4.0) if guided else (1.0, 1.0)                          # of 4 steps, of 25
+    cfg_before = dataset.about["cfg"] if args.task == "reflow" else cfg_few
 
     def preview(step):
         with amp:
-            error, pictures = exam.velocity_error(), exam.pictures(25, many)
+            error, pictures = exam.velocity_error(), exam.pictures(25, cfg_many)
         save_grid(out / f"step_{step:06d}.png", pictures, 4, captions=captions)
         log = out / "validation.jsonl"
         log.write_text(past_metrics(log, step - 1) + json.dumps({"step": step, "velocity_error": error}) + "\n")
         tqdm.write(f"step {step}: velocity error {error:.4f}, {out}/step_{step:06d}.png")
 
-    def export():
+    def export(suffix=""):
         about = {"objective": args.objective, "style": args.style, "prediction": sd.prediction, "task": args.task,
                  "schedule": "scaled_linear", "preset": args.lora, "base": Path(args.ckpt or TINY_PRIOR).name,
-                 "resolution": f"{height} {width}", **({"cfg": "1.0"} if many == 1 else {})}
+                 "resolution": f"{height} {width}", **({} if guided else {"cfg": "1.0"})}
         if args.lora == "none":
-            sd.save(out / "model.safetensors", torch.float16, **about)
+            sd.save(out / f"model{suffix}.safetensors", torch.float16, **about)
         else:
-            lora.save(sd.unet, out / "lora.safetensors", about)
+            lora.save(sd.unet, out / f"lora{suffix}.safetensors", about)
 
     print("before training: velocity error and samples")
     with amp:
@@ -555,7 +562,7 @@ def train_unet(args, device, amp, out):
     average = fit(args, out, trained, loss_of, batches, export, preview,
                   state_file(args.resume) if args.resume else None)
     with average, amp:
-        error_after, after = exam.velocity_error(), exam.pictures(4, few)
+        error_after, after = exam.velocity_error(), exam.pictures(4, cfg_few)
     rows = {"before, 4 steps": before, f"after {args.steps} steps of training": after}
     if args.task == "depth":
         shown = [held_out[i % len(held_out)] for i in range(args.previews)]
@@ -565,7 +572,8 @@ def train_unet(args, device, amp, out):
               captions=captions * len(rows))
     (out / "result.json").write_text(json.dumps({
         **{name: vars(args)[name] for name in ("task", "ckpt", "use_ema", "objective", "lora", "seed", "steps")},
-        "velocity_error_before": error_before, "velocity_error_after": error_after}))
+        "prediction": sd.prediction, "size": [height, width],
+        "velocity_error_before": error_before, "velocity_error_after": error_after}) + "\n")
     weights = str(out / ("model.safetensors" if args.lora == "none" else "lora.safetensors"))
     base = (["--ckpt", args.ckpt] if args.ckpt else []) + (["--use-ema"] if args.use_ema else [])
     use = ["--ckpt", weights] if args.lora == "none" else ["--lora", weights, *base]

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Every claim of the paper on the bundled priors: train the arms, measure them, draw the plots.
+#
+#     bash claims.sh                                  all of it: a night on two CPU cores; goes on where it was stopped
+#     SEEDS=0 bash claims.sh train & SEEDS=1 bash claims.sh train & wait; bash claims.sh measure
+#
+# Runs go to runs/claims/, figures as JSON lines and plots to assets/results/.
+set -euo pipefail
+cd "$(dirname "$0")"
+runs=runs/claims results=assets/results seeds=${SEEDS:-0 1 2} what=${1:-all}
+
+arm() {  # arm NAME OPTIONS: a run of train.py, unless it is there
+    local out=$runs/$1
+    shift
+    if [ -e "$out/result.json" ]; then return; fi
+    if [ -e "$out/state.safetensors" ]; then python train.py --resume "$out"; else python train.py --out "$out" "$@"; fi
+}
+
+measure() {  # measure NAME COMMAND MODELS OPTIONS: evaluate.py, unless its figures are there
+    local out=$runs/measured/$1
+    shift
+    if [ ! -e "$out"/*.jsonl ]; then python evaluate.py "$@" --out "$out"; fi
+}
+
+if [ "$what" != measure ]; then
+    for seed in $seeds; do
+        for objective in dm fm fm-flip diff2flow; do
+            common="--objective $objective --seed $seed"
+            for lora in none base small; do     # claims 1, 2, 3, 6: another style
+                rate=$([ $lora = none ] && echo 5e-4 || echo 2e-3)
+                arm style-$objective-$lora-$seed $common --lora $lora --lr $rate --preview-every 50
+            done
+            arm size-$objective-$seed $common --style solid --size 96 --batch 16        # claim 4: another size
+            arm eps-$objective-$seed $common --ckpt assets/tiny-eps.safetensors         # claim 7: an eps-prior
+            for lora in none base; do           # claim 9: depth
+                rate=$([ $lora = none ] && echo 5e-4 || echo 1e-3)
+                arm depth-$objective-$lora-$seed $common --task depth --lora $lora --lr $rate --save-every 100 --keep \
+                    --preview-every 50
+            done
+        done
+        for rank in 2 8 32; do                  # claim 3: the rank
+            arm rank-$rank-$seed --lora $rank --seed $seed
+        done
+        pairs=$runs/pairs-$seed                 # claim 8: Reflow
+        [ -e $runs/reflow-$seed/result.json ] || python sample.py --pairs 2048 --cfg 4 --batch 64 --seed $seed --out $pairs
+        arm reflow-$seed --task reflow --data $pairs --seed $seed
+    done
+fi
+if [ "$what" != train ]; then
+    mkdir -p $results
+    prior=assets/tiny-v.safetensors
+    measure zero captions $prior --objective diff2flow                                  # claim 1
+    measure zero-fm captions $prior --objective fm
+    measure zero-fm-flip captions $prior --objective fm-flip
+    measure ddim captions $prior                                                        # claim 5
+    measure ddim-half captions $prior --t-shift 0.5
+    measure style captions $runs/style-*/{model,lora}.safetensors --style outline --n 256       # claims 2, 3, 6
+    measure rank captions $runs/rank-*/lora.safetensors --style outline --n 256
+    measure reflow captions $prior $runs/reflow-*/lora.safetensors --steps 25 4 2 1 --objective diff2flow  # claim 8
+    measure depth depth-scenes $runs/depth-*/{model,lora}-*.safetensors --steps 2 10 --ensemble 1 4        # claim 9
+    cat $runs/*/result.json > $results/training.jsonl
+    for folder in $runs/measured/*; do cat "$folder"/*.jsonl > $results/"$(basename "$folder")".jsonl; done
+    python evaluate.py plot $runs/style-* --out $results/style.png
+    python evaluate.py plot $runs/depth-* --out $results/depth.png
+fi

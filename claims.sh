@@ -6,6 +6,7 @@
 #
 # Runs go to runs/claims/, figures as JSON lines and plots to assets/results/.
 set -euo pipefail
+shopt -s nullglob
 cd "$(dirname "$0")"
 runs=runs/claims results=assets/results seeds=${SEEDS:-0 1 2} what=${1:-all}
 
@@ -19,7 +20,7 @@ arm() {  # arm NAME OPTIONS: a run of train.py, unless it is there
 measure() {  # measure NAME COMMAND MODELS OPTIONS: evaluate.py, unless its figures are there
     local out=$runs/measured/$1
     shift
-    if [ ! -e "$out"/*.jsonl ]; then python evaluate.py "$@" --out "$out"; fi
+    ls "$out"/*.jsonl > /dev/null 2>&1 || python evaluate.py "$@" --out "$out"
 }
 
 if [ "$what" != measure ]; then
@@ -60,6 +61,7 @@ if [ "$what" != train ]; then
     measure depth depth-scenes $runs/depth-*/{model,lora}-*.safetensors --steps 2 10 --ensemble 1 4        # claim 9
     cat $runs/*/result.json > $results/training.jsonl
     for folder in $runs/measured/*; do cat "$folder"/*.jsonl > $results/"$(basename "$folder")".jsonl; done
-    python evaluate.py plot $runs/style-* --out $results/style.png
-    python evaluate.py plot $runs/depth-* --out $results/depth.png
+    python evaluate.py plot $runs/style-*/validation.jsonl --out $results/style.png
+    python evaluate.py plot $runs/size-*/validation.jsonl --out $results/size.png
+    python evaluate.py plot $results/depth.jsonl --y absrel --panel run.lora steps ensemble --out $results/depth.png
 fi

@@ -118,6 +118,7 @@ def load_model(path, device, objective=None):
     and what a result says of it: its file, its objective, its cfg, and the run of train.py that it came from."""
     path, result = Path(path), Path(path).with_name("result.json")
     run = json.loads(result.read_text()) if result.exists() else {}
+    kept = path.stem.rpartition("-")[2]  # train.py --keep
     if any(key.startswith("lora_") for key in CheckpointFile(path).shapes):
         sd = load_checkpoint(run.get("ckpt") or TINY_PRIOR, device, ema=run.get("use_ema", False))
         if CheckpointFile(path).metadata.get("task") == "depth":
@@ -131,7 +132,8 @@ def load_model(path, device, objective=None):
         raise ValueError(f"{path}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
     wide = sd.config.in_channels > sd.config.latent_channels
     flow = OBJECTIVES[objective](Conditioned(sd.unet) if wide else sd.unet, *sd_schedule(), sd.prediction).to(device)
-    return sd, flow, {"model": str(path), "objective": objective, "prediction": sd.prediction, "run": run}
+    return sd, flow, {"model": str(path), "objective": objective, "prediction": sd.prediction, "run": run,
+                      "step": int(kept) if kept.isdecimal() else run.get("steps")}
 
 
 def shift_grid(flow, shift):
@@ -420,55 +422,62 @@ def images(args):
     print(json.dumps({**{k: v for k, v in vars(args).items() if k != "command"}, "images": len(samples), **figures}))
 
 
+def look_up(row, name):
+    """"plain.black" -> row["plain"]["black"], or None."""
+    for part in name.split("."):
+        row = (row or {}).get(part)
+    return row
+
+
+def read_results(paths):
+    """Files of JSON lines -> their rows, each with "run": what result.json beside the file says, unless it has one."""
+    rows = []
+    for path in map(Path, paths):
+        beside = path.with_name("result.json")
+        run = json.loads(read_text(beside)) if beside.exists() else {}
+        rows += [{"run": run, **json.loads(line)} for line in read_text(path).splitlines()]
+    return rows
+
+
 def plot(args):
-    """Velocity error over steps of many runs: a panel a LoRA, a line an objective, the seeds' span shaded."""
+    """A panel for each different `panel`, a line for each `by`: the mean of `y` over `x`, its span shaded."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
         raise ValueError("plot takes matplotlib: pip install matplotlib") from None
-    curves = {}
-    for run in map(Path, args.runs):
-        try:
-            result = json.loads((run / "result.json").read_text())
-            rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
-        except OSError as error:
-            raise ValueError(f"{run}: not a finished run of train.py with --preview-every ({error})") from error
-        curve = {0: result["velocity_error_before"], **{row["step"]: row["velocity_error"] for row in rows}}
-        curves.setdefault(result["lora"], {}).setdefault(result["objective"], []).append(curve)
-    figure, panels = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False, sharey=True)
-    for panel, (name, lines) in zip(panels[0], sorted(curves.items())):
-        for objective, runs in sorted(lines.items()):
-            steps = sorted(set.intersection(*(set(curve) for curve in runs)))
-            values = np.array([[curve[step] for step in steps] for curve in runs])
-            line, = panel.plot(steps, values.mean(0), label=f"{objective} ({len(runs)} seeds)")
-            panel.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
-        panel.set(title="all weights" if name == "none" else f"LoRA {name}", xlabel="step", yscale="log")
-        panel.legend(fontsize="small")
-    panels[0, 0].set_ylabel("held-out velocity error")
+    panels = {}
+    for row in read_results(args.results):
+        names = (" ".join(f"{name.split('.')[-1]} {look_up(row, name)}" for name in args.panel), look_up(row, args.by))
+        x, y = look_up(row, args.x), look_up(row, args.y)
+        if None in (x, y, names[1]):
+            raise ValueError(f"a row lacks {args.x}, {args.y} or {args.by}: {json.dumps(row)[:200]}")
+        panels.setdefault(names[0], {}).setdefault(names[1], {}).setdefault(x, []).append(y)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, sharey=True)
+    for axis, (name, lines) in zip(axes[0], sorted(panels.items())):
+        for label, points in sorted(lines.items()):
+            values = [points[x] for x in sorted(points)]
+            line, = axis.plot(sorted(points), [np.mean(v) for v in values], marker=".", label=label)
+            axis.fill_between(sorted(points), *zip(*((min(v), max(v)) for v in values)), color=line.get_color(), alpha=0.2)
+        axis.set(title=name, xlabel=args.x, yscale="log")
+        axis.legend(fontsize="small")
+    axes[0, 0].set_ylabel(args.y)
     figure.tight_layout()
     partial = Path(args.out).with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
+    figure.savefig(partial, dpi=100)
     partial.replace(args.out)
     print(args.out)
 
 
 def table(args):
     """A Markdown table: a row for each different `by`, and of each figure the mean and, in brackets, its span."""
-    def look(row, name):
-        for part in name.split("."):
-            row = (row or {}).get(part)
-        return row
-
     groups = {}
-    for path in args.results:
-        for line in read_text(Path(path)).splitlines():
-            row = json.loads(line)
-            groups.setdefault(tuple(str(look(row, name)) for name in args.by), []).append(
-                [look(row, name) for name in args.of])
+    for row in read_results(args.results):
+        group = tuple(str(look_up(row, name)) for name in args.by)
+        groups.setdefault(group, []).append([look_up(row, name) for name in args.of])
     print(f"| {' | '.join(args.by)} | n | {' | '.join(args.of)} |\n|{'---|' * (len(args.by) + 1 + len(args.of))}")
-    for group, rows in groups.items():
+    for group, rows in sorted(groups.items()):
         cells = []
         for values in zip(*rows):
             values = [value for value in values if value is not None]
@@ -516,8 +525,12 @@ def main():
     add("--aesthetics", help="weights of LAION's predictor on that network's embeddings (ViT-L-14-quickgelu)")
     add("--batch", type=int, default=32, help="pictures at a time (default: 32)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
-    add = commands.add_parser("plot", help="velocity error over steps of many runs of train.py").add_argument
-    add("runs", nargs="+", help="their folders")
+    add = commands.add_parser("plot", help="curves of many runs, and their span over seeds").add_argument
+    add("results", nargs="+", help="files of JSON lines: validation.jsonl of train.py, captions.jsonl, depth.jsonl")
+    add("--x", default="step", help="the figure below (default: step)")
+    add("--y", default="velocity_error", help="the figure beside (default: velocity_error)")
+    add("--by", default="run.objective", help="what tells lines apart (default: run.objective)")
+    add("--panel", nargs="+", default=["run.lora"], help="what tells panels apart (default: run.lora)")
     add("--out", default="plot.png", help="the picture (default: plot.png)")
     add = commands.add_parser("table", help="many results in one table: means and spans over seeds").add_argument
     add("results", nargs="+", help="files of JSON lines: result.json of train.py, captions.jsonl, depth.jsonl")

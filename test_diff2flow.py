@@ -2384,8 +2384,8 @@ def test_pictures_and_checkpoints_come_at_their_intervals():
     assert {p.name for p in Path("run").glob("step_*")} == {"step_000002.png", "step_000004.png"}
     assert metadata("run/state.safetensors")["step"] == "4" and "run/step_000004.png" in out
     rows = [json.loads(line) for line in Path("run/validation.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4]
-    assert rows[1]["velocity_error"] == json.loads(Path("run/result.json").read_text())["velocity_error_after"]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[2]["velocity_error"] == json.loads(Path("run/result.json").read_text())["velocity_error_after"]
     steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert steps == [3, 4]
 
@@ -3536,16 +3536,20 @@ def test_runs_of_several_seeds_and_objectives_are_plotted(tmp_path, capsys):
         for objective in ("dm", "diff2flow"):
             run = tmp_path / f"{objective}-{seed}"
             run.mkdir()
-            (run / "result.json").write_text(json.dumps(
-                {"velocity_error_before": 2.0, "lora": "none", "objective": objective, "seed": seed}))
-            rows = ({"step": step, "velocity_error": 1 / step} for step in (10, 20))
+            (run / "result.json").write_text(json.dumps({"lora": "none", "objective": objective, "seed": seed}))
+            rows = ({"step": step, "velocity_error": (1 + seed) / (step + 1)} for step in (0, 10, 20))
             (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    runs = sorted(str(run) for run in tmp_path.iterdir())
+    files = sorted(str(path) for path in tmp_path.glob("*/validation.jsonl"))
+    drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evaluate.py", "plot", *runs, "--out", str(tmp_path / "plot.png")])
+        patch.setattr(matplotlib.axes.Axes, "plot", lambda self, x, y, original=matplotlib.axes.Axes.plot, **more: (
+            drawn.append((more["label"], list(x), list(y))), original(self, x, y, **more))[1])
+        patch.setattr(sys, "argv", ["evaluate.py", "plot", *files, "--out", str(tmp_path / "plot.png")])
         evaluate.main()
+    means = [1.5, 1.5 / 11, 1.5 / 21]
+    assert drawn == [(name, [0, 10, 20], pytest.approx(means)) for name in ("diff2flow", "dm")]
     assert picture(tmp_path / "plot.png").std() > 0
-    assert "not a finished run" in run_evaluate(capsys, "plot", tmp_path)
+    assert "a row lacks" in run_evaluate(capsys, "plot", *files, "--y", "absrel", "--out", tmp_path / "other.png")
 
 
 def test_the_outline_style_has_a_classifier_of_its_own(command, tmp_path):

@@ -533,7 +533,7 @@ def train_unet(args, device, amp, out):
         with amp:
             return flow.loss(encoded["latent"], context, encoded.get("noise"), t_fm, encoded.get("mask"))
 
-    exam = HeldOut(held_out, sd, flow, encode, context_of, args)
+    exam, validation = HeldOut(held_out, sd, flow, encode, context_of, args), out / "validation.jsonl"
     captions = [held_out[i % len(held_out)]["caption"] for i in range(args.previews)]
     guided = args.task in ("text-to-image", "prior")  # depth has no caption to guide by; pairs hold their guidance
     cfg_few, cfg_many = (2.0, 4.0) if guided else (1.0, 1.0)                          # of 4 steps, of 25
@@ -543,8 +543,8 @@ def train_unet(args, device, amp, out):
         with amp:
             error, pictures = exam.velocity_error(), exam.pictures(25, cfg_many)
         save_grid(out / f"step_{step:06d}.png", pictures, 4, captions=captions)
-        log = out / "validation.jsonl"
-        log.write_text(past_metrics(log, step - 1) + json.dumps({"step": step, "velocity_error": error}) + "\n")
+        validation.write_text(past_metrics(validation, step - 1)
+                              + json.dumps({"step": step, "velocity_error": error}) + "\n")
         tqdm.write(f"step {step}: velocity error {error:.4f}, {out}/step_{step:06d}.png")
 
     def export(suffix=""):
@@ -559,6 +559,8 @@ def train_unet(args, device, amp, out):
     print("before training: velocity error and samples")
     with amp:
         error_before, before = exam.velocity_error(), exam.pictures(4, cfg_before)
+    if not args.resume:
+        validation.write_text(json.dumps({"step": 0, "velocity_error": error_before}) + "\n")
     average = fit(args, out, trained, loss_of, batches, export, preview,
                   state_file(args.resume) if args.resume else None)
     with average, amp:

@@ -107,10 +107,17 @@ def frechet_distance(a, b):
 
 
 def score(predicted, labels):
-    """Two (N, 10) -> {"all": share of rows right in all attributes that apply, attribute: its own share, or None}."""
-    right, applies = predicted == labels, labels != -100
-    own = [row[on].float().mean().item() if on.any() else None for row, on in zip(right.T, applies.T)]
-    return {"all": (right | ~applies).all(1).float().mean().item(), **dict(zip(LABELS, own))}
+    """Two (N, 10) -> {"all": share of rows right in all attributes that apply, attribute: its own share, or None,
+    "all" and a relation: share of the scenes with that relation that are right in all}."""
+    right, applies, relation = predicted == labels, labels != -100, labels[:, list(LABELS).index("relation")]
+
+    def share(values):
+        return values.float().mean().item() if len(values) else None
+
+    whole = (right | ~applies).all(1)
+    return {"all": share(whole),
+            **{name: share(row[on]) for name, row, on in zip(LABELS, right.T, applies.T)},
+            **{f"all {name}": share(whole[relation == i]) for i, name in enumerate(LABELS["relation"])}}
 
 
 def load_model(path, device, objective=None):
@@ -219,8 +226,8 @@ def captions(args):
     print(f"right in: {len(scenes)} real scenes | the same, encoded and decoded | {args.n} samples of "
           + " | ".join(shown))
     columns = [*shares.values(), *(row["shares"]["samples"] for row in rows)]
-    for head in LABELS | {"all": None}:
-        print(f"{head:10}", *("   none" if of[head] is None else f"{of[head]:7.1%}" for of in columns))
+    for head in columns[0]:
+        print(f"{head:15}", *("   none" if of[head] is None else f"{of[head]:7.1%}" for of in columns))
     print(f"{out}/samples.png, {out}/captions.jsonl")
     for row in rows:
         print(json.dumps(row))
@@ -255,10 +262,13 @@ def depth_scenes(args):
                 row = {**about, "steps": steps, "ensemble": ensemble, "images": args.n, "seed": args.seed, "align": "log",
                        **{name: float(np.mean([error[name] for error in errors])) for name in errors[0]}}
                 rows.append(row)
-                print(json.dumps(row))
+                print(f"{about['model']}, {steps} steps, ensemble {ensemble}: AbsRel {row['absrel']:.4f}, delta1 "
+                      f"{row['delta1']:.4f}, RMSE {row['rmse']:.3f} m on {args.n} scenes")
     out.mkdir(parents=True, exist_ok=True)
     (out / "depth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{out}/depth.jsonl")
+    for row in rows:
+        print(json.dumps(row))
 
 
 PROTOCOLS = {  # metres a unit of the depth files, nearest and farthest valid depth (Marigold's evaluation)

@@ -28,6 +28,7 @@ import pytest
 import sklearn.datasets
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -2330,7 +2331,8 @@ def test_train_alone_leaves_a_run_and_its_next_command_samples_from_it():
     out = works(train, "--steps 20 --batch 2 --validation 2 --previews 2 --scenes 8 --size 32")
     folder, = Path("runs").iterdir()
     assert {path.name for path in folder.iterdir()} == {
-        "lora.safetensors", "state.safetensors", "metrics.jsonl", "before_after.png", "result.json"}
+        "lora.safetensors", "state.safetensors", "metrics.jsonl", "before_after.png", "result.json",
+        "validation.jsonl"}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [["step", "loss", "grad", "lr", "img_s", "mem_gb"]] * 2
     assert [row["step"] for row in rows] == [10, 20]
@@ -2392,15 +2394,16 @@ def test_pictures_and_checkpoints_come_at_their_intervals():
 
 def test_keep_leaves_the_weights_of_each_checkpoint_under_its_step():
     works(train, SHORT + "--out run --save-every 2 --keep")
-    kept = {p.name: p.read_bytes() for p in Path("run").glob("lora*")}
+    kept = {p.name: load_file(p) for p in Path("run").glob("lora*")}
     assert set(kept) == {"lora.safetensors", "lora-000002.safetensors", "lora-000004.safetensors"}
-    assert kept["lora.safetensors"] == kept["lora-000004.safetensors"] != kept["lora-000002.safetensors"]
+    half, last, own = (torch.cat([x.flatten() for _, x in sorted(kept[name].items())]) for name in sorted(kept))
+    assert torch.equal(last, own) and not torch.equal(last, half)
 
 
-@pytest.mark.parametrize("ckpt, steps", [("assets/tiny-v.safetensors", 300), ("elsewhere/tiny-v.safetensors", 20000)])
-def test_a_bundled_checkpoint_gets_the_recipe_of_the_demo_and_any_other_the_papers(monkeypatch, ckpt, steps):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--ckpt", str(HERE / ckpt)])
-    assert train.arguments().steps == steps
+def test_a_bundled_checkpoint_gets_the_recipe_of_the_demo_and_any_other_the_papers(monkeypatch, tmp_path):
+    for folder, steps in ((train.TINY_PRIOR.parent, 300), (tmp_path / "elsewhere", 20000)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--ckpt", str(folder / "other.safetensors")])
+        assert train.arguments().steps == steps
 
 
 def test_a_new_run_does_not_mix_with_an_old_one_in_its_folder():
@@ -3161,6 +3164,10 @@ def test_a_wrong_relation_makes_the_caption_wrong_and_nothing_else():
     related = (labels[:, relation] != -100).sum().item()
     assert score["all"] == pytest.approx(1 - 1 / 200) and score["relation"] == pytest.approx(1 - 1 / related)
     assert all(score[head] == 1 for head in HEADS if head != "relation")
+    rows = labels[:, relation] == labels[row, relation]
+    own = f"all {LABELS['relation'][labels[row, relation]]}"
+    assert [name for name, share in score.items() if share < 1] == ["all", "relation", own]
+    assert score[own] == pytest.approx(1 - 1 / rows.sum().item())
 
 
 def test_two_wrong_attributes_make_one_wrong_caption():
@@ -3419,8 +3426,9 @@ def test_the_command_trains_a_classifier_once_and_ends_with_one_line_of_json(com
     assert [json.loads(line) for line in Path("here/captions.jsonl").read_text().splitlines()] == [result]
     assert result["real_scenes"] == 8 and set(result["shares"]) == {"real", "decoded", "samples"}
     for share in result["shares"].values():
-        assert list(share) == ["all", *HEADS] and all(x is None or 0 <= x <= 1 for x in share.values())
-    assert all(any(line.startswith(head + " ") for line in first.splitlines()) for head in ["all", *HEADS])
+        related = [f"all {relation}" for relation in LABELS["relation"]]
+        assert list(share) == ["all", *HEADS, *related] and all(x is None or 0 <= x <= 1 for x in share.values())
+    assert all(any(line.startswith(head + " ") for line in first.splitlines()) for head in ["all", *HEADS, *related])
     with Image.open("here/samples.png") as grid:
         assert grid.width > 3 * 128
     again = command("--out", "here")
@@ -3452,8 +3460,8 @@ def test_models_by_steps_are_one_table_and_a_lora_brings_its_base_objective_guid
     assert [(row["model"], row["steps"], row["objective"], row["cfg"], row["run"]) for row in rows] == [
         (str(checkpoint), 1, "fm", 4, {}), (str(checkpoint), 3, "fm", 4, {}),
         (str(path), 1, "dm", 1, run), (str(path), 3, "dm", 1, run)]
-    assert len({row["frechet"] for row in rows}) == 4 and "all " in printed
-    assert rows[0]["straightness"] == pytest.approx(0, abs=1e-9) < rows[1]["straightness"]   # one step is straight
+    assert len({row["frechet"] for row in rows}) > 1 and "all " in printed
+    assert rows[0]["straightness"] < 1e-9 < rows[1]["straightness"]                           # one step is straight
     with Image.open("runs/captions/samples.png") as grid:
         assert grid.height > 4 * 128                                                          # a row each
 
@@ -3496,7 +3504,7 @@ def test_depth_of_scenes_is_measured_by_steps_and_ensemble(checkpoint, tmp_path,
     rows = rows_of("runs/depth-scenes/depth.jsonl")
     assert [(row["steps"], row["ensemble"]) for row in rows] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     assert len({row["absrel"] for row in rows}) == 4 and all(0 <= row["delta1"] <= 1 for row in rows)
-    assert rows[0]["images"] == 2 and "depth.jsonl" in last
+    assert rows[0]["images"] == 2 and rows[-1] == last
     assert "not trained by train.py --task depth" in run_evaluate(capsys, "depth-scenes", checkpoint)
 
 
@@ -3542,7 +3550,7 @@ def test_runs_of_several_seeds_and_objectives_are_plotted(tmp_path, capsys):
     files = sorted(str(path) for path in tmp_path.glob("*/validation.jsonl"))
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matplotlib.axes.Axes, "plot", lambda self, x, y, original=matplotlib.axes.Axes.plot, **more: (
+        patch.setattr(Axes, "plot", lambda self, x, y, original=Axes.plot, **more: (
             drawn.append((more["label"], list(x), list(y))), original(self, x, y, **more))[1])
         patch.setattr(sys, "argv", ["evaluate.py", "plot", *files, "--out", str(tmp_path / "plot.png")])
         evaluate.main()

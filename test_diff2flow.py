@@ -3461,7 +3461,7 @@ def test_models_by_steps_are_one_table_and_a_lora_brings_its_base_objective_guid
         (str(checkpoint), 1, "fm", 4, {}), (str(checkpoint), 3, "fm", 4, {}),
         (str(path), 1, "dm", 1, run), (str(path), 3, "dm", 1, run)]
     assert len({row["frechet"] for row in rows}) > 1 and "all " in printed
-    assert rows[0]["straightness"] < 1e-9 < rows[1]["straightness"]                           # one step is straight
+    assert rows[2]["straightness"] < 1e-9 < rows[3]["straightness"]                           # one step is straight
     with Image.open("runs/captions/samples.png") as grid:
         assert grid.height > 4 * 128                                                          # a row each
 

@@ -219,7 +219,7 @@ def captions(args):
             print(f"{about['model']}, {steps} steps, cfg {cfg:g}: every attribute right in {sampled['all']:.1%}, "
                   f"Frechet distance to {len(scenes)} other real scenes {distance:.1f}, straightness {straight:.4f}"
                   + "".join(f", mean of a {name} image {mean:.3f}" for name, mean in means.items()))
-    save_grid(out / "samples.png", torch.cat(list(shown.values())), 8,
+    save_grid(out / "samples.png", torch.cat(list(shown.values())), min(8, args.n),
               row_labels=[name.replace("/", "/ ") for name in shown] if len(shown) > 1 else None,
               captions=[text for images in shown.values() for text in texts[:len(images)]])
     (out / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2382,7 +2382,7 @@ def test_what_is_saved_is_the_average_of_the_weights_and_without_averaging_the_l
 
 
 def test_pictures_and_checkpoints_come_at_their_intervals():
-    out = works(train, SHORT + "--out run --preview-every 2 --save-every 3")
+    out = works(train, SHORT + "--out run --preview-every 2 --save-every 3")     # 4 steps
     assert {p.name for p in Path("run").glob("step_*")} == {"step_000002.png", "step_000004.png"}
     assert metadata("run/state.safetensors")["step"] == "4" and "run/step_000004.png" in out
     rows = [json.loads(line) for line in Path("run/validation.jsonl").read_text().splitlines()]
@@ -2390,6 +2390,14 @@ def test_pictures_and_checkpoints_come_at_their_intervals():
     assert rows[2]["velocity_error"] == json.loads(Path("run/result.json").read_text())["velocity_error_after"]
     steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert steps == [3, 4]
+
+
+def test_the_velocity_error_before_and_after_is_kept_without_previews_too():
+    works(train, SHORT + "--out run --steps 1")
+    result = json.loads(Path("run/result.json").read_text())
+    assert [json.loads(line) for line in Path("run/validation.jsonl").read_text().splitlines()] == [
+        {"step": 0, "velocity_error": result["velocity_error_before"]},
+        {"step": 1, "velocity_error": result["velocity_error_after"]}]
 
 
 def test_keep_leaves_the_weights_of_each_checkpoint_under_its_step():

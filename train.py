@@ -303,7 +303,7 @@ def fit(args, out, named, loss_of, batches, export, preview, start_tensors):
 
 def past_metrics(path, step):
     """The lines up to `step`; a killed run may have written more, which the resumed one writes again."""
-    lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return "".join(line for line in lines if json.loads(line)["step"] <= step)
 
 
@@ -539,12 +539,15 @@ def train_unet(args, device, amp, out):
     cfg_few, cfg_many = (2.0, 4.0) if guided else (1.0, 1.0)                          # of 4 steps, of 25
     cfg_before = dataset.about["cfg"] if args.task == "reflow" else cfg_few
 
+    def measured(step, error):
+        row = json.dumps({"step": step, "velocity_error": error}) + "\n"
+        validation.write_text(past_metrics(validation, step - 1) + row)
+
     def preview(step):
         with amp:
             error, pictures = exam.velocity_error(), exam.pictures(25, cfg_many)
         save_grid(out / f"step_{step:06d}.png", pictures, 4, captions=captions)
-        validation.write_text(past_metrics(validation, step - 1)
-                              + json.dumps({"step": step, "velocity_error": error}) + "\n")
+        measured(step, error)
         tqdm.write(f"step {step}: velocity error {error:.4f}, {out}/step_{step:06d}.png")
 
     def export(suffix=""):
@@ -560,11 +563,12 @@ def train_unet(args, device, amp, out):
     with amp:
         error_before, before = exam.velocity_error(), exam.pictures(4, cfg_before)
     if not args.resume:
-        validation.write_text(json.dumps({"step": 0, "velocity_error": error_before}) + "\n")
+        measured(0, error_before)
     average = fit(args, out, trained, loss_of, batches, export, preview,
                   state_file(args.resume) if args.resume else None)
     with average, amp:
         error_after, after = exam.velocity_error(), exam.pictures(4, cfg_few)
+    measured(args.steps, error_after)
     rows = {"before, 4 steps": before, f"after {args.steps} steps of training": after}
     if args.task == "depth":
         shown = [held_out[i % len(held_out)] for i in range(args.previews)]

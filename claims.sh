@@ -20,7 +20,7 @@ arm() {  # arm NAME OPTIONS: a run of train.py, unless it is there
 measure() {  # measure NAME COMMAND MODELS OPTIONS: evaluate.py, unless its figures are there
     local out=$runs/measured/$1
     shift
-    ls "$out"/*.jsonl > /dev/null 2>&1 || python evaluate.py "$@" --out "$out"
+    compgen -G "$out/*.jsonl" > /dev/null || python evaluate.py "$@" --out "$out"
 }
 
 if [ "$what" != measure ]; then

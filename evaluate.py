@@ -143,6 +143,14 @@ def load_model(path, device, objective=None):
                       "step": int(kept) if kept.isdecimal() else run.get("steps")}
 
 
+def write_results(path, rows):
+    """Rows as JSON lines, into a file and on the screen."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(lines)
+    print(path, lines, sep="\n", end="")
+
+
 def shift_grid(flow, shift):
     """Ask the network at timesteps lower by `shift` (Figure 2: fractional ones, which it never saw)."""
     grid = flow.grid
@@ -222,15 +230,13 @@ def captions(args):
     save_grid(out / "samples.png", torch.cat(list(shown.values())), min(8, args.n),
               row_labels=[name.replace("/", "/ ") for name in shown] if len(shown) > 1 else None,
               captions=[text for images in shown.values() for text in texts[:len(images)]])
-    (out / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"right in: {len(scenes)} real scenes | the same, encoded and decoded | {args.n} samples of "
           + " | ".join(shown))
     columns = [*shares.values(), *(row["shares"]["samples"] for row in rows)]
     for head in columns[0]:
         print(f"{head:15}", *("   none" if of[head] is None else f"{of[head]:7.1%}" for of in columns))
-    print(f"{out}/samples.png, {out}/captions.jsonl")
-    for row in rows:
-        print(json.dumps(row))
+    print(f"{out}/samples.png")
+    write_results(out / "captions.jsonl", rows)
 
 
 def depth_scenes(args):
@@ -246,6 +252,7 @@ def depth_scenes(args):
     items = [world[i] for i in range(args.n)]
     images = torch.stack([item["image"] for item in items]).to(device)
     truths = [item["depth"][0].double().numpy() for item in items]
+    valid = np.ones((SIZE, SIZE), bool)
     for sd, flow, about in models:
         picture = sd.encode(images)
         empty = sd.encode_text([""]).expand(args.n, -1, -1)
@@ -255,20 +262,14 @@ def depth_scenes(args):
                        for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
             for ensemble in args.ensemble:
                 predictions = torch.stack(decoded[:ensemble]).mean(0).clamp(-1, 1).double().cpu().numpy()
-                errors = []
-                for prediction, truth in zip(predictions, truths):
-                    aligned = align(prediction, truth, np.ones(truth.shape, bool), "log")
-                    errors.append(depth_errors(aligned, truth, np.ones(truth.shape, bool), 1e-5, math.inf))
+                errors = [depth_errors(align(prediction, truth, valid, "log"), truth, valid, 1e-5, math.inf)
+                          for prediction, truth in zip(predictions, truths)]
                 row = {**about, "steps": steps, "ensemble": ensemble, "images": args.n, "seed": args.seed, "align": "log",
                        **{name: float(np.mean([error[name] for error in errors])) for name in errors[0]}}
                 rows.append(row)
                 print(f"{about['model']}, {steps} steps, ensemble {ensemble}: AbsRel {row['absrel']:.4f}, delta1 "
                       f"{row['delta1']:.4f}, RMSE {row['rmse']:.3f} m on {args.n} scenes")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "depth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"{out}/depth.jsonl")
-    for row in rows:
-        print(json.dumps(row))
+    write_results(out / "depth.jsonl", rows)
 
 
 PROTOCOLS = {  # metres a unit of the depth files, nearest and farthest valid depth (Marigold's evaluation)

@@ -2,20 +2,35 @@
 # Every claim of the paper on the bundled priors: train the arms, measure them, draw the plots.
 #
 #     bash claims.sh                                  all of it: a night on two CPU cores; goes on where it was stopped
-#     SEEDS=0 bash claims.sh train & SEEDS=1 bash claims.sh train & wait; bash claims.sh measure
+#     bash claims.sh train & bash claims.sh train & wait; bash claims.sh measure      two processes share the arms
 #
-# Runs go to runs/claims/, figures as JSON lines and plots to assets/results/.
+# Runs go to runs/claims/, figures as JSON lines and plots to assets/results/. Takes bash, and flock of Linux.
 set -euo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")"
 runs=runs/claims results=assets/results seeds=${SEEDS:-0 1 2} what=${1:-all}
+recipe="--precision bf16 --steps 200 --scenes 1024 --previews 4 --preview-every 50"
 
-arm() {  # arm NAME OPTIONS: a run of train.py, unless it is there
-    local out=$runs/$1
-    shift
-    if [ -e "$out/result.json" ]; then return; fi
-    if [ -e "$out/state.safetensors" ]; then python train.py --resume "$out"; else python train.py --out "$out" "$@"; fi
+alone() {  # alone NAME COMMAND...: unless another process has begun it
+    mkdir -p "$runs/locks"
+    ( flock -n 9 || exit 0; "${@:2}" ) 9> "$runs/locks/$1"
 }
+
+train() {  # train NAME OPTIONS: a run of train.py, unless it is there
+    local out=$runs/$1
+    if [ -e "$out/result.json" ]; then return; fi
+    if [ -e "$out/state.safetensors" ]; then python train.py --resume "$out"; return; fi
+    python train.py $recipe --out "$out" "${@:2}"
+}
+
+reflow() {  # reflow SEED: pairs, and a run on them
+    local pairs=$runs/pairs-$1
+    if [ -e "$runs/reflow-$1/result.json" ]; then return; fi
+    python sample.py --pairs 1024 --cfg 4 --batch 64 --precision bf16 --seed "$1" --out "$pairs"
+    train "reflow-$1" --task reflow --data "$pairs" --seed "$1" --steps 400
+}
+
+arm() { alone "$1" train "$@"; }
 
 measure() {  # measure NAME COMMAND MODELS OPTIONS: evaluate.py, unless its figures are there
     local out=$runs/measured/$1
@@ -29,22 +44,24 @@ if [ "$what" != measure ]; then
             common="--objective $objective --seed $seed"
             for lora in none base small; do     # claims 1, 2, 3, 6: another style
                 rate=$([ $lora = none ] && echo 5e-4 || echo 2e-3)
-                arm style-$objective-$lora-$seed $common --lora $lora --lr $rate --preview-every 50
+                arm style-$objective-$lora-$seed $common --lora $lora --lr $rate
             done
-            arm size-$objective-$seed $common --style solid --size 96 --batch 16        # claim 4: another size
-            arm eps-$objective-$seed $common --ckpt assets/tiny-eps.safetensors         # claim 7: an eps-prior
+        done
+    done
+    for seed in $seeds; do
+        alone reflow-$seed reflow $seed         # claim 8: Reflow
+        for objective in dm fm fm-flip diff2flow; do
+            common="--objective $objective --seed $seed"
             for lora in none base; do           # claim 9: depth
                 rate=$([ $lora = none ] && echo 5e-4 || echo 1e-3)
-                arm depth-$objective-$lora-$seed $common --task depth --lora $lora --lr $rate --save-every 100 --keep \
-                    --preview-every 50
+                arm depth-$objective-$lora-$seed $common --task depth --lora $lora --lr $rate --save-every 50 --keep
             done
+            arm eps-$objective-$seed $common --ckpt assets/tiny-eps.safetensors                         # claim 7: an eps-prior
+            arm size-$objective-$seed $common --style solid --size 96 --batch 16 --steps 150            # claim 4: another size
         done
         for rank in 2 8 32; do                  # claim 3: the rank
             arm rank-$rank-$seed --lora $rank --seed $seed
         done
-        pairs=$runs/pairs-$seed                 # claim 8: Reflow
-        [ -e $runs/reflow-$seed/result.json ] || python sample.py --pairs 2048 --cfg 4 --batch 64 --seed $seed --out $pairs
-        arm reflow-$seed --task reflow --data $pairs --seed $seed
     done
 fi
 if [ "$what" != train ]; then

@@ -34,9 +34,10 @@ arm() { alone "$1" train "$@"; }
 
 measure() {  # measure NAME COMMAND MODELS OPTIONS: evaluate.py, unless its figures are there
     local out=$runs/measured/$1
-    shift
-    compgen -G "$out/*.jsonl" > /dev/null || python evaluate.py "$@" --out "$out"
+    compgen -G "$out/*.jsonl" > /dev/null || python evaluate.py "${@:2}" --precision bf16 --out "$out"
 }
+
+figures() { alone "measure-$1" measure "$@"; }
 
 if [ "$what" != measure ]; then
     for seed in $seeds; do
@@ -54,7 +55,7 @@ if [ "$what" != measure ]; then
             common="--objective $objective --seed $seed"
             for lora in none base; do           # claim 9: depth
                 rate=$([ $lora = none ] && echo 5e-4 || echo 1e-3)
-                arm depth-$objective-$lora-$seed $common --task depth --lora $lora --lr $rate --save-every 50 --keep
+                arm depth-$objective-$lora-$seed $common --task depth --lora $lora --lr $rate --steps 150 --save-every 50 --keep
             done
             arm eps-$objective-$seed $common --ckpt assets/tiny-eps.safetensors                         # claim 7: an eps-prior
             arm size-$objective-$seed $common --style solid --size 96 --batch 16 --steps 150            # claim 4: another size
@@ -65,20 +66,23 @@ if [ "$what" != measure ]; then
     done
 fi
 if [ "$what" != train ]; then
+    v=assets/tiny-v.safetensors eps=assets/tiny-eps.safetensors
+    for seed in $seeds; do
+        figures style-$seed captions $runs/{style,eps,rank}-*-$seed/{model,lora}.safetensors --style outline --n 96 --seed $seed
+        figures reflow-$seed captions $v $runs/reflow-$seed/lora.safetensors --objective diff2flow --steps 25 4 2 1 \
+            --n 256 --seed $seed
+        figures size-$seed captions $v $runs/size-*-$seed/model.safetensors --size 96 --n 64 --seed $seed
+        for objective in diff2flow fm fm-flip; do   # claim 1: before any training
+            figures zero-$objective-$seed captions $v $eps --objective $objective --n 96 --seed $seed
+        done
+        for shift in 0 0.5; do                      # claim 5: DDIM at fractional timesteps
+            figures ddim-$shift-$seed captions $v --objective dm --t-shift $shift --n 256 --seed $seed
+        done
+        figures depth-$seed depth-scenes $runs/depth-*-$seed/{model,lora}-*.safetensors --steps 2 10 --ensemble 1 4 --n 32 --seed $seed
+    done
     mkdir -p $results
-    prior=assets/tiny-v.safetensors
-    measure zero captions $prior --objective diff2flow                                  # claim 1
-    measure zero-fm captions $prior --objective fm
-    measure zero-fm-flip captions $prior --objective fm-flip
-    measure ddim captions $prior                                                        # claim 5
-    measure ddim-half captions $prior --t-shift 0.5
-    measure style captions $runs/style-*/{model,lora}.safetensors --style outline --n 256       # claims 2, 3, 6
-    measure rank captions $runs/rank-*/lora.safetensors --style outline --n 256
-    measure reflow captions $prior $runs/reflow-*/lora.safetensors --steps 25 4 2 1 --objective diff2flow  # claim 8
-    measure depth depth-scenes $runs/depth-*/{model,lora}-*.safetensors --steps 2 10 --ensemble 1 4        # claim 9
     cat $runs/*/result.json > $results/training.jsonl
-    for folder in $runs/measured/*; do cat "$folder"/*.jsonl > $results/"$(basename "$folder")".jsonl; done
-    python evaluate.py plot $runs/style-*/validation.jsonl --out $results/style.png
-    python evaluate.py plot $runs/size-*/validation.jsonl --out $results/size.png
+    for name in style reflow size zero ddim depth; do cat $runs/measured/$name-*/*.jsonl > $results/$name.jsonl; done
+    for name in style eps size; do python evaluate.py plot $runs/$name-*/validation.jsonl --out $results/$name.png; done
     python evaluate.py plot $results/depth.jsonl --y absrel --panel run.lora steps ensemble --out $results/depth.png
 fi

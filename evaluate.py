@@ -31,13 +31,13 @@ import lora
 from data import (LABELS, PLAIN, SUFFIXES, Scenes, cli, find_depth, open_rgb, pictures_in, read_depth, read_text,
                   render, save_grid)
 from diff2flow import OBJECTIVES, alpha_sigma
-from model import TINY_PRIOR, CheckpointFile, Conditioned, load_checkpoint, pick_device, save_tensors
+from model import TINY_PRIOR, CheckpointFile, Conditioned, load_checkpoint, pick_device, pick_precision, save_tensors
 from schedule import sd_schedule
 
 SIZE, CLASSES = 64, [len(classes) for classes in LABELS.values()]   # pixels a side; classes of each attribute
 TRAIN_SEED, HELD_OUT_SEED = 10_000_000, 20_000_000  # plus the step, plus --seed: far from what train.py is given
 TRAIN_STEPS, TRAIN_BATCH = 1200, 128
-REAL_SCENES, REQUIRED = 2048, 0.98                  # the classifier is measured on so many, and must reach this
+REAL_SCENES, REQUIRED = 2048, 0.98                  # besides those sampled; the share that the classifier must reach
 
 
 def build_classifier():
@@ -170,30 +170,31 @@ def straightness(points, grid):
 
 
 def sample_captions(sd, flow, texts, noise, steps, cfg, batch):
-    """-> samples (N, 3, 64, 64), straightness of their paths."""
+    """-> samples (N, 3, H, W), straightness of their paths."""
     samples, straight, grid = [], 0.0, flow.grid(steps)
     for i in tqdm(range(0, len(texts), batch), f"{steps} steps", dynamic_ncols=True):
         x0, context = noise[i:i + batch].to(grid.device), sd.encode_text(texts[i:i + batch])
         uncond, points = sd.encode_text([""]).expand_as(context), [x0 / sum(alpha_sigma(grid[0]))]
         x1 = flow.sample(x0, context, steps, uncond, cfg, points.append)
-        samples.append(sd.decode(x1).clamp(-1, 1))
+        samples.append(sd.decode(x1).float().clamp(-1, 1))
         straight += straightness(points, grid) * len(x0) / len(texts)
     return torch.cat(samples), straight
 
 
 def real_scenes(args, classifier, sd, device):
-    """-> scenes, labels, the classifier's score on them as they are and decoded by sd, features of as many others."""
-    world = Scenes(max(args.n, REAL_SCENES), SIZE, SIZE, args.style, HELD_OUT_SEED + args.seed)
-    scenes = [world.scene(i) for i in range(2 * len(world))]
-    scenes, others = scenes[:len(world)], scenes[len(world):]
+    """-> args.n scenes, their labels, the classifier's score on all real scenes and on the n decoded by sd, and its
+    features of REAL_SCENES others."""
+    world = Scenes(args.n + REAL_SCENES, SIZE, SIZE, args.style, HELD_OUT_SEED + args.seed)
+    scenes = [world.scene(i) for i in range(len(world))]
     images, labels = draw(scenes)
     shares = {"real": score(predict(classifier, images.to(device)), labels)}
     if shares["real"]["all"] < REQUIRED:
         raise ValueError(f"the classifier is right about only {shares['real']['all']:.1%} of real scenes, not "
                          f"{REQUIRED:.0%}: delete runs/classifier-{args.style}.safetensors, and it is trained again")
-    decoded = torch.cat([sd.decode(sd.encode(some.to(device))).clamp(-1, 1) for some in images.split(args.batch)])
-    shares["decoded"] = score(predict(classifier, decoded), labels)
-    return scenes, labels, shares, torch.cat([classifier[:-1](some.to(device)) for some in draw(others)[0].split(256)])
+    decoded = [sd.decode(sd.encode(some.to(device))).clamp(-1, 1) for some in images[:args.n].split(args.batch)]
+    shares["decoded"] = score(predict(classifier, torch.cat(decoded)), labels[:args.n])
+    features = torch.cat([classifier[:-1](some.to(device)) for some in images[args.n:].split(256)])
+    return scenes[:args.n], labels[:args.n], shares, features
 
 
 def captions(args):
@@ -201,36 +202,44 @@ def captions(args):
         raise ValueError("--n, --steps and --batch must be at least 1")
     device, out = pick_device(args.device), Path(args.out)
     models = [load_model(path, device, args.objective) for path in args.models]
-    settings = {name: vars(args)[name] for name in ("n", "seed", "style", "t_shift")} | {"device": str(device)}
+    precision, amp = pick_precision(args.precision, device)
+    settings = {name: vars(args)[name] for name in ("n", "seed", "style", "t_shift")}
+    settings |= {"precision": precision, "device": str(device)}
     print(json.dumps({**vars(args), **settings}))
     classifier = load_classifier(args.style, device)
     sd = models[0][0]
     scenes, labels, shares, real_features = real_scenes(args, classifier, sd, device)
-    texts, side = [scene.caption for scene in scenes[:args.n]], SIZE // sd.factor
+    texts = [scene.caption for scene in scenes]
     plain = {name: [i for i, text in enumerate(texts) if text == f"a {name} image"] for name in ("black", "white")}
-    noise = torch.randn((args.n, sd.config.latent_channels, side, side),
-                        generator=torch.Generator().manual_seed(args.seed))
+    several = len(models) * len(args.steps) > 1     # then 8 pictures of each are shown, plain ones first
+    order = list(dict.fromkeys([*plain["black"][:2], *plain["white"][:2], *range(args.n)]))[:8 if several else 32]
     shown, rows = {}, []
     for sd, flow, about in models:
         cfg = float(sd.metadata.get("cfg", 4.0)) if args.cfg is None else args.cfg
         if args.t_shift:
             shift_grid(flow, args.t_shift)
+        size = sd.picture_size(args.size)
+        shape = (args.n, sd.config.latent_channels, *(side // sd.factor for side in size))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:
-            samples, straight = sample_captions(sd, flow, texts, noise, steps, cfg, args.batch)
-            sampled = score(predict(classifier, samples), labels[:args.n])
+            with amp:
+                samples, straight = sample_captions(sd, flow, texts, noise, steps, cfg, args.batch)
+            if size != (SIZE, SIZE):
+                samples = F.interpolate(samples, (SIZE, SIZE), mode="bilinear", antialias=True)
+            sampled = score(predict(classifier, samples), labels)
             distance = frechet_distance(torch.cat([classifier[:-1](x) for x in samples.split(256)]), real_features)
             means = {name: (samples[i].mean().item() + 1) / 2 for name, i in plain.items() if i}
-            rows.append({**settings, **about, "steps": steps, "cfg": cfg, "real_scenes": len(scenes),
+            rows.append({**settings, **about, "steps": steps, "cfg": cfg, "size": size, "real_scenes": REAL_SCENES,
                          "all": sampled["all"], "frechet": distance, "straightness": straight, "plain": means,
                          "shares": {**shares, "samples": sampled}})
-            shown[f"{about['model']} {steps} steps"] = samples[:8 if len(models) * len(args.steps) > 1 else 32]
+            shown[f"{about['model']} {steps} steps"] = samples[order]
             print(f"{about['model']}, {steps} steps, cfg {cfg:g}: every attribute right in {sampled['all']:.1%}, "
-                  f"Frechet distance to {len(scenes)} other real scenes {distance:.1f}, straightness {straight:.4f}"
+                  f"Frechet distance to {REAL_SCENES} other real scenes {distance:.1f}, straightness {straight:.4f}"
                   + "".join(f", mean of a {name} image {mean:.3f}" for name, mean in means.items()))
     save_grid(out / "samples.png", torch.cat(list(shown.values())), min(8, args.n),
-              row_labels=[name.replace("/", "/ ") for name in shown] if len(shown) > 1 else None,
-              captions=[text for images in shown.values() for text in texts[:len(images)]])
-    print(f"right in: {len(scenes)} real scenes | the same, encoded and decoded | {args.n} samples of "
+              row_labels=[name.replace("/", "/ ") for name in shown] if several else None,
+              captions=[texts[i] for i in order] * len(shown))
+    print(f"right in: {args.n + REAL_SCENES} real scenes | {args.n} encoded and decoded | {args.n} samples of "
           + " | ".join(shown))
     columns = [*shares.values(), *(row["shares"]["samples"] for row in rows)]
     for head in columns[0]:
@@ -242,6 +251,7 @@ def captions(args):
 def depth_scenes(args):
     """Depth of held-out procedural scenes by models of train.py --task depth, aligned in log depth."""
     device, out, rows = pick_device(args.device), Path(args.out), []
+    precision, amp = pick_precision(args.precision, device)
     if min(args.n, *args.steps, *args.ensemble) < 1:
         raise ValueError("--n, --steps and --ensemble must be at least 1")
     models = [load_model(path, device) for path in args.models]
@@ -258,13 +268,15 @@ def depth_scenes(args):
         empty = sd.encode_text([""]).expand(args.n, -1, -1)
         noise = torch.randn((max(args.ensemble), *picture.shape), generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:
-            decoded = [sd.decode(flow.sample(x0.to(device), (empty, picture), steps)).mean(1)
-                       for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
+            with amp:
+                decoded = [sd.decode(flow.sample(x0.to(device), (empty, picture), steps)).float().mean(1)
+                           for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
             for ensemble in args.ensemble:
                 predictions = torch.stack(decoded[:ensemble]).mean(0).clamp(-1, 1).double().cpu().numpy()
                 errors = [depth_errors(align(prediction, truth, valid, "log"), truth, valid, 1e-5, math.inf)
                           for prediction, truth in zip(predictions, truths)]
                 row = {**about, "steps": steps, "ensemble": ensemble, "images": args.n, "seed": args.seed, "align": "log",
+                       "precision": precision,
                        **{name: float(np.mean([error[name] for error in errors])) for name in errors[0]}}
                 rows.append(row)
                 print(f"{about['model']}, {steps} steps, ensemble {ensemble}: AbsRel {row['absrel']:.4f}, delta1 "
@@ -465,15 +477,18 @@ def plot(args):
         if None in (x, y, names[1]):
             raise ValueError(f"a row lacks {args.x}, {args.y} or {args.by}: {json.dumps(row)[:200]}")
         panels.setdefault(names[0], {}).setdefault(names[1], {}).setdefault(x, []).append(y)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, sharey=True)
-    for axis, (name, lines) in zip(axes[0], sorted(panels.items())):
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows), squeeze=False, sharey=True)
+    for axis, (name, lines) in zip(axes.flat, sorted(panels.items())):
         for label, points in sorted(lines.items()):
             values = [points[x] for x in sorted(points)]
             line, = axis.plot(sorted(points), [np.mean(v) for v in values], marker=".", label=label)
             axis.fill_between(sorted(points), *zip(*((min(v), max(v)) for v in values)), color=line.get_color(), alpha=0.2)
         axis.set(title=name, xlabel=args.x, yscale="log")
         axis.legend(fontsize="small")
-    axes[0, 0].set_ylabel(args.y)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(args.y)
     figure.tight_layout()
     partial = Path(args.out).with_suffix(".partial.png")
     figure.savefig(partial, dpi=100)
@@ -507,6 +522,7 @@ def main():
         add("--steps", type=int, nargs="+", default=steps, help=f"Euler steps, one or more (default: {steps})")
         add("--n", type=int, default=n, help=f"scenes (default: {n})")
         add("--seed", type=int, default=0, help="of the scenes and the noise (default: 0)")
+        add("--precision", choices=["bf16", "fp32"], help="of the sampling (default: bf16 on CUDA, fp32 on CPU)")
         add("--device", help="cuda or cpu (default: cuda if there is one)")
         add("--out", default=out, help=f"folder of the results (default: {out})")
         return add
@@ -515,6 +531,7 @@ def main():
     add("--cfg", type=float, help="guidance, 1 for none (default: 4.0, 1 after Reflow)")
     add("--batch", type=int, default=64, help="samples at a time (default: 64)")
     add("--style", choices=list(PLAIN), default="solid", help="of the scenes (default: solid)")
+    add("--size", type=int, nargs="+", help="pixels to sample at: one number, or height width (default: the file's)")
     add("--objective", choices=list(OBJECTIVES), help="how to sample (default: from the file, else diff2flow)")
     add("--t-shift", type=float, default=0.0, help="ask the network at timesteps lower by this (default: 0)")
     add = of_models("depth-scenes", "depth of procedural scenes", "runs/depth-scenes", 48, [10])

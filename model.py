@@ -574,6 +574,12 @@ def pick_device(name=None):
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def pick_precision(name, device):
+    """-> "bf16" or "fp32" (None: bf16 on CUDA, fp32 on CPU), and the autocast of the forward pass that goes with it."""
+    name = name or ("bf16" if device.type == "cuda" else "fp32")
+    return name, torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
+
+
 def save_tensors(path, tensors, metadata):
     """Write a .safetensors file, whole or not at all. metadata is str -> str."""
     temporary = Path(f"{path}.part")

@@ -23,7 +23,7 @@ import lora
 from data import (SUFFIXES, ImageFolder, Scenes, cli, open_rgb, pictures_in, read_pairs, read_text, save_depth,
                   save_grid, save_image, to_tensor)
 from diff2flow import OBJECTIVES
-from model import TINY_PRIOR, Conditioned, load_checkpoint, pick_device, save_tensors
+from model import TINY_PRIOR, Conditioned, load_checkpoint, pick_device, pick_precision, save_tensors
 from schedule import sd_schedule
 
 SHARD = 256  # pairs in a file
@@ -208,9 +208,9 @@ def main():
         ckpt, use_ema, adapter = args.ckpt or TINY_PRIOR, args.use_ema, args.lora
     else:
         ckpt, use_ema, adapter = (*base_of(args.lora), args.lora) if args.lora else newest_run(args.task)
-    half = (args.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=half)
-    sd = load_checkpoint(ckpt, device, torch.bfloat16 if half else torch.float32, args.prediction, use_ema)
+    precision, amp = pick_precision(args.precision, device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    sd = load_checkpoint(ckpt, device, dtype, args.prediction, use_ema)
     wide = sd.config.in_channels > sd.config.latent_channels
     if args.task == "depth":
         sd.widen()

@@ -3132,7 +3132,7 @@ def checkpoint(tmp_path_factory):
     """A random tiny checkpoint that says of itself that it was trained with naive flow matching."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("checkpoint") / "random.safetensors"
-    StableDiffusion(TINY, "v").save(path, objective="fm")
+    StableDiffusion(TINY, "v").save(path, objective="fm", resolution="64")
     return path
 
 
@@ -3472,6 +3472,28 @@ def test_models_by_steps_are_one_table_and_a_lora_brings_its_base_objective_guid
     assert rows[2]["straightness"] < 1e-9 < rows[3]["straightness"]                           # one step is straight
     with Image.open("runs/captions/samples.png") as grid:
         assert grid.height > 4 * 128                                                          # a row each
+
+
+def test_samples_of_another_size_are_scaled_to_the_classifiers(command, monkeypatch):
+    sizes, predict = [], evaluate.predict
+    monkeypatch.setattr(evaluate, "predict", lambda net, images: (sizes.append(images.shape[2:]), predict(net, images))[1])
+    monkeypatch.setattr(StableDiffusion, "decode", lambda self, latents, original=StableDiffusion.decode: (
+        sizes.append(latents.shape[2:]), original(self, latents))[1])
+    command("--size", "96", "128")
+    row, = rows_of("runs/captions/captions.jsonl")
+    assert row["size"] == [96, 128] and sizes.count((96 // 4, 128 // 4)) == 2 and sizes[-1] == (64, 64)
+    command()
+    row, = rows_of("runs/captions/captions.jsonl")
+    assert row["size"] == [64, 64]                                                  # the file's
+
+
+def test_bf16_samples_are_close_to_float32_ones_but_not_the_same(command):
+    rows = []
+    for precision in ("fp32", "bf16"):
+        command("--precision", precision, models=[model.TINY_PRIOR])
+        rows += rows_of("runs/captions/captions.jsonl")
+    assert [row["precision"] for row in rows] == ["fp32", "bf16"] and rows[0]["shares"]["real"] == rows[1]["shares"]["real"]
+    assert rows[0]["straightness"] != rows[1]["straightness"] == pytest.approx(rows[0]["straightness"], rel=0.02)
 
 
 def test_straightness_is_zero_on_a_line_and_the_variance_of_the_velocity_on_a_bend():

@@ -27,7 +27,8 @@ from tqdm import tqdm
 import lora
 from data import DepthFolders, DepthScenes, ImageFolder, Pairs, Scenes, cli, save_grid
 from diff2flow import OBJECTIVES, Diff2Flow
-from model import SCALE, TINY, TINY_PRIOR, Conditioned, StableDiffusion, load_checkpoint, pick_device, save_tensors
+from model import (SCALE, TINY, TINY_PRIOR, Conditioned, StableDiffusion, load_checkpoint, pick_device, pick_precision,
+                   save_tensors)
 from schedule import sd_schedule
 
 PAPER = dict(steps=20000, batch=4, grad_accum=16, lr=1e-5, decay="constant", warmup=0, ema=0.999, caption_dropout=0.02,
@@ -592,8 +593,7 @@ def train_unet(args, device, amp, out):
 def main():
     args = arguments()
     device = pick_device(args.device)
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    args.precision, amp = pick_precision(args.precision, device)
     out = Path(args.resume or args.out or f"runs/{args.task}-{datetime.now():%Y%m%d-%H%M%S}")
     if not args.resume and (out / "state.safetensors").exists():
         raise ValueError(f"{out} holds a run already: go on with it by --resume {out}, or choose another --out")

@@ -27,6 +27,7 @@ from model import TINY_PRIOR, Conditioned, load_checkpoint, pick_device, pick_pr
 from schedule import sd_schedule
 
 SHARD = 256  # pairs in a file
+GRID = 64    # pictures in a grid, where each has a file of its own too
 
 
 def arguments():
@@ -57,7 +58,8 @@ def arguments():
     add("--seed", type=int, default=0, help="of the noise; picture i is the same in every batch size (default: 0)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", help="the PNG grid (default: samples.png), or the folder of pairs or depth (default: pairs, depth)")
-    add("--singles", action="store_true", help="write each picture too, into a folder named like the grid")
+    add("--singles", action="store_true",
+        help=f"write each picture into a folder named like the grid; the grid has the first {GRID}")
     add("--print-sigmas", action="store_true", help="print the sampling grid for other tools and stop")
     args = parser.parse_args()
     defaults = (dict(steps=40, cfg=7.5, out="pairs") if args.pairs is not None else
@@ -267,21 +269,22 @@ def main():
     (folder if args.singles else out.parent).mkdir(parents=True, exist_ok=True)
     print(f"{n} pictures of {height}x{width}, {args.steps} steps, cfg {args.cfg:g}, objective {objective}, "
           f"seed {args.seed}" + (f", LoRA {adapter}" if adapter else ""))
-    images = []
+    images, shown, digits = [], min(n, GRID) if args.singles else n, max(4, len(str(n - 1)))
     for start in range(0, n, args.batch):
         some = range(n)[start:start + args.batch]
         with tqdm(desc=f"pictures {some[0] + 1} to {some[-1] + 1}", total=args.steps, unit="step", leave=False) as bar:
             latents = sample(noises(some, shape, args.seed), prompts[some[0]:some[-1] + 1],
                              callback=lambda x_fm: bar.update())
         with amp:
-            images.append(sd.decode(latents).float().cpu())
-    images = torch.cat(images)
-    save_grid(out, images, min(n, 8), captions=prompts)
+            decoded = sd.decode(latents).float().cpu()
+        if args.singles:
+            for i, image in zip(some, decoded):
+                save_image(folder / f"{i:0{digits}d}.png", image)
+        images += decoded[:max(0, shown - len(images))]
+    save_grid(out, torch.stack(images), min(shown, 8), captions=prompts[:len(images)])
     print(out)
     if args.singles:
-        for i, image in enumerate(images):
-            save_image(folder / f"{i:04d}.png", image)
-        print(f"{folder}/0000.png ... {n} pictures")
+        print(f"{folder}/{0:0{digits}d}.png ... {n} pictures")
 
 
 if __name__ == "__main__":

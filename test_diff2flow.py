@@ -2723,6 +2723,14 @@ def test_guidance_and_the_negative_prompt_change_the_picture_and_without_guidanc
     assert np.array_equal(plain[0], also_plain[0])
 
 
+def test_with_singles_the_grid_holds_the_first_pictures_only(monkeypatch):
+    monkeypatch.setattr(sample, "GRID", 3)
+    five = singles("--n 5 --batch 2 --prompt x")
+    grid = picture("s.png")
+    works(sample, FEW + "--n 3 --batch 2 --prompt x --out s.png")
+    assert len(five) == 5 and np.array_equal(grid, picture("s.png"))
+
+
 def test_a_picture_has_the_size_asked_for_and_else_the_checkpoints():
     assert singles("--n 1 --size 32 48")[0].shape == (32, 48, 3)
     works(sample, "--steps 1 --n 1 --singles --device cpu")

@@ -123,11 +123,11 @@ def score(predicted, labels):
 def load_model(path, device, objective=None):
     """A checkpoint, or a LoRA of train.py on the base that result.json beside it names -> the model, its velocity field,
     and what a result says of it: its file, its objective, its cfg, and the run of train.py that it came from."""
-    path, result = Path(path), Path(path).with_name("result.json")
-    run = json.loads(result.read_text()) if result.exists() else {}
+    path, run = Path(path), lora.result_of(path)
     kept = path.stem.rpartition("-")[2]  # train.py --keep
     if any(key.startswith("lora_") for key in CheckpointFile(path).shapes):
-        sd = load_checkpoint(run.get("ckpt") or TINY_PRIOR, device, ema=run.get("use_ema", False))
+        base, use_ema = lora.base_of(path)
+        sd = load_checkpoint(base, device, ema=use_ema)
         if CheckpointFile(path).metadata.get("task") == "depth":
             sd.widen()
         sd.metadata |= lora.load(path, sd.unet)
@@ -456,9 +456,7 @@ def read_results(paths):
     """Files of JSON lines -> their rows, each with "run": what result.json beside the file says, unless it has one."""
     rows = []
     for path in map(Path, paths):
-        beside = path.with_name("result.json")
-        run = json.loads(read_text(beside)) if beside.exists() else {}
-        rows += [{"run": run, **json.loads(line)} for line in read_text(path).splitlines()]
+        rows += [{"run": lora.result_of(path), **json.loads(line)} for line in read_text(path).splitlines()]
     return rows
 
 

@@ -9,15 +9,19 @@ whose smaller side is a fixed identity. Unlike in the paper their biases stay fr
 A file has kohya's keys: `lora_unet_`, the layer's path in diffusers with `_` for `.`, then `.lora_down.weight` or
 `.lora_up.weight`. It has no `.alpha`, so every reader's scale is 1.
 """
+import json
 import math
 import os
 import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from model import TINY_PRIOR
 
 PRESETS = {  # name -> (how the adapted Linears' paths end; the rank, or its ratio to max(in, out))
     "base": (("to_q", "to_k", "to_v"), 0.2),
@@ -179,3 +183,15 @@ def load(path, unet):
                          f"{len(tensors)} keys do not fit, the first is {min(tensors, default='')!r}")
     attach(unet, loras)
     return metadata
+
+
+def result_of(weights):
+    """What train.py wrote beside its weights (result.json), or {}."""
+    result = Path(weights).with_name("result.json")
+    return json.loads(result.read_text()) if result.exists() else {}
+
+
+def base_of(path):
+    """-> the checkpoint that a LoRA was trained from, and whether on its EMA weights: the bundled one if nothing says."""
+    result = result_of(path)
+    return result.get("ckpt") or TINY_PRIOR, result.get("use_ema", False)

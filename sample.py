@@ -70,26 +70,14 @@ def arguments():
     return args
 
 
-def result_of(weights):
-    """What train.py wrote beside its weights, or {}."""
-    result = Path(weights).with_name("result.json")
-    return json.loads(result.read_text()) if result.exists() else {}
-
-
 def newest_run(task):
     """-> checkpoint, EMA weights or not, LoRA file or None: of the newest run for that task, else the bundled prior."""
     found = [p for name in ("model", "lora") for p in Path("runs").glob(f"*/{name}.safetensors")
-             if (result := result_of(p)) and (result["task"] == "depth") == (task == "depth")]
+             if (result := lora.result_of(p)) and (result["task"] == "depth") == (task == "depth")]
     if not found:
         return TINY_PRIOR, False, None
     newest = max(found, key=lambda path: path.stat().st_mtime)
-    return (newest, False, None) if newest.name == "model.safetensors" else (*base_of(newest), newest)
-
-
-def base_of(adapter):
-    """-> the checkpoint that a LoRA was trained from, EMA weights or not: result.json beside it says, else ours."""
-    result = result_of(adapter)
-    return result.get("ckpt") or TINY_PRIOR, result.get("use_ema", False)
+    return (newest, False, None) if newest.name == "model.safetensors" else (*lora.base_of(newest), newest)
 
 
 def sigma_grid(flow, steps):
@@ -209,7 +197,7 @@ def main():
     if args.ckpt or args.pairs and not args.lora:  # pairs come from a model that is not tuned yet
         ckpt, use_ema, adapter = args.ckpt or TINY_PRIOR, args.use_ema, args.lora
     else:
-        ckpt, use_ema, adapter = (*base_of(args.lora), args.lora) if args.lora else newest_run(args.task)
+        ckpt, use_ema, adapter = (*lora.base_of(args.lora), args.lora) if args.lora else newest_run(args.task)
     precision, amp = pick_precision(args.precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     sd = load_checkpoint(ckpt, device, dtype, args.prediction, use_ema)

@@ -2281,6 +2281,7 @@ def at_work(tiny, tmp_path, monkeypatch):
     """Each test in an empty folder of its own, with that model as the bundled one."""
     monkeypatch.setattr(train, "TINY_PRIOR", tiny)
     monkeypatch.setattr(sample, "TINY_PRIOR", tiny)
+    monkeypatch.setattr(lora, "TINY_PRIOR", tiny)
     monkeypatch.chdir(tmp_path)
 
 
@@ -3676,6 +3677,17 @@ def test_each_equation_stands_on_the_line_that_the_readme_names():
         where = code[int(line) - 1]
         assert "Eq" in where or "Algorithm" in where
         assert all(number in where for number in re.findall(r"\d+", equations.split(" and ")[-1])), (equations, where)
+
+
+def test_the_readmes_line_for_coco_takes_the_first_caption_of_each_picture(tmp_path):
+    """The file lists annotations in no order of pictures, with spaces and line ends in some captions."""
+    command = re.search(r"^    python (-c .*) > captions.txt$", (HERE / "README.md").read_text(), re.MULTILINE)[1]
+    annotations = [{"image_id": i, "id": n, "caption": caption} for n, (i, caption) in enumerate(
+        [(9, "a dog "), (2, "two\nboats"), (9, "a second"), (40, "a red bus"), (2, "x")])]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_val2017.json").write_text(json.dumps({"images": [], "annotations": annotations}))
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["two boats", "a dog", "a red bus"]
 
 
 # ==================== Full size, run by hand ====================

@@ -80,12 +80,14 @@ if [ "$what" != train ]; then
         done
         figures depth-$seed depth-scenes $runs/depth-*-$seed/{model,lora}-*.safetensors --steps 2 10 --ensemble 1 4 --n 32 --seed $seed
     done
-    figures plain captions $runs/style-{dm,diff2flow}-none-0/model.safetensors --style outline --n 48   # claim 6: pictures
+    first=${seeds%% *}                              # of which pictures are kept
+    figures plain captions $runs/style-{dm,diff2flow}-none-$first/model.safetensors --style outline --n 48    # claim 6
     mkdir -p $results
     cat $runs/*/result.json > $results/training.jsonl
     for name in style reflow size zero ddim depth; do cat $runs/measured/$name-*/*.jsonl > $results/$name.jsonl; done
     for name in style eps size; do python evaluate.py plot $runs/$name-*/validation.jsonl --out $results/$name.png; done
     python evaluate.py plot $results/depth.jsonl --y absrel --panel run.lora steps ensemble --out $results/depth.png
-    for name in plain reflow-0; do cp $runs/measured/$name/samples.png $results/$name.png; done
-    cp $runs/depth-diff2flow-none-0/before_after.png $results/depth-scenes.png
+    cp $runs/measured/plain/samples.png $results/plain-samples.png
+    cp $runs/measured/reflow-$first/samples.png $results/reflow-samples.png
+    cp $runs/depth-diff2flow-none-$first/before_after.png $results/depth-samples.png
 fi

@@ -3666,6 +3666,62 @@ def test_the_bundled_priors_share_their_autoencoder():
     assert all(torch.equal(v[name], eps[name]) for name in v)
 
 
+# ==================== claims.sh ====================
+
+STAND_IN = """#!{python}
+import sys
+from pathlib import Path
+with open("commands", "a") as file:
+    file.write("\\t".join(sys.argv[1:]) + "\\n")
+script, *words = sys.argv[1:]
+out = Path(words[words.index("--out") + 1] if "--out" in words else words[words.index("--resume") + 1])
+if script == "train.py":
+    out.mkdir(parents=True)
+    whole = "--lora" not in words or words[words.index("--lora") + 1] == "none"
+    for name in ("", "-000050") if "--keep" in words else ("",):
+        (out / f"{{'model' if whole else 'lora'}}{{name}}.safetensors").touch()
+    for name in ("result.json", "validation.jsonl", "before_after.png"):
+        (out / name).write_text("{{}}\\n")
+elif words[0] in ("captions", "depth-scenes"):
+    out.mkdir(parents=True)
+    for name in ("figures.jsonl", "samples.png"):
+        (out / name).write_text("{{}}\\n")
+"""
+
+
+def test_the_claims_loop_runs_each_command_once_in_two_processes_and_all_of_them_parse(tmp_path, monkeypatch):
+    shutil.copy(HERE / "claims.sh", tmp_path)
+    (tmp_path / "python").write_text(STAND_IN.format(python=sys.executable))
+    (tmp_path / "python").chmod(0o755)
+    shell = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEDS": "3 4"}
+    both = [subprocess.Popen(["bash", str(tmp_path / "claims.sh"), "train"], env=shell) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    commands = [line.split("\t") for line in (tmp_path / "commands").read_text().splitlines()]
+    outs = [words[words.index("--out") + 1] for words in commands]
+    # a seed: 12 of style, 8 of depth, 4 of eps, 4 of size, 3 of rank, Reflow and its pairs
+    assert len(outs) == len(set(outs)) == 2 * (12 + 8 + 4 + 4 + 3 + 2)
+    for _ in range(2):
+        subprocess.run(["bash", str(tmp_path / "claims.sh")], env=shell, check=True)    # all of it: only measures
+    later = [line.split("\t") for line in (tmp_path / "commands").read_text().splitlines()][len(commands):]
+    measured = [words for words in later if words[1] != "plot"]
+    outs = [words[words.index("--out") + 1] for words in measured]
+    assert {words[0] for words in later} == {"evaluate.py"} and len(outs) == len(set(outs)) == 2 * 9 + 1
+    for words in measured:
+        assert not [word for word in words if "*" in word] and any(word.endswith(".safetensors") for word in words)
+
+    called = []
+    for name in ("captions", "depth_scenes", "plot"):
+        monkeypatch.setattr(evaluate, name, called.append)
+    for script, *words in commands + later:
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        if script == "evaluate.py":
+            evaluate.main()
+        else:
+            args = {"train.py": train.arguments, "sample.py": sample.arguments}[script]()
+            assert args.seed in (3, 4)
+    assert len(called) == len(later)
+
+
 # ==================== README.md ====================
 
 

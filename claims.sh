@@ -9,7 +9,7 @@ set -euo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")"
 runs=runs/claims results=assets/results seeds=${SEEDS:-0 1 2} what=${1:-all}
-recipe="--precision bf16 --steps 200 --scenes 1024 --previews 4 --preview-every 50"
+recipe="--precision bf16 --steps 200 --scenes 1024 --previews 4 --preview-every 50 --save-every 50"
 
 alone() {  # alone NAME COMMAND...: unless another process has begun it
     mkdir -p "$runs/locks"
@@ -55,7 +55,7 @@ if [ "$what" != measure ]; then
             common="--objective $objective --seed $seed"
             for lora in none base; do           # claim 9: depth
                 rate=$([ $lora = none ] && echo 5e-4 || echo 1e-3)
-                arm depth-$objective-$lora-$seed $common --task depth --lora $lora --lr $rate --steps 150 --save-every 50 --keep
+                arm depth-$objective-$lora-$seed $common --task depth --lora $lora --lr $rate --steps 150 --keep
             done
             arm eps-$objective-$seed $common --ckpt assets/tiny-eps.safetensors                         # claim 7: an eps-prior
             arm size-$objective-$seed $common --style solid --size 96 --batch 16 --steps 150            # claim 4: another size
@@ -68,7 +68,7 @@ fi
 if [ "$what" != train ]; then
     v=assets/tiny-v.safetensors eps=assets/tiny-eps.safetensors
     for seed in $seeds; do
-        figures style-$seed captions $runs/{style,eps,rank}-*-$seed/{model,lora}.safetensors --style outline --n 96 --seed $seed
+        figures style-$seed captions $runs/{style,eps,rank}-*-$seed/{model,lora}.safetensors --style outline --cfg 1 --n 128 --seed $seed
         figures reflow-$seed captions $v $runs/reflow-$seed/lora.safetensors --objective diff2flow --steps 25 4 2 1 \
             --n 256 --seed $seed
         figures size-$seed captions $v $runs/size-*-$seed/model.safetensors --size 96 --n 64 --seed $seed
@@ -86,7 +86,7 @@ if [ "$what" != train ]; then
     cat $runs/*/result.json > $results/training.jsonl
     for name in style reflow size zero ddim depth; do cat $runs/measured/$name-*/*.jsonl > $results/$name.jsonl; done
     for name in style eps size; do python evaluate.py plot $runs/$name-*/validation.jsonl --out $results/$name.png; done
-    python evaluate.py plot $results/depth.jsonl --y absrel --panel run.lora steps ensemble --out $results/depth.png
+    python evaluate.py plot $results/depth.jsonl --y absrel --panel run.lora steps --where ensemble=4 --out $results/depth.png
     cp $runs/measured/plain/samples.png $results/plain-samples.png
     cp $runs/measured/reflow-$first/samples.png $results/reflow-samples.png
     cp $runs/depth-diff2flow-none-$first/before_after.png $results/depth-samples.png

@@ -452,11 +452,15 @@ def look_up(row, name):
     return row
 
 
-def read_results(paths):
-    """Files of JSON lines -> their rows, each with "run": what result.json beside the file says, unless it has one."""
-    rows = []
+def read_results(paths, where):
+    """Files of JSON lines -> their rows where each name has the value in `where` ("steps=4"). Each row has "run": what
+    result.json beside the file says, unless it has one."""
+    rows, wanted = [], [condition.partition("=") for condition in where]
     for path in map(Path, paths):
         rows += [{"run": lora.result_of(path), **json.loads(line)} for line in read_text(path).splitlines()]
+    rows = [row for row in rows if all(str(look_up(row, name)) == value for name, _, value in wanted)]
+    if not rows:
+        raise ValueError(f"no row{' where ' * bool(where)}{' '.join(where)} in {' '.join(map(str, paths))}")
     return rows
 
 
@@ -469,7 +473,7 @@ def plot(args):
     except ImportError:
         raise ValueError("plot takes matplotlib: pip install matplotlib") from None
     panels = {}
-    for row in read_results(args.results):
+    for row in read_results(args.results, args.where):
         names = (" ".join(f"{name.split('.')[-1]} {look_up(row, name)}" for name in args.panel), look_up(row, args.by))
         x, y = look_up(row, args.x), look_up(row, args.y)
         if None in (x, y, names[1]):
@@ -497,7 +501,7 @@ def plot(args):
 def table(args):
     """A Markdown table: a row for each different `by`, and of each figure the mean and, in brackets, its span."""
     groups = {}
-    for row in read_results(args.results):
+    for row in read_results(args.results, args.where):
         group = tuple(str(look_up(row, name)) for name in args.by)
         groups.setdefault(group, []).append([look_up(row, name) for name in args.of])
     print(f"| {' | '.join(args.by)} | n | {' | '.join(args.of)} |\n|{'---|' * (len(args.by) + 1 + len(args.of))}")
@@ -557,11 +561,13 @@ def main():
     add("--y", default="velocity_error", help="the figure beside (default: velocity_error)")
     add("--by", default="run.objective", help="what tells lines apart (default: run.objective)")
     add("--panel", nargs="+", default=["run.lora"], help="what tells panels apart (default: run.lora)")
+    add("--where", nargs="+", default=[], help="only rows in which these figures are so, such as ensemble=4")
     add("--out", default="plot.png", help="the picture (default: plot.png)")
     add = commands.add_parser("table", help="many results in one table: means and spans over seeds").add_argument
     add("results", nargs="+", help="files of JSON lines: result.json of train.py, captions.jsonl, depth.jsonl")
     add("--by", nargs="+", required=True, help="what tells rows apart, such as objective, run.lora")
     add("--of", nargs="+", required=True, help="the figures, such as all, plain.black")
+    add("--where", nargs="+", default=[], help="only rows in which these figures are so, such as ensemble=4")
     args = parser.parse_args()
     {"captions": captions, "depth-scenes": depth_scenes, "depth": depth, "images": images, "plot": plot,
      "table": table}[args.command](args)

@@ -3576,6 +3576,12 @@ def test_a_table_has_a_row_a_group_with_the_mean_and_the_span_of_its_seeds(tmp_p
     assert capsys.readouterr().out.splitlines() == [
         "| run.objective | n | all | plain.black |", "|---|---|---|---|",
         "| dm | 3 | 3 (1 to 6) | 3 (1 to 6) |", "| fm | 3 | 6 (2 to 12) |  |"]
+    sys.argv += ["--where", "run.objective=fm", "run.seed=2"]
+    evaluate.main()
+    assert capsys.readouterr().out.splitlines()[2:] == ["| fm | 1 | 12 (12 to 12) |  |"]
+    sys.argv[-1] = "run.seed=7"
+    with pytest.raises(ValueError, match="no row where run.objective=fm run.seed=7 in "):
+        evaluate.main()
 
 
 def test_runs_of_several_seeds_and_objectives_are_plotted(tmp_path, capsys):
@@ -3744,6 +3750,15 @@ def test_the_readmes_line_for_coco_takes_the_first_caption_of_each_picture(tmp_p
     (tmp_path / "annotations/captions_val2017.json").write_text(json.dumps({"images": [], "annotations": annotations}))
     done = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["two boats", "a dog", "a red bus"]
+
+
+@pytest.mark.parametrize("command, shown", re.findall(
+    r"^    python (evaluate\.py table .*assets/results/.*)\n\n((?:\|.*\n)+)", (HERE / "README.md").read_text(), re.MULTILINE))
+def test_the_readmes_tables_are_what_their_commands_print(command, shown, monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    evaluate.main()
+    assert capsys.readouterr().out == shown
 
 
 # ==================== Full size, run by hand ====================

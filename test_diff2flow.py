@@ -3483,6 +3483,16 @@ def test_models_by_steps_are_one_table_and_a_lora_brings_its_base_objective_guid
         assert grid.height > 4 * 128                                                          # a row each
 
 
+def test_the_frechet_distance_is_to_other_scenes_than_those_sampled(command, monkeypatch):
+    features = []
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda *of: (features.extend(of), 0.0)[1])
+    command("--seed", "7")
+    world = Scenes(11, 64, 64, "solid", evaluate.HELD_OUT_SEED + 7)
+    others = evaluate.draw([world.scene(i) for i in range(3, 11)])[0]
+    net = evaluate.load_classifier("solid", torch.device("cpu"))
+    assert features[0].shape == (3, 256) and torch.allclose(features[1], net[:-1](others), atol=1e-5)
+
+
 def test_samples_of_another_size_are_scaled_to_the_classifiers(command, monkeypatch):
     sizes, predict = [], evaluate.predict
     monkeypatch.setattr(evaluate, "predict", lambda net, images: (sizes.append(images.shape[2:]), predict(net, images))[1])

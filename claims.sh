@@ -70,15 +70,15 @@ if [ "$what" != train ]; then
     for seed in $seeds; do
         figures style-$seed captions $runs/{style,eps,rank}-*-$seed/{model,lora}.safetensors --style outline --cfg 1 --n 128 --seed $seed
         figures reflow-$seed captions $v $runs/reflow-$seed/lora.safetensors --objective diff2flow --steps 25 4 2 1 \
-            --n 256 --seed $seed
-        figures size-$seed captions $v $runs/size-*-$seed/model.safetensors --size 96 --n 64 --seed $seed
+            --n 128 --seed $seed
+        figures size-$seed captions $v $runs/size-*-$seed/lora.safetensors --size 96 --n 32 --seed $seed
         for objective in diff2flow fm fm-flip; do   # claim 1: before any training
-            figures zero-$objective-$seed captions $v $eps --objective $objective --n 96 --seed $seed
+            figures zero-$objective-$seed captions $v $eps --objective $objective --n 48 --seed $seed
         done
         for shift in 0 0.5; do                      # claim 5: DDIM at fractional timesteps
-            figures ddim-$shift-$seed captions $v --objective dm --t-shift $shift --n 256 --seed $seed
+            figures ddim-$shift-$seed captions $v --objective dm --t-shift $shift --n 128 --seed $seed
         done
-        figures depth-$seed depth-scenes $runs/depth-*-$seed/{model,lora}-*.safetensors --steps 2 10 --ensemble 1 4 --n 32 --seed $seed
+        figures depth-$seed depth-scenes $runs/depth-*-$seed/{model,lora}-*.safetensors --steps 2 10 --ensemble 1 4 --n 16 --seed $seed
     done
     first=${seeds%% *}                              # of which pictures are kept
     figures plain captions $runs/style-{dm,diff2flow}-none-$first/model.safetensors --style outline --n 48    # claim 6

@@ -3693,7 +3693,7 @@ script, *words = sys.argv[1:]
 out = Path(words[words.index("--out") + 1] if "--out" in words else words[words.index("--resume") + 1])
 if script == "train.py":
     out.mkdir(parents=True)
-    whole = "--lora" not in words or words[words.index("--lora") + 1] == "none"
+    whole = "--lora" in words and words[words.index("--lora") + 1] == "none"
     for name in ("", "-000050") if "--keep" in words else ("",):
         (out / f"{{'model' if whole else 'lora'}}{{name}}.safetensors").touch()
     for name in ("result.json", "validation.jsonl", "before_after.png"):
@@ -3724,6 +3724,9 @@ def test_the_claims_loop_runs_each_command_once_in_two_processes_and_all_of_them
     assert {words[0] for words in later} == {"evaluate.py"} and len(outs) == len(set(outs)) == 2 * 9 + 1
     for words in measured:
         assert not [word for word in words if "*" in word] and any(word.endswith(".safetensors") for word in words)
+        count = len([word for word in words if word.startswith("runs/") and word.endswith(".safetensors")])
+        name = outs[measured.index(words)].split("/")[-1].split("-")[0]
+        assert count == dict(style=18, reflow=1, size=4, zero=0, ddim=0, depth=8, plain=2)[name]
 
     called = []
     for name in ("captions", "depth_scenes", "plot"):

@@ -3726,7 +3726,7 @@ def test_the_claims_loop_runs_each_command_once_in_two_processes_and_all_of_them
         assert not [word for word in words if "*" in word] and any(word.endswith(".safetensors") for word in words)
         count = len([word for word in words if word.startswith("runs/") and word.endswith(".safetensors")])
         name = outs[measured.index(words)].split("/")[-1].split("-")[0]
-        assert count == dict(style=18, reflow=1, size=4, zero=0, ddim=0, depth=8, plain=2)[name]
+        assert count == dict(style=18, reflow=1, size=4, zero=0, ddim=0, depth=8, plain=4)[name]
 
     called = []
     for name in ("captions", "depth_scenes", "plot"):

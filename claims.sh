@@ -81,14 +81,14 @@ if [ "$what" != train ]; then
         figures depth-$seed depth-scenes $runs/depth-*-$seed/{model,lora}-*.safetensors --steps 2 10 --ensemble 1 4 --n 16 --seed $seed
     done
     first=${seeds%% *}                              # of which pictures are kept
-    figures plain captions $runs/style-{dm,diff2flow}-none-$first/model.safetensors \
+    figures plain-$first captions $runs/style-{dm,diff2flow}-none-$first/model.safetensors \
         $runs/eps-{dm,diff2flow}-$first/lora.safetensors --style outline --cfg 1 --n 48             # claim 6: pictures
     mkdir -p $results
     cat $runs/*/result.json > $results/training.jsonl
     for name in style reflow size zero ddim depth; do cat $runs/measured/$name-*/*.jsonl > $results/$name.jsonl; done
     for name in style eps size; do python evaluate.py plot $runs/$name-*/validation.jsonl --out $results/$name.png; done
     python evaluate.py plot $results/depth.jsonl --y absrel --panel run.lora steps --where ensemble=4 --out $results/depth.png
-    cp $runs/measured/plain/samples.png $results/plain-samples.png
+    cp $runs/measured/plain-$first/samples.png $results/plain-samples.png
     for name in reflow size; do cp $runs/measured/$name-$first/samples.png $results/$name-samples.png; done
     cp $runs/depth-diff2flow-none-$first/before_after.png $results/depth-samples.png
 fi

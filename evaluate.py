@@ -498,6 +498,11 @@ def plot(args):
     print(args.out)
 
 
+def numbers_first(group):
+    """Sorts texts as a person would: numbers by value, then words."""
+    return [(0, float(text), "") if text.replace(".", "", 1).isdecimal() else (1, 0.0, text) for text in group]
+
+
 def table(args):
     """A Markdown table: a row for each different `by`, and of each figure the mean and, in brackets, its span."""
     groups = {}
@@ -505,7 +510,7 @@ def table(args):
         group = tuple(str(look_up(row, name)) for name in args.by)
         groups.setdefault(group, []).append([look_up(row, name) for name in args.of])
     print(f"| {' | '.join(args.by)} | n | {' | '.join(args.of)} |\n|{'---|' * (len(args.by) + 1 + len(args.of))}")
-    for group, rows in sorted(groups.items()):
+    for group, rows in sorted(groups.items(), key=lambda item: numbers_first(item[0])):
         cells = []
         for values in zip(*rows):
             values = [value for value in values if value is not None]

@@ -3575,6 +3575,12 @@ def test_depth_of_scenes_is_perfect_when_the_network_is_the_truth(checkpoint, tm
 
 # ------------------------------------------------------------------------------------------------ tables and plots
 
+def test_the_rows_of_a_table_are_in_the_order_of_their_numbers_then_of_their_words():
+    groups = [("small", "4"), ("2", "x"), ("base", "25"), ("16", "0.5"), ("base", "4"), ("16", "0.0")]
+    assert sorted(groups, key=evaluate.numbers_first) == [
+        ("2", "x"), ("16", "0.0"), ("16", "0.5"), ("base", "4"), ("base", "25"), ("small", "4")]
+
+
 def test_a_table_has_a_row_a_group_with_the_mean_and_the_span_of_its_seeds(tmp_path, capsys, monkeypatch):
     for seed, x in ((0, 1.0), (1, 2.0), (2, 6.0)):
         rows = [{"run": {"objective": o, "seed": seed}, "all": x * k, "plain": {"black": x} if k == 1 else {}}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every claim of the paper on the bundled priors: train the arms, measure them, draw the plots.
 #
-#     bash claims.sh                                  all of it: a night on two CPU cores; goes on where it was stopped
-#     bash claims.sh train & bash claims.sh train & wait; bash claims.sh measure      two processes share the arms
+#     bash claims.sh                          all of it: about five hours of one CPU core; goes on where it was stopped
+#     bash claims.sh train & bash claims.sh train & wait; bash claims.sh measure          two processes share the arms
 #
-# Runs go to runs/claims/, figures as JSON lines and plots to assets/results/. Takes bash, and flock of Linux.
+# Runs go to runs/claims/, figures as JSON lines and plots to assets/results/. Takes bash, flock of Linux, and matplotlib.
 set -euo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")"
@@ -68,9 +68,10 @@ fi
 if [ "$what" != train ]; then
     v=assets/tiny-v.safetensors eps=assets/tiny-eps.safetensors
     for seed in $seeds; do
-        figures style-$seed captions $runs/{style,eps,rank}-*-$seed/{model,lora}.safetensors --style outline --cfg 1 --n 128 --seed $seed
-        figures reflow-$seed captions $v $runs/reflow-$seed/lora.safetensors --objective diff2flow --steps 25 4 2 1 \
-            --n 128 --seed $seed
+        figures style-$seed captions $runs/{style,eps,rank}-*-$seed/{model,lora}.safetensors \
+            --style outline --cfg 1 --n 128 --seed $seed
+        figures reflow-$seed captions $v $runs/reflow-$seed/lora.safetensors \
+            --objective diff2flow --steps 25 4 2 1 --n 128 --seed $seed
         figures size-$seed captions $v $runs/size-*-$seed/lora.safetensors --size 96 --n 32 --seed $seed
         for objective in diff2flow fm fm-flip; do   # claim 1: before any training
             figures zero-$objective-$seed captions $v $eps --objective $objective --n 48 --seed $seed
@@ -78,7 +79,8 @@ if [ "$what" != train ]; then
         for shift in 0 0.5; do                      # claim 5: DDIM at fractional timesteps
             figures ddim-$shift-$seed captions $v --objective dm --t-shift $shift --n 128 --seed $seed
         done
-        figures depth-$seed depth-scenes $runs/depth-*-$seed/{model,lora}-*.safetensors --steps 2 10 --ensemble 1 4 --n 16 --seed $seed
+        figures depth-$seed depth-scenes $runs/depth-*-$seed/{model,lora}-*.safetensors \
+            --steps 2 10 --ensemble 1 4 --n 16 --seed $seed
     done
     first=${seeds%% *}                              # of which pictures are kept
     figures plain-$first captions $runs/style-{dm,diff2flow}-none-$first/model.safetensors \
@@ -87,7 +89,8 @@ if [ "$what" != train ]; then
     cat $runs/*/result.json > $results/training.jsonl
     for name in style reflow size zero ddim depth; do cat $runs/measured/$name-*/*.jsonl > $results/$name.jsonl; done
     for name in style eps size; do python evaluate.py plot $runs/$name-*/validation.jsonl --out $results/$name.png; done
-    python evaluate.py plot $results/depth.jsonl --y absrel --panel run.lora steps --where ensemble=4 --out $results/depth.png
+    python evaluate.py plot $results/depth.jsonl --y absrel --panel run.lora steps --where ensemble=4 \
+        --out $results/depth.png
     cp $runs/measured/plain-$first/samples.png $results/plain-samples.png
     for name in reflow size; do cp $runs/measured/$name-$first/samples.png $results/$name-samples.png; done
     cp $runs/depth-diff2flow-none-$first/before_after.png $results/depth-samples.png

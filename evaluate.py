@@ -202,6 +202,7 @@ def captions(args):
         raise ValueError("--n, --steps and --batch must be at least 1")
     device, out = pick_device(args.device), Path(args.out)
     models = [load_model(path, device, args.objective) for path in args.models]
+    sizes = [sd.picture_size(args.size) for sd, *_ in models]
     precision, amp = pick_precision(args.precision, device)
     settings = {name: vars(args)[name] for name in ("n", "seed", "style", "t_shift")}
     settings |= {"precision": precision, "device": str(device)}
@@ -214,11 +215,10 @@ def captions(args):
     several = len(models) * len(args.steps) > 1     # then 8 pictures of each are shown, plain ones first
     order = list(dict.fromkeys([*plain["black"][:2], *plain["white"][:2], *range(args.n)]))[:8 if several else 32]
     shown, rows = {}, []
-    for sd, flow, about in models:
+    for (sd, flow, about), size in zip(models, sizes):
         cfg = float(sd.metadata.get("cfg", 4.0)) if args.cfg is None else args.cfg
         if args.t_shift:
             shift_grid(flow, args.t_shift)
-        size = sd.picture_size(args.size)
         shape = (args.n, sd.config.latent_channels, *(side // sd.factor for side in size))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:

@@ -3644,6 +3644,7 @@ def test_a_classifier_of_another_version_is_refused(command, tmp_path):
 
 @pytest.mark.parametrize("words, models, says", [
     (("--n", "0"), None, "at least 1"), (("--steps", "0"), None, "at least 1"), (("--batch", "-2"), None, "at least 1"),
+    (("--size", "65"), None, "must be multiples of"),
     ((), ["nowhere.safetensors"], "no such checkpoint file"),
 ])
 def test_bad_input_is_one_line_before_anything_is_trained(command, checkpoint, tmp_path, words, models, says):

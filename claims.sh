@@ -53,7 +53,8 @@ if [ "$what" != measure ]; then
         alone reflow-$seed reflow $seed         # claim 8: Reflow
         for objective in dm fm fm-flip diff2flow; do
             common="--objective $objective --seed $seed"
-            for lora in none base; do           # claim 9: depth
+            for lora in none base small; do     # claim 9: depth
+                if [ $lora = small ] && [ $objective != diff2flow ]; then continue; fi
                 rate=$([ $lora = none ] && echo 5e-4 || echo 1e-3)
                 arm depth-$objective-$lora-$seed $common --task depth --lora $lora --lr $rate --steps 150 --keep
             done

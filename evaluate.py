@@ -489,6 +489,8 @@ def plot(args):
             axis.fill_between(sorted(points), *zip(*((min(v), max(v)) for v in values)), color=line.get_color(), alpha=0.2)
         axis.set(title=name, xlabel=args.x, yscale="log")
         axis.legend(fontsize="small")
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
     for axis in axes[:, 0]:
         axis.set_ylabel(args.y)
     figure.tight_layout()

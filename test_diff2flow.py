@@ -3721,8 +3721,8 @@ def test_the_claims_loop_runs_each_command_once_in_two_processes_and_all_of_them
     assert [process.wait() for process in both] == [0, 0]
     commands = [line.split("\t") for line in (tmp_path / "commands").read_text().splitlines()]
     outs = [words[words.index("--out") + 1] for words in commands]
-    # a seed: 12 of style, 8 of depth, 4 of eps, 4 of size, 2 of rank, Reflow and its pairs
-    assert len(outs) == len(set(outs)) == 2 * (12 + 8 + 4 + 4 + 2 + 2)
+    # a seed: 12 of style, 9 of depth, 4 of eps, 4 of size, 2 of rank, Reflow and its pairs
+    assert len(outs) == len(set(outs)) == 2 * (12 + 9 + 4 + 4 + 2 + 2)
     for _ in range(2):
         subprocess.run(["bash", str(tmp_path / "claims.sh")], env=shell, check=True)    # all of it: only measures
     later = [line.split("\t") for line in (tmp_path / "commands").read_text().splitlines()][len(commands):]
@@ -3733,7 +3733,7 @@ def test_the_claims_loop_runs_each_command_once_in_two_processes_and_all_of_them
         assert not [word for word in words if "*" in word] and any(word.endswith(".safetensors") for word in words)
         count = len([word for word in words if word.startswith("runs/") and word.endswith(".safetensors")])
         name = outs[measured.index(words)].split("/")[-1].split("-")[0]
-        assert count == dict(style=18, reflow=1, size=4, zero=0, ddim=0, depth=8, plain=4)[name]
+        assert count == dict(style=18, reflow=1, size=4, zero=0, ddim=0, depth=9, plain=4)[name]
 
     called = []
     for name in ("captions", "depth_scenes", "plot"):

@@ -98,6 +98,11 @@ def predict(classifier, images):
     return torch.stack([part.argmax(1) for part in logits.split(CLASSES, 1)], 1).cpu()
 
 
+def features(classifier, images):
+    """images (N, 3, 64, 64) -> what its last layer sees (N, 256)."""
+    return torch.cat([classifier[:-1](some) for some in images.split(256)])
+
+
 def frechet_distance(a, b):
     """Features (N, D), (M, D) -> |mean difference|^2 + tr(A + B - 2 sqrt(A B)), A and B their covariances."""
     a, b = a.double(), b.double()
@@ -193,8 +198,7 @@ def real_scenes(args, classifier, sd, device):
                          f"{REQUIRED:.0%}: delete runs/classifier-{args.style}.safetensors, and it is trained again")
     decoded = [sd.decode(sd.encode(some.to(device))).clamp(-1, 1) for some in images[:args.n].split(args.batch)]
     shares["decoded"] = score(predict(classifier, torch.cat(decoded)), labels[:args.n])
-    features = torch.cat([classifier[:-1](some.to(device)) for some in images[args.n:].split(256)])
-    return scenes[:args.n], labels[:args.n], shares, features
+    return scenes[:args.n], labels[:args.n], shares, features(classifier, images[args.n:].to(device))
 
 
 def captions(args):
@@ -227,7 +231,7 @@ def captions(args):
             if size != (SIZE, SIZE):
                 samples = F.interpolate(samples, (SIZE, SIZE), mode="bilinear", antialias=True)
             sampled = score(predict(classifier, samples), labels)
-            distance = frechet_distance(torch.cat([classifier[:-1](x) for x in samples.split(256)]), real_features)
+            distance = frechet_distance(features(classifier, samples), real_features)
             means = {name: (samples[i].mean().item() + 1) / 2 for name, i in plain.items() if i}
             rows.append({**settings, **about, "steps": steps, "cfg": cfg, "size": size, "real_scenes": REAL_SCENES,
                          "all": sampled["all"], "frechet": distance, "straightness": straight, "plain": means,

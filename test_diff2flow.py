@@ -3772,8 +3772,17 @@ def test_the_readmes_line_for_coco_takes_the_first_caption_of_each_picture(tmp_p
     assert done.stdout.splitlines() == ["two boats", "a dog", "a red bus"]
 
 
-@pytest.mark.parametrize("command, shown", re.findall(
-    r"^    python (evaluate\.py table .*assets/results/.*)\n\n((?:\|.*\n)+)", (HERE / "README.md").read_text(), re.MULTILINE))
+README_TABLES = re.findall(r"^    python (evaluate\.py table .*assets/results/.*)\n\n((?:\|.*\n)+)",
+                           (HERE / "README.md").read_text(), re.MULTILINE)
+
+
+def test_the_readme_has_a_table_for_each_file_of_results():
+    shown = {command.split()[2] for command, _ in README_TABLES}
+    files = {f"assets/results/{path.name}" for path in (HERE / "assets/results").glob("*.jsonl")}
+    assert len(files) == 7 and files - shown == {"assets/results/training.jsonl"}     # its figures are in the others too
+
+
+@pytest.mark.parametrize("command, shown", README_TABLES)
 def test_the_readmes_tables_are_what_their_commands_print(command, shown, monkeypatch, capsys):
     monkeypatch.chdir(HERE)
     monkeypatch.setattr(sys, "argv", shlex.split(command))

@@ -13,7 +13,6 @@ Erratum. Eq. 15's second line and Eq. 16's last line are wrong as printed. From 
     x1 = alpha x_dm - sigma v,    x0 = sigma x_dm + alpha v,    u = x1 - x0 = (alpha - sigma) x_dm - (alpha + sigma) v
 """
 import torch
-from torch import nn
 
 
 def interpolate(x1, x0, t_fm):
@@ -33,27 +32,26 @@ def masked_mean(x, mask=None):
     return x.mean() if mask is None else (x * mask).sum() / mask.expand_as(x).sum().clamp(min=1)
 
 
-class Diff2Flow(nn.Module):
+def velocity_error(flow, x1, x0, t_fm, context, mask=None):
+    """Eq. 5 at given noise and times: mean |u - (x1 - x0)|^2. Shapes as in `loss`; flow is any of the OBJECTIVES."""
+    u = flow(interpolate(x1, x0, t_fm), t_fm, context)
+    return masked_mean((u - (x1 - x0)).square(), mask)
+
+
+class Diff2Flow:
     """A network(x_dm, t_dm, context) -> v or eps, with its schedule alpha (T,), sigma (T,), as a velocity field u.
 
-    Times and algebra are float32 (the table float64) whatever the network's dtype; prediction is "v" or "eps".
+    Times and algebra are float32 (the table float64) whatever the network's dtype; prediction is "v" or "eps". The
+    schedule must be on the network's device.
     """
 
     def __init__(self, net, alpha, sigma, prediction="v"):
-        super().__init__()
         if prediction not in ("v", "eps"):
             raise ValueError(f"prediction is {prediction!r}; it must be 'v' or 'eps'")
         if prediction == "eps" and alpha[-1] == 0:
             raise ValueError("an eps-network says nothing about x1 where alpha is 0: use the schedule without zero_snr")
         self.net, self.prediction, self.T = net, prediction, len(alpha)
-        self.register_buffer("f_table", (alpha / (alpha + sigma)).double(), persistent=False)  # f_t at 0 .. T-1
-
-    def _apply(self, fn, recurse=True):
-        """.to(bfloat16) casts the network, never the table."""
-        f_table = self.f_table
-        super()._apply(fn, recurse)
-        self.f_table = f_table.to(self.f_table.device)
-        return self
+        self.f_table = (alpha / (alpha + sigma)).double()                   # f_t at t_dm = 0 .. T-1
 
     def f_t(self, t_dm):
         """Eq. 11, linear between integer timesteps: t_dm (B,) in [0, T-1] -> t_fm (B,)."""
@@ -67,7 +65,7 @@ class Diff2Flow(nn.Module):
         f_low, f_high = self.f_table[low], self.f_table[low + 1]
         return (low + (t_fm - f_low) / (f_high - f_low)).float()
 
-    def forward(self, x_fm, t_fm, context):
+    def __call__(self, x_fm, t_fm, context):
         """Lines 2-4 of both algorithms: x_fm (B, C, H, W), t_fm (B,), context (B, L, D) -> u (B, C, H, W)."""
         x_fm, t_fm = x_fm.float(), t_fm.float()
         t_dm = self.f_t_inv(t_fm)                                           # Eq. 12
@@ -80,12 +78,12 @@ class Diff2Flow(nn.Module):
         return (alpha - sigma) * x_dm - (alpha + sigma) * v                 # Eqs. 15, 16, corrected
 
     def loss(self, x1, context, x0=None, t_fm=None, mask=None):
-        """Algorithm 1: x1 (B, C, H, W) -> scalar, Eq. 5. x0 is drawn unless paired (Reflow), t_fm unless given."""
+        """Algorithm 1: x1 (B, C, H, W), context (B, L, D) -> scalar. x0 (as x1) is drawn unless it is given (Reflow's
+        pairs), t_fm (B,) too. Only latents where mask (B, 1, H, W) is 1 count (depth has holes)."""
         x1 = x1.float()
         x0 = torch.randn_like(x1) if x0 is None else x0
         t_fm = torch.rand(len(x1), device=x1.device) if t_fm is None else t_fm
-        u = self(interpolate(x1, x0, t_fm), t_fm, context)
-        return masked_mean((u - (x1 - x0)).square(), mask)
+        return velocity_error(self, x1, x0, t_fm, context, mask)
 
     def grid(self, steps):
         """The N + 1 times of an N-step sampler, t_fm = 0 .. 1."""
@@ -97,8 +95,7 @@ class Diff2Flow(nn.Module):
 
         Guidance (cfg != 1) extrapolates u from uncond (B, L, D) to context; u is affine in v and eps: it is theirs.
         """
-        grid = self.grid(steps)
-        x_fm = x0.float() / sum(alpha_sigma(grid[0]))                       # x_dm = x0 at the first level
+        x_fm, grid = x0.float(), self.grid(steps)
         for i in range(steps):
             t_fm = grid[i].expand(len(x0))
             if cfg == 1:
@@ -129,17 +126,25 @@ class Diffusion(Diff2Flow):
         t_dm = (self.T - self.T / steps * torch.arange(steps, device=self.f_table.device)).round() - 1
         return torch.cat([self.f_t(t_dm), torch.ones_like(t_dm[:1])])
 
+    def sample(self, x0, context, steps, uncond=None, cfg=1.0, callback=lambda x_fm: None):
+        """DDIM takes the noise for x_dm at its first level, so x_fm = x0 / (alpha + sigma) there (Eq. 13)."""
+        alpha, sigma = alpha_sigma(self.grid(steps)[0])
+        return super().sample(x0.float() / (alpha + sigma), context, steps, uncond, cfg, callback)
+
 
 class NaiveFM(Diff2Flow):
-    """Baseline "fm" (DepthFM's): the raw output is u, at x_fm and t_fm as they are. "fm-flip": minus the output is."""
-    sign = 1
+    """Baseline "fm" (DepthFM's): the raw output is u, at x_fm and t_fm as they are."""
 
-    def forward(self, x_fm, t_fm, context):
-        return self.sign * self.net(x_fm.float(), t_fm.float(), context).float()
+    def __call__(self, x_fm, t_fm, context):
+        """x_fm (B, C, H, W), t_fm (B,), context (B, L, D) -> u (B, C, H, W)."""
+        return self.net(x_fm.float(), t_fm.float(), context).float()
 
 
 class NaiveFMFlip(NaiveFM):
-    sign = -1
+    """Baseline "fm-flip": minus the raw output is u, since v points against the velocity."""
+
+    def __call__(self, x_fm, t_fm, context):
+        return -super().__call__(x_fm, t_fm, context)
 
 
 OBJECTIVES = {"diff2flow": Diff2Flow, "dm": Diffusion, "fm": NaiveFM, "fm-flip": NaiveFMFlip}

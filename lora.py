@@ -9,23 +9,18 @@ whose smaller side is a fixed identity. Unlike in the paper their biases stay fr
 A file has kohya's keys: `lora_unet_`, the layer's path in diffusers with `_` for `.`, then `.lora_down.weight` or
 `.lora_up.weight`. It has no `.alpha`, so every reader's scale is 1.
 """
-import json
 import math
-import os
 import re
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from model import TINY_PRIOR
+from files import open_tensors, save_tensors
 
-PRESETS = {  # name -> (how the adapted Linears' paths end; the rank, or its ratio to max(in, out))
-    "base": (("to_q", "to_k", "to_v"), 0.2),
-    "small": (("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"), 64),
+PRESETS = {  # name -> how the paths of the adapted Linears end
+    "base": ("to_q", "to_k", "to_v"),
+    "small": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
 }
 OUTER = {"input_blocks.0.0": "conv_in", "out.2": "conv_out",  # the checkpoint's path -> diffusers'
          "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
@@ -86,21 +81,29 @@ def attach(unet, loras):
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
+def rank_of(layer, preset):
+    """The rank that `preset` gives to a layer, at most the layer's full rank."""
+    if preset == "base":
+        rank = math.ceil(0.2 * max(layer.weight.shape[:2]))
+    else:
+        rank = 64 if preset == "small" else preset
+    return min(rank, full_rank(layer))
+
+
 def inject(unet, preset):
     """Adapt `unet` by `preset` ("base", "small" or a rank) and freeze the rest -> list of the trainable parameters.
 
-    A rank is capped at its layer's full rank. ValueError: no such preset, or `unet` is adapted already.
+    ValueError: no such preset, or `unet` is adapted already.
     """
     if preset not in PRESETS and not (isinstance(preset, int) and preset > 0):
         raise ValueError(f"a LoRA is {', '.join(PRESETS)} or a rank of at least 1, not {preset!r}")
-    ends, size = PRESETS[preset] if preset in PRESETS else (PRESETS["small"][0], preset)
+    linear_ends = PRESETS.get(preset, PRESETS["small"])
     loras = {}
     for path, layer in plain_layers(unet).items():
-        rank = size if size >= 1 else math.ceil(size * max(layer.weight.shape[:2]))
         if path in ("input_blocks.0.0", "out.2"):
             loras[path] = LoRA(layer, full_rank(layer))
-        elif isinstance(layer, nn.Conv2d) or path.endswith(ends):
-            loras[path] = LoRA(layer, min(rank, full_rank(layer)))
+        elif isinstance(layer, nn.Conv2d) or path.endswith(linear_ends):
+            loras[path] = LoRA(layer, rank_of(layer, preset))
     return attach(unet, loras)
 
 
@@ -123,32 +126,50 @@ def unmerge(unet):
     del unet.merged
 
 
-def kohya_names(unet, paths):
-    """{path: its name in a file}, as input_blocks.4.1.proj_in: lora_unet_down_blocks_1_attentions_0_proj_in.
+def diffusers_path(path, blocks_per_level):
+    """The checkpoint's path of a UNet layer -> diffusers': input_blocks.4.1.proj_in -> down_blocks.1.attentions.0.proj_in.
 
-    A level's input blocks end with its downsampler, so the first downsampler's place is their number a level.
+    The checkpoint numbers its blocks in one row, `blocks_per_level` at each resolution: input block 0 is the first conv,
+    so the levels start at input block 1; the output blocks start at 0.
     """
+    if path in OUTER:
+        return OUTER[path]
+    stage, number, inner = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:\d+\.)?(.+)", path).groups()
+    number = int(number)
+    if stage == "middle_block":                         # ResBlock 0, transformer 1, ResBlock 2
+        level, position = "mid_block", number // 2
+    elif stage == "input_blocks":
+        level, position = f"down_blocks.{(number - 1) // blocks_per_level}", (number - 1) % blocks_per_level
+    else:
+        level, position = f"up_blocks.{number // blocks_per_level}", number % blocks_per_level
+    return f"{level}.{INNER.get(inner, 'attentions.{}.' + inner).format(position)}"
+
+
+def kohya_names(unet, paths):
+    """{path: its name in a file}, as input_blocks.4.1.proj_in: lora_unet_down_blocks_1_attentions_0_proj_in."""
     downsamplers = [int(path.split(".")[1]) for path, _ in unet.named_modules() if path.endswith(".op")]
-    per_level, names = min(downsamplers, default=len(unet.input_blocks)), dict(OUTER)
-    for path in set(paths) - set(OUTER):
-        block, i, inner = re.fullmatch(r"(\w+)\.(\d+)\.(?:\d+\.)?(.+)", path).groups()
-        level, j = divmod(int(i) - (block == "input_blocks"), per_level)
-        where = f"{'down' if block == 'input_blocks' else 'up'}_blocks.{level}."
-        if block == "middle_block":
-            where, j = "mid_block.", int(i) // 2
-        names[path] = where + INNER.get(inner, "attentions.{}." + inner).format(j)
-    return {path: "lora_unet_" + names[path].replace(".", "_") for path in paths}
+    blocks_per_level = min(downsamplers, default=len(unet.input_blocks))     # a level ends with its downsampler
+    return {path: "lora_unet_" + diffusers_path(path, blocks_per_level).replace(".", "_") for path in paths}
 
 
 def save(unet, path, metadata):
     """Write the adapters and `metadata` (str -> str) to the file `path`, whole or not at all."""
     loras = adapters(unet)
     assert loras, "nothing to save"
-    tensors = {f"{name}.lora_{side}.weight": getattr(loras[layer], side).data.cpu()
-               for layer, name in kohya_names(unet, loras).items() for side in ("down", "up")}
-    save_file(tensors, f"{path}.part", metadata)
-    os.chmod(f"{path}.part", 0o644)  # safetensors leaves it readable to the owner alone
-    os.replace(f"{path}.part", path)
+    save_tensors(path, {f"{name}.lora_{side}.weight": getattr(loras[layer], side).data.cpu()
+                        for layer, name in kohya_names(unet, loras).items() for side in ("down", "up")}, metadata)
+
+
+def is_lora_file(path):
+    """Whether a .safetensors file holds kohya's keys."""
+    with open_tensors(path) as file:
+        return any(key.startswith("lora_") for key in file.keys())
+
+
+def read_metadata(path):
+    """-> what a LoRA file says of itself (str -> str)."""
+    with open_tensors(path) as file:
+        return {name: value for name, value in (file.metadata() or {}).items() if name != "format"}
 
 
 @torch.no_grad()
@@ -158,11 +179,8 @@ def load(path, unet):
     ValueError, in one line: not a LoRA file, incomplete, for another base; or `unet` is adapted already.
     """
     layers, loras = plain_layers(unet), {}
-    try:
-        with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
+    with open_tensors(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
     if any(key.startswith("lora_te") for key in tensors):
         raise ValueError(f"{path}: carries text-encoder adapters, which are not supported; only the UNet is adapted")
     contexts = [tensor.shape[-1] for key, tensor in tensors.items() if key.endswith("attn2_to_k.lora_down.weight")]
@@ -182,16 +200,4 @@ def load(path, unet):
         raise ValueError(f"{path}: made for another base ({base}), incomplete, or not a LoRA with kohya's keys: "
                          f"{len(tensors)} keys do not fit, the first is {min(tensors, default='')!r}")
     attach(unet, loras)
-    return metadata
-
-
-def result_of(weights):
-    """What train.py wrote beside its weights (result.json), or {}."""
-    result = Path(weights).with_name("result.json")
-    return json.loads(result.read_text()) if result.exists() else {}
-
-
-def base_of(path):
-    """-> the checkpoint that a LoRA was trained from, and whether on its EMA weights: the bundled one if nothing says."""
-    result = result_of(path)
-    return result.get("ckpt") or TINY_PRIOR, result.get("use_ema", False)
+    return read_metadata(path)

@@ -6,11 +6,12 @@
 
 Module names are the checkpoint's own, so that loading is strict. Architecture: Rombach et al. (arXiv 2112.10752); every
 width and depth is read from the tensors' shapes, so the bundled small models are files like any other. The text tower
-and its tokenizer are open_clip's. Read bottom-up: the file, the models, the blocks.
+and its tokenizer are open_clip's. Blocks come first, then the networks, then the checkpoint file; to follow a call, start
+at load_checkpoint, at the end.
 """
+import functools
 import itertools
 import math
-import os
 import re
 import zipfile
 from dataclasses import dataclass, replace
@@ -18,13 +19,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-SCALE = 0.18215  # latents have unit variance after this factor
-TINY_PRIOR = Path(__file__).parent / "assets" / "tiny-v.safetensors"  # what the scripts take without --ckpt
+from files import open_tensors, save_tensors
+
+LATENT_SCALE = 0.18215  # latents have unit variance after this factor
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 OPEN_CLIP, HF_CLIP = "cond_stage_model.model.", "cond_stage_model.transformer.text_model."
 
@@ -136,6 +136,8 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """x (B, N, C) -> (B, N, hidden): a value times the gelu of its gate."""
+
     def __init__(self, channels, hidden):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * hidden)
@@ -146,6 +148,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """x (B, N, C) -> (B, N, C), with 4 C hidden channels."""
+
     def __init__(self, channels):
         super().__init__()
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
@@ -155,6 +159,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """x (B, N, C), context (B, L, D) -> (B, N, C): attention among the pixels, then to the context, then feed-forward."""
+
     def __init__(self, channels, context_width, heads):
         super().__init__()
         self.attn1 = Attention(channels, channels, heads)
@@ -204,6 +210,8 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
+    """x (B, C, h, w) -> (B, C, h/2, w/2)."""
+
     def __init__(self, channels):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -213,6 +221,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """x (B, C, h, w) -> (B, C, 2h, 2w)."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -289,21 +299,25 @@ class UNet(nn.Module):
         return self.out(h)
 
 
-class Conditioned(nn.Module):
-    """The UNet of a picture's depth, say: context is (text (B, L, D), the picture's latents (B, z, h, w))."""
+class DepthUNet(nn.Module):
+    """x_dm (B, z, h, w), t_dm (B,), the picture's latents (B, z, h, w) -> (B, z, h, w): image to depth (Sec. 4.3).
 
-    def __init__(self, unet):
+    unet takes 2 z channels; text (1, L, D) is the empty prompt, the same for every picture.
+    """
+
+    def __init__(self, unet, text):
         super().__init__()
-        self.unet = unet
+        self.unet, self.text = unet, text
 
-    def forward(self, x_dm, t_dm, context):
-        text, latents = context
-        return self.unet(torch.cat([x_dm, latents], dim=1), t_dm, text)
+    def forward(self, x_dm, t_dm, picture):
+        return self.unet(torch.cat([x_dm, picture], dim=1), t_dm, self.text.expand(len(x_dm), -1, -1))
 
 
 # ------------------------------------------------------------------ the autoencoder
 
 class VAEResBlock(nn.Module):
+    """x (B, C, h, w) -> (B, C_out, h, w)."""
+
     def __init__(self, channels, out_channels):
         super().__init__()
         self.norm1, self.conv1 = GroupNorm(channels, eps=1e-6), nn.Conv2d(channels, out_channels, 3, padding=1)
@@ -318,6 +332,8 @@ class VAEResBlock(nn.Module):
 
 
 class VAEAttention(nn.Module):
+    """x (B, C, h, w) -> (B, C, h, w): attention among all pixels, with one head of all channels."""
+
     def __init__(self, channels):
         super().__init__()
         self.norm = GroupNorm(channels, eps=1e-6)
@@ -337,6 +353,8 @@ def vae_middle(channels):
 
 
 class VAEDownsample(nn.Module):
+    """x (B, C, h, w) -> (B, C, h/2, w/2), padded at the right and at the bottom only."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -407,7 +425,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Images and latents at the network's own scale; StableDiffusion multiplies by SCALE."""
+    """Images and latents at the network's own scale; StableDiffusion multiplies by LATENT_SCALE."""
 
     def __init__(self, config):
         super().__init__()
@@ -439,13 +457,17 @@ def text_tower(config):
     return tower
 
 
+@functools.cache
+def tokenizer():
+    from open_clip.tokenizer import SimpleTokenizer
+    return SimpleTokenizer()
+
+
 def tokenize(prompts, pad_token):
     """prompts (B strings) -> token ids (B, 77): 49406, at most 75 tokens of content, 49407, pad_token."""
-    from open_clip.tokenizer import SimpleTokenizer
-    tokenizer = tokenize.cache = getattr(tokenize, "cache", None) or SimpleTokenizer()
     ids = torch.full((len(prompts), 77), pad_token)
     for row, prompt in zip(ids, prompts):
-        tokens = [tokenizer.sot_token_id, *tokenizer.encode(prompt)[:75], tokenizer.eot_token_id]
+        tokens = [tokenizer().sot_token_id, *tokenizer().encode(prompt)[:75], tokenizer().eot_token_id]
         row[:len(tokens)] = torch.tensor(tokens)
     return ids
 
@@ -502,13 +524,18 @@ class StableDiffusion(nn.Module):
         return self.unet.out[2].weight.device
 
     @property
+    def is_depth_model(self):
+        """Whether the UNet takes a picture's latents beside the noisy ones."""
+        return self.config.in_channels == 2 * self.config.latent_channels
+
+    @property
     def factor(self):
         """Pixels a side of one latent."""
         return 2 ** (len(self.config.vae_widths) - 1)
 
     @property
     def multiple(self):
-        """Of so many pixels both sides of a picture must be, to survive the halvings of autoencoder and UNet."""
+        """Both sides of a picture must divide by this many pixels: autoencoder and UNet halve them again and again."""
         return self.factor * 2 ** (len(self.config.unet_widths) - 1)
 
     def picture_size(self, size=None):
@@ -523,26 +550,26 @@ class StableDiffusion(nn.Module):
         return height, width
 
     @torch.no_grad()
-    def widen(self):
-        """Double the UNet's input channels for a picture's latents beside the noisy ones: the first conv's weights
-        twice, halved, so that where both inputs agree nothing changes (Marigold). No-op on a widened UNet."""
+    def add_picture_input(self):
+        """Let the UNet take a picture's latents beside the noisy ones: its first conv gets its weights twice, halved, so
+        that nothing changes where both inputs agree (Marigold). Does nothing to a depth model."""
+        if self.is_depth_model:
+            return
         conv, z = self.unet.input_blocks[0][0], self.config.latent_channels
-        if conv.in_channels == z:
-            wide = nn.Conv2d(2 * z, conv.out_channels, 3, padding=1).to(conv.weight).requires_grad_(False)
-            wide.weight.copy_(torch.cat([conv.weight, conv.weight], dim=1) / 2)
-            wide.bias.copy_(conv.bias)
-            self.unet.input_blocks[0][0] = wide
-            self.config = self.unet.config = replace(self.config, in_channels=2 * z)
+        doubled = nn.Conv2d(2 * z, conv.out_channels, 3, padding=1).to(conv.weight).requires_grad_(False)
+        doubled.weight.copy_(torch.cat([conv.weight, conv.weight], dim=1) / 2)
+        doubled.bias.copy_(conv.bias)
+        self.unet.input_blocks[0][0] = doubled
+        self.config = self.unet.config = replace(self.config, in_channels=2 * z)
 
-    def encode(self, images, sample=False):
-        """images (B, 3, H, W) in [-1, 1] -> scaled latents (B, z, H/f, W/f): the posterior's mean, or a sample."""
-        weight = self.first_stage_model.quant_conv.weight
-        mean, std = self.first_stage_model.moments(images.to(weight))
-        return (mean + std * torch.randn_like(std) if sample else mean) * SCALE
+    def encode(self, images):
+        """images (B, 3, H, W) in [-1, 1] -> scaled latents (B, z, H/f, W/f): the posterior's mean."""
+        mean, _ = self.first_stage_model.moments(images.to(self.first_stage_model.quant_conv.weight))
+        return mean * LATENT_SCALE
 
     def decode(self, latents):
         """scaled latents (B, z, h, w) -> images (B, 3, f h, f w), near [-1, 1], not clamped."""
-        return self.first_stage_model.decode(latents.to(self.first_stage_model.quant_conv.weight) / SCALE)
+        return self.first_stage_model.decode(latents.to(self.first_stage_model.quant_conv.weight) / LATENT_SCALE)
 
     def encode_text(self, prompts):
         """prompts (B strings) -> context (B, 77, D)."""
@@ -564,35 +591,6 @@ class StableDiffusion(nn.Module):
         save_tensors(path, tensors, {**self.metadata, "prediction": self.prediction, **metadata})
 
 
-def pick_device(name=None):
-    """The device asked for, else CUDA if there is one, else the CPU, which is said."""
-    if name is None and not torch.cuda.is_available():
-        print("no CUDA device: running on the CPU, which is slower")
-    cuda = range(torch.cuda.device_count())
-    if name not in (None, "cpu", *["cuda"][:len(cuda)], *(f"cuda:{i}" for i in cuda)):
-        raise ValueError(f"--device {name}: there is no such device here; leave --device out to choose one")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def pick_precision(name, device):
-    """-> "bf16" or "fp32" (None: bf16 on CUDA, fp32 on CPU), and the autocast of the forward pass that goes with it."""
-    name = name or ("bf16" if device.type == "cuda" else "fp32")
-    return name, torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
-
-
-def save_tensors(path, tensors, metadata):
-    """Write a .safetensors file, whole or not at all. metadata is str -> str."""
-    temporary = Path(f"{path}.part")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
-        temporary.chmod(0o644)  # safetensors leaves it readable to the owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------ the file
 
 KNOWN_EXTRA = re.compile(
@@ -610,21 +608,21 @@ class CheckpointFile:
             raise ValueError(f"{path}: no such checkpoint file" + (" (a folder)" if self.path.is_dir() else ""))
         if self.path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth"):
             raise ValueError(f"{path}: expected a .safetensors or .ckpt file")
+        if self.path.suffix == ".safetensors":
+            with open_tensors(self.path) as file:
+                self.metadata = file.metadata() or {}
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return
         try:
-            if self.path.suffix == ".safetensors":
-                with safe_open(self.path, "pt") as file:
-                    self.metadata = file.metadata() or {}
-                    self.shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
-            else:
-                content = self.unpickle()
-                self.shapes = {k: tuple(v.shape) for k, v in content.items()}
-                self.pickled = None if zipfile.is_zipfile(self.path) else content  # older pickles cannot be mapped
+            content = self.unpickle()
         except Exception as error:  # damaged bytes can raise anything in a parser
             if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 raise ValueError(f"{path}: refused, since it holds {foreign[1]}, which could run code; "
                                  "look for a .safetensors version") from error
-            reason = type(error).__name__ if self.path.suffix != ".safetensors" else str(error).split("\n")[0]
-            raise ValueError(f"{path}: cannot be read; truncated or not a checkpoint? ({reason})") from error
+            raise ValueError(f"{path}: cannot be read; truncated or not a checkpoint? "
+                             f"({type(error).__name__})") from error
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in content.items()}
+        self.pickled = None if zipfile.is_zipfile(self.path) else content  # older pickles cannot be mapped
 
     def unpickle(self):
         """weights_only=True, with Lightning's callback class, which old files name, as an inert stub."""
@@ -640,7 +638,7 @@ class CheckpointFile:
         names = iter(names)
         while batch := list(itertools.islice(names, 64)):
             if self.path.suffix == ".safetensors":
-                with safe_open(self.path, "pt") as file:
+                with open_tensors(self.path) as file:
                     yield from ((name, file.get_tensor(name)) for name in batch)
             else:
                 content = self.pickled or self.unpickle()
@@ -701,11 +699,16 @@ def read_config(shapes):
 
 def guess_prediction(file, config, prediction):
     """-> ("v" or "eps", why): the caller's word, then the file's metadata, then what the weights give away."""
-    if prediction is not None:
-        return prediction, "as asked"
+    asked, why = prediction, "as asked"
     for name in ("prediction", "modelspec.prediction_type"):
-        if name in file.metadata:
-            return {"epsilon": "eps"}.get(file.metadata[name], file.metadata[name]), f"from the file's {name}"
+        if asked is None and name in file.metadata:
+            asked, why = file.metadata[name], f"from the file's {name}"
+    if asked == "epsilon":
+        asked = "eps"
+    if asked not in (None, "v", "eps"):
+        raise ValueError(f"{file.path}: prediction {asked!r} ({why}) is neither 'v' nor 'eps'")
+    if asked is not None:
+        return asked, why
     if not config.open_clip:
         return "eps", "SD 1.x is"
     # a norm whose statistics tell SD 2.1 (768) from the eps-models of the same shapes
@@ -719,67 +722,92 @@ def guess_prediction(file, config, prediction):
     return "v" if std > 0.09 else "eps", why
 
 
-def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, ema=False):
-    """Read a Stable Diffusion 1.x or 2.x single-file checkpoint (.safetensors or .ckpt) -> StableDiffusion.
-
-    prediction: "v" or "eps" where the file's own word or the guess is wrong; ema: take the UNet's EMA weights, which
-    non-pruned files carry. Prints what was assumed. ValueError for a file that is missing, damaged or of another kind.
-    """
-    file = CheckpointFile(path)
+def read_architecture(file):
+    """A CheckpointFile -> Config, or a ValueError that says why its tensors make no model of ours."""
     try:
         config = read_config(file.shapes)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{file.path}: {error}") from error
     if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
-        raise ValueError(f"{path}: the UNet takes {config.in_channels} channels: an inpainting, depth or upscaling "
+        raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels: an inpainting, depth or upscaling "
                          "variant, which is not supported")
     if config.vocabulary < 49408 or config.text_width != config.context_width:
-        raise ValueError(f"{path}: a text encoder of {config.vocabulary} words and width {config.text_width} does "
+        raise ValueError(f"{file.path}: a text encoder of {config.vocabulary} words and width {config.text_width} does "
                          f"not fit the tokenizer's 49408 and the UNet's context width {config.context_width}")
-    prediction, why = guess_prediction(file, config, prediction)
-    if prediction not in ("v", "eps"):
-        raise ValueError(f"{path}: prediction {prediction!r} ({why}) is neither 'v' nor 'eps'")
+    return config
+
+
+def build_empty(file, config, prediction):
+    """-> StableDiffusion whose tensors have shapes and names, but no memory yet."""
+    import open_clip  # noqa: F401  before the meta device: some versions compute with numbers while they are imported
     try:
         with torch.device("meta"):
-            sd = StableDiffusion(config, prediction)
+            return StableDiffusion(config, prediction)
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"{path}: the widths of its tensors make no model: {error}") from error
-    sd.metadata = {k: v for k, v in file.metadata.items() if k != "format"}
+        raise ValueError(f"{file.path}: the widths of its tensors make no model: {error}") from error
 
-    shapes = file.shapes
-    ema_keys = {f"model_ema.{k.removeprefix('model.').replace('.', '')}": k for k in shapes if k.startswith(UNET)}
-    has_ema = any(k in shapes for k in ema_keys)
-    if ema and not has_ema:
-        raise ValueError(f"{path}: holds no EMA weights; leave --use-ema out")
-    source = {k: name for name, k in ema_keys.items()} if ema else {}
-    wanted = {k: file_keys(k) for k in sd.state_dict()}
-    names = dict.fromkeys(n for ns in wanted.values() for n in ns)
-    missing = [n for n in names if source.get(n, n) not in shapes]
-    unknown = [k for k in shapes if k not in names and k not in ema_keys and not KNOWN_EXTRA.fullmatch(k)]
+
+def averaged_name(name):
+    """The name under which a non-pruned file keeps the average (EMA) of a UNet's tensor."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+def find_tensors(file, sd, use_ema):
+    """-> {parameter of `sd`: the file's tensors that make it up}. ValueError if one is missing, unknown, misshapen."""
+    averaged = {averaged_name(name) for name in sd.state_dict() if name.startswith(UNET)}
+    if use_ema and not averaged & file.shapes.keys():
+        raise ValueError(f"{file.path}: holds no EMA weights; leave --use-ema out")
+    plain = {parameter: file_keys(parameter) for parameter in sd.state_dict()}
+    stored = {parameter: [averaged_name(name) if use_ema and name.startswith(UNET) else name for name in names]
+              for parameter, names in plain.items()}
+    wanted = {name for names in stored.values() for name in names}
+    known = wanted | averaged | {name for names in plain.values() for name in names}
+    missing = sorted(wanted - file.shapes.keys())
+    unknown = sorted(name for name in file.shapes.keys() - known if not KNOWN_EXTRA.fullmatch(name))
     if missing or unknown:
-        raise ValueError(
-            f"{path}: not quite a Stable Diffusion {'2' if config.open_clip else '1'}.x checkpoint: "
-            f"{len(missing)} tensors missing{', first ' + min(missing) if missing else ''}; {len(unknown)} unknown"
-            f"{', first ' + min(unknown) if unknown else ''}")
-    expected = {n: tuple(p.shape) if len(ns) == 1 else (p.shape[0] // len(ns), *p.shape[1:])
-                for (k, ns), p in zip(wanted.items(), sd.state_dict().values()) for n in ns}
-    for name, shape in expected.items():
-        if shapes[source.get(name, name)] != shape:
-            raise ValueError(f"{path}: {name} is {shapes[source.get(name, name)]}, "
-                             f"expected {shape} from the other tensors")
+        raise ValueError(f"{file.path}: not quite a Stable Diffusion {'2' if sd.config.open_clip else '1'}.x checkpoint: "
+                         f"{len(missing)} tensors missing{', first ' + missing[0] if missing else ''}; "
+                         f"{len(unknown)} unknown{', first ' + unknown[0] if unknown else ''}")
+    for parameter, tensor in sd.state_dict().items():
+        expected = (len(tensor) // len(stored[parameter]), *tensor.shape[1:])
+        for name in stored[parameter]:
+            if file.shapes[name] != expected:
+                raise ValueError(f"{file.path}: {name} is {file.shapes[name]}, expected {expected} from the other tensors")
+    return stored
 
-    back = {source.get(n, n): n for n in names}
-    state, parts = {}, {}
-    for stored, tensor in file.tensors(back):
-        parts[back[stored]] = tensor.to(device=device, dtype=dtype)
-    for key, ns in wanted.items():
-        state[key] = torch.cat([parts.pop(n) for n in ns]) if len(ns) > 1 else parts.pop(ns[0])
+
+def read_weights(file, sd, stored, device, dtype):
+    """Fill `sd` with the file's tensors, read one by one."""
+    parameter_of = {name: parameter for parameter, names in stored.items() for name in names}
+    parts, state = {parameter: [] for parameter in stored}, {}
+    for name, tensor in file.tensors(parameter_of):
+        parts[parameter_of[name]].append(tensor.to(device=device, dtype=dtype))
+    for parameter in stored:
+        tensors = parts.pop(parameter)
+        state[parameter] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]      # SD 1.x: q, k and v are one matrix
     sd.load_state_dict(state, assign=True)
     sd.unet.time_embed.to(torch.promote_types(dtype, torch.float32))  # small, and times bear no rounding
     sd.text_encoder.attn_mask = torch.full((77, 77), float("-inf"), device=device).triu(1)
-    sd.extra = dict(file.tensors([k for k in shapes if KNOWN_EXTRA.fullmatch(k)]))
-    print(f"{path}: Stable Diffusion {'2' if config.open_clip else '1'}.x layout, {len(shapes)} tensors, "
+    sd.extra = dict(file.tensors([name for name in file.shapes if KNOWN_EXTRA.fullmatch(name)]))
+    sd.metadata = {name: value for name, value in file.metadata.items() if name != "format"}
+
+
+def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, use_ema=False):
+    """Read a Stable Diffusion 1.x or 2.x single-file checkpoint (.safetensors or .ckpt) -> StableDiffusion.
+
+    prediction: "v" or "eps" where the file's own word or the guess is wrong; use_ema: take the UNet's EMA weights, which
+    non-pruned files carry. Prints what was assumed. ValueError for a file that is missing, damaged or of another kind.
+    """
+    file = CheckpointFile(path)
+    config = read_architecture(file)
+    prediction, why = guess_prediction(file, config, prediction)
+    sd = build_empty(file, config, prediction)
+    stored = find_tensors(file, sd, use_ema)
+    read_weights(file, sd, stored, device, dtype)
+    weights = ""
+    if any(name.startswith("model_ema.diffusion_model") for name in file.shapes):
+        weights = ", EMA weights" if use_ema else ", non-EMA weights (--use-ema takes the others)"
+    print(f"{path}: Stable Diffusion {'2' if config.open_clip else '1'}.x layout, {len(file.shapes)} tensors, "
           f"{sum(p.numel() for p in sd.parameters()) / 1e6:.1f}M parameters as {str(dtype).removeprefix('torch.')}"
-          f"{', EMA weights' if ema else ', non-EMA weights (--use-ema takes the others)' if has_ema else ''}; "
-          f"{prediction}-prediction ({why})")
+          f"{weights}; {prediction}-prediction ({why})")
     return sd.requires_grad_(False).eval()

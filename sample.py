@@ -1,12 +1,11 @@
-"""Sample by Algorithm 2, Euler steps on u from noise to data: prompts to pictures, pairs for Reflow, pictures to depth.
+"""Prompts to pictures by Algorithm 2: Euler steps on the velocity u, from noise (t_fm = 0) to data (t_fm = 1).
 
     python sample.py --steps 4                                                      the newest run of train.py
     python sample.py --steps 25 --cfg 4 --ckpt sd21.safetensors --lora runs/mine/lora.safetensors --prompt "a red boat"
-    python sample.py --pairs 1800000 --out pairs/ --ckpt sd15.safetensors --prompts captions.txt       Reflow, Sec. 4.2
-    python sample.py --task depth --image a.jpg photos/ --steps 10 --ensemble 4 --lora runs/depth/lora.safetensors
+    python sample.py --pairs 1800000 --out pairs/ --ckpt sd15.safetensors --prompts captions.txt     for Reflow (Sec. 4.2)
 
-What a file was trained for (objective, prediction) is read from its metadata. A model trained with diff2flow (or dm)
-stays an ordinary Stable Diffusion checkpoint: --print-sigmas gives the grid for other tools, sigma = (1 - t_fm) / t_fm.
+A diffusion model is sampled as it is, before any training: Diff2Flow makes it a velocity field. `--objective dm` asks for
+DDIM instead. What a file was trained for is read from its metadata. --print-sigmas gives the steps to other tools.
 """
 import argparse
 import json
@@ -15,81 +14,230 @@ import shlex
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 import lora
-from data import (SUFFIXES, ImageFolder, Scenes, cli, open_rgb, pictures_in, read_pairs, read_text, save_depth,
-                  save_grid, save_image, to_tensor)
+from data import SUFFIXES, ImageFolder, read_pairs, save_grid, save_image, seed_of
 from diff2flow import OBJECTIVES
-from model import TINY_PRIOR, Conditioned, load_checkpoint, pick_device, pick_precision, save_tensors
+from files import check_range, cli, read_text, save_tensors
+from model import DepthUNet, load_checkpoint
 from schedule import sd_schedule
+from toy.scenes import Scenes
 
-SHARD = 256  # pairs in a file
-GRID = 64    # pictures in a grid, where each has a file of its own too
+BUNDLED_PRIOR = Path(__file__).parent / "toy" / "tiny-v.safetensors"
+PAIRS_A_FILE = 256
+PICTURES_IN_GRID = 64    # at most, where --singles gives each picture a file of its own
 
+
+# ------------------------------------------------------------------ what every script needs
+
+def pick_device(name=None):
+    """The device that was asked for, else CUDA if there is one, else the CPU, which is said."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        print("no CUDA device: running on the CPU, which is slower")
+        return torch.device("cpu")
+    numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in ["cpu", *numbered] and not (name == "cuda" and numbered):
+        raise ValueError(f"--device {name}: there is no such device here; leave --device out to choose one")
+    return torch.device(name)
+
+
+def pick_precision(name, device):
+    """-> "bf16" or "fp32" (None: bf16 on CUDA, fp32 on CPU), and the autocast of the forward pass that goes with it."""
+    if name is None:
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return name, torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
+
+
+def read_result(weights):
+    """What train.py wrote beside its weights when it had finished (result.json), or {}."""
+    path = Path(weights).with_name("result.json")
+    return json.loads(read_text(path)) if path.exists() else {}
+
+
+def newest_weights(task):
+    """-> the model or LoRA file of the newest finished run in runs/ for that task, or None."""
+    files = [path for name in ("model", "lora") for path in Path("runs").glob(f"*/{name}.safetensors")]
+    wanted = [path for path in files
+              if read_result(path) and (read_result(path)["task"] == "depth") == (task == "depth")]
+    return max(wanted, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def find_files(ckpt, lora_file, use_ema, task):
+    """-> checkpoint, LoRA file or None, EMA weights or not: those that are given; without a checkpoint the one that the
+    LoRA was trained from; without both the newest run's, else the bundled prior."""
+    if ckpt is None and lora_file is None:
+        newest = newest_weights(task)
+        if newest is None and task == "depth":
+            raise ValueError("there is no depth model in runs/: train one by python train.py --task depth, or name one by "
+                             "--lora or --ckpt")
+        if newest is not None and newest.name == "model.safetensors":
+            ckpt = newest
+        else:
+            lora_file = newest
+    if ckpt is None:
+        result = read_result(lora_file) if lora_file else {}
+        ckpt = result.get("ckpt") or BUNDLED_PRIOR
+        use_ema = use_ema or result.get("use_ema", False)
+    return ckpt, lora_file, use_ema
+
+
+def load_flow(ckpt=None, lora_file=None, *, device="cpu", dtype=torch.float32, task="text-to-image", objective=None,
+              prediction=None, use_ema=False):
+    """Checkpoint, and LoRA if there is one -> sd (StableDiffusion), flow (its velocity field). What is not given is
+    found (find_files), or read from the files' metadata, which is in sd.metadata afterwards.
+
+    objective: one of OBJECTIVES; None is diff2flow, but for models of fm and fm-flip their own. task: ValueError if the
+    model was trained for another one ("depth" or not); None accepts both. The LoRA is merged into the weights.
+    """
+    ckpt, lora_file, use_ema = find_files(ckpt, lora_file, use_ema, task)
+    sd = load_checkpoint(ckpt, device, dtype, prediction, use_ema)
+    if lora_file:
+        print(f"LoRA {lora_file}")
+        sd.metadata |= lora.read_metadata(lora_file)
+        sd.prediction = prediction or sd.metadata.get("prediction", sd.prediction)
+        if sd.metadata.get("task") == "depth":
+            sd.add_picture_input()
+        lora.load(lora_file, sd.unet)
+        lora.merge(sd.unet)
+    if task is not None and sd.is_depth_model != (task == "depth"):
+        raise ValueError(f"{lora_file or ckpt}: {'' if sd.is_depth_model else 'not '}trained for depth; "
+                         f"{'depth.py' if sd.is_depth_model else 'sample.py'} samples it")
+    if objective is None:
+        trained_by = sd.metadata.get("objective")
+        objective = trained_by if trained_by in ("fm", "fm-flip") else "diff2flow"
+    return sd, make_flow(sd, objective)
+
+
+@torch.no_grad()
+def make_flow(sd, objective):
+    """-> the velocity field of `sd` by one of OBJECTIVES."""
+    net = DepthUNet(sd.unet, sd.encode_text([""])) if sd.is_depth_model else sd.unet
+    return OBJECTIVES[objective](net, *sd_schedule(device=sd.device), sd.prediction)
+
+
+def noises(numbers, shape, seed):
+    """The noise of pictures `numbers` -> (len(numbers), *shape): picture i from (seed, i) alone."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, i))) for i in numbers])
+
+
+@torch.no_grad()
+def draw_latents(sd, flow, x0, context, steps, cfg=1.0, negative="", callback=lambda x_fm: None):
+    """Algorithm 2 from noise x0 (B, z, h, w) -> latents of the same shape. context: sd.encode_text(prompts), or, of a
+    depth model, the picture's latents. Guidance (cfg != 1) leads away from the prompt `negative`."""
+    uncond = sd.encode_text([negative]).expand_as(context) if cfg != 1 else None
+    return flow.sample(x0.to(sd.device), context, steps, uncond, cfg, callback)
+
+
+@torch.no_grad()
+def draw(sd, flow, x0, context, steps, **options):
+    """As draw_latents, decoded -> pictures (B, 3, H, W), near [-1, 1], float32."""
+    return sd.decode(draw_latents(sd, flow, x0, context, steps, **options)).float()
+
+
+# ------------------------------------------------------------------ pairs for Reflow
+
+def read_made_pairs(path, settings):
+    """The pairs that an interrupted run left at `path` -> lists of noises, latents, prompts."""
+    if not path.exists():
+        return [], [], []
+    made = read_pairs(path)
+    if made["settings"] != settings:
+        raise ValueError(f"{path}: its pairs were made with other settings; choose another --out")
+    return list(made["noise"]), list(made["latent"]), made["prompts"]
+
+
+def make_pairs(args, sd, flow, prompts, shape, settings, amp):
+    """Write pairs (noise, latent, prompt) in float16, pair i from (seed, i), in files of PAIRS_A_FILE.
+
+    A file is written anew after each batch, whole, so that an interrupted run goes on with the pair it was at.
+    """
+    out, files = Path(args.out), range(*(args.shards or (0, math.ceil(args.pairs / PAIRS_A_FILE))))
+    total = min(files.stop * PAIRS_A_FILE, args.pairs) - files.start * PAIRS_A_FILE
+    print(f"{total:,} pairs of {2 * 2 * math.prod(shape):,} bytes, {args.steps} steps, cfg {args.cfg:g}, into {out}/")
+    with tqdm(total=total, unit="pair", dynamic_ncols=True) as bar:
+        for number in files:
+            path = out / f"pairs-{number:06d}.safetensors"
+            wanted = range(args.pairs)[number * PAIRS_A_FILE:(number + 1) * PAIRS_A_FILE]
+            noise, latent, texts = read_made_pairs(path, settings)
+            bar.update(min(len(noise), len(wanted)))
+            for start in range(len(noise), len(wanted), args.batch):
+                batch = wanted[start:start + args.batch]
+                batch_texts = [prompts[i % len(prompts)] for i in batch]
+                x0 = noises(batch, shape, args.seed).half()
+                with amp:
+                    x1 = draw_latents(sd, flow, x0, sd.encode_text(batch_texts), args.steps, cfg=args.cfg,
+                                      negative=args.negative)
+                noise, latent, texts = [*noise, *x0], [*latent, *x1.half().cpu()], [*texts, *batch_texts]
+                save_tensors(path, {"noise": torch.stack(noise), "latent": torch.stack(latent)},
+                             {"prompts": json.dumps(texts), "about": json.dumps(settings)})
+                bar.update(len(batch))
+    base = ["--ckpt", str(args.ckpt)] if args.ckpt else []
+    print(f"next: {shlex.join(['python', 'train.py', '--task', 'reflow', '--data', str(out), *base])}")
+
+
+# ------------------------------------------------------------------ pictures
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--task", choices=["text-to-image", "depth"], default="text-to-image", help="what the model was trained for")
-    add("--ckpt", help="Stable Diffusion 1.x or 2.x file (default: the newest run's model, else the bundled small one; "
-                       "with --lora the one that it was trained from)")
+    add("--ckpt", help="Stable Diffusion 1.x or 2.x file (default: the one that --lora was trained from; without --lora the "
+                       "newest run's model, else the bundled prior)")
     add("--use-ema", action="store_true", help="take the EMA weights of a non-pruned file")
     add("--lora", help="LoRA file of train.py (default: the newest run's, if --ckpt is not given)")
-    add("--prompt", action="append", help="what to draw; repeat it for more (default: captions of scenes)")
-    add("--prompts", help="text file, one prompt a line")
-    add("--negative", default="", help="what guidance leads away from (default: the empty prompt)")
+    add("--prompt", action="append", help="what to draw; repeat it for more pictures (default: captions of scenes)")
+    add("--prompts", help="text file with one prompt a line")
+    add("--negative", default="", help="prompt that guidance leads away from (default: the empty prompt)")
     add("--data", help="folder of images with captions: their captions are the prompts")
     add("--n", type=int, help="number of pictures (default: one a prompt, 8 without prompts)")
-    add("--image", nargs="+", help="pictures, or folders of them, whose depth is wanted")
-    add("--ensemble", type=int, default=1, help="depth is the mean of so many samples (default: 1)")
-    add("--pairs", type=int, help="write so many (noise, latent, prompt), for train.py --task reflow, into --out")
+    add("--pairs", type=int, help="instead of pictures, write this many (noise, latent, prompt) for Reflow into --out")
     add("--shards", type=int, nargs=2, metavar=("FIRST", "LAST"),
-        help=f"of the pairs, make these files of {SHARD} only, to share the work among processes (default: all)")
-    add("--steps", type=int, help="Euler steps (default: 25; 40 for pairs, 10 for depth)")
-    add("--cfg", type=float, help="guidance scale, 1 for none (default: 4.0, 7.5 for pairs, 1 after Reflow)")
+        help=f"make only these files of {PAIRS_A_FILE} pairs, LAST not included, to share the work (default: all)")
+    add("--steps", type=int, help="Euler steps (default: 25; 40 for pairs)")
+    add("--cfg", type=float, help="guidance scale, 1 for none (default: 4; 7.5 for pairs; 1 after Reflow)")
     add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: the checkpoint's)")
-    add("--objective", choices=list(OBJECTIVES), help="how to sample (default: from the file, else diff2flow)")
+    add("--objective", choices=list(OBJECTIVES),
+        help="how to sample (default: diff2flow, which is Algorithm 2; models of fm and fm-flip as they were trained)")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--batch", type=int, default=8, help="pictures at a time (default: 8)")
     add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: bf16 on CUDA, fp32 on CPU)")
-    add("--seed", type=int, default=0, help="of the noise; picture i is the same in every batch size (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the noise; a picture does not depend on --batch (default: 0)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
-    add("--out", help="the PNG grid (default: samples.png), or the folder of pairs or depth (default: pairs, depth)")
-    add("--singles", action="store_true",
-        help=f"write each picture into a folder named like the grid; the grid has the first {GRID}")
-    add("--print-sigmas", action="store_true", help="print the sampling grid for other tools and stop")
+    add("--out", help="the PNG grid (default: samples.png), or the folder of the pairs (default: pairs)")
+    add("--singles", action="store_true", help="write each picture into a folder named like the grid as well; the grid has "
+                                               f"the first {PICTURES_IN_GRID}")
+    add("--print-sigmas", action="store_true", help="print the steps as sigmas for other tools, and stop")
     args = parser.parse_args()
-    defaults = (dict(steps=40, cfg=7.5, out="pairs") if args.pairs is not None else
-                dict(steps=10, out="depth") if args.task == "depth" else dict(steps=25, out="samples.png"))
+    defaults = dict(steps=25, out="samples.png") if args.pairs is None else dict(steps=40, cfg=7.5, out="pairs")
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    check(args)
     return args
 
 
-def newest_run(task):
-    """-> checkpoint, EMA weights or not, LoRA file or None: of the newest run for that task, else the bundled prior."""
-    found = [p for name in ("model", "lora") for p in Path("runs").glob(f"*/{name}.safetensors")
-             if (result := lora.result_of(p)) and (result["task"] == "depth") == (task == "depth")]
-    if not found:
-        return TINY_PRIOR, False, None
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    return (newest, False, None) if newest.name == "model.safetensors" else (*lora.base_of(newest), newest)
-
-
-def sigma_grid(flow, steps):
-    """The same Euler steps for k-diffusion tools, from the first trained level, where sigma is finite, to 0."""
-    t_fm = torch.linspace(flow.f_table[-1].item(), 1, steps + 1, dtype=torch.float64)
-    return ((1 - t_fm) / t_fm).tolist()
+def check(args):
+    """ValueError for a setting that cannot work."""
+    check_range(args, 1, math.inf, "steps", "batch", "n", "pairs")
+    check_range(args, 0, 2**32, "seed")
+    check_range(args, -1e6, 1e6, "cfg")
+    if args.shards:
+        first, last = args.shards
+        files = math.ceil(args.pairs / PAIRS_A_FILE) if args.pairs else 0
+        if not 0 <= first < last <= files:
+            raise ValueError(f"--shards {first} {last}: two of 0 to {files}, the number of files, which is --pairs over "
+                             f"{PAIRS_A_FILE}, rounded up")
+    if args.pairs is None and (Path(args.out).suffix.lower() not in SUFFIXES or Path(args.out).is_dir()):
+        raise ValueError(f"--out {args.out}: it must be the name of a picture, such as samples.png")
 
 
 def read_prompts(args):
+    """-> the prompts of --prompt, --prompts and --data, in this order; none if none is given."""
     prompts = list(args.prompt or [])
     if args.prompts:
-        prompts += [line.strip() for line in read_text(Path(args.prompts)).splitlines() if line.strip()]
+        prompts += [line.strip() for line in read_text(args.prompts).splitlines() if line.strip()]
         if not prompts:
             raise ValueError(f"--prompts {args.prompts}: no prompt in it")
     if args.data:
@@ -97,182 +245,73 @@ def read_prompts(args):
     return prompts
 
 
-def check(args):
-    """ValueError for a setting that cannot work."""
-    for name, low, high in (("steps", 1, math.inf), ("batch", 1, math.inf), ("n", 1, math.inf), ("seed", 0, 2**32),
-                            ("cfg", -1e6, 1e6), ("pairs", 1, math.inf), ("ensemble", 1, math.inf)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name} {value:g}: it must be between {low:g} and {high:g}")
-    if args.shards and not (args.pairs and 0 <= args.shards[0] < args.shards[1] <= -(-args.pairs // SHARD)):
-        raise ValueError(f"--shards {args.shards[0]} {args.shards[1]}: two of 0 to the number of files, which is "
-                         f"--pairs over {SHARD}, rounded up")
-    text = args.prompt or args.prompts or args.data or args.pairs
-    if (args.task == "depth") != bool(args.image) or args.image and text:
-        raise ValueError("--task depth and --image PICTURES go together, without prompts and pairs")
-    grid = not args.pairs and args.task != "depth"
-    if grid and (Path(args.out).suffix.lower() not in SUFFIXES or Path(args.out).is_dir()):
-        raise ValueError(f"--out {args.out}: it must be the name of a picture, such as samples.png")
+def scene_captions(n, style):
+    """-> captions of n procedural scenes, the world of the bundled prior."""
+    scenes = Scenes(n, 8, 8, style, 1)
+    return [scenes.scene(i).caption for i in range(n)]
 
 
-def noises(numbers, shape, seed):
-    """The noise of pictures `numbers` -> (len(numbers), *shape): picture i from (seed, i) alone."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
-                        for i in numbers])
+def sigma_grid(flow, steps):
+    """The same Euler steps for k-diffusion tools, sigma = (1 - t_fm) / t_fm, from the first trained level to 0."""
+    t_fm = torch.linspace(flow.f_table[-1].item(), 1, steps + 1, dtype=torch.float64)
+    return ((1 - t_fm) / t_fm).tolist()
 
 
-def make_pairs(args, about, prompts, noise_of, sample):
-    """Write pairs (noise, latent, prompt) in float16, pair i from (seed, i), in files of SHARD.
-
-    Each file is written anew after each batch, whole, so that an interrupted run goes on with the pair it was at.
-    """
-    out, first, last = Path(args.out), *(args.shards or (0, -(-args.pairs // SHARD)))
-    numbers = range(first * SHARD, min(last * SHARD, args.pairs))
-    size = 2 * 2 * noise_of([0])[0].numel()
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(numbers):,} pairs of {size:,} bytes, {args.steps} steps, cfg {args.cfg:g}, into {out}/")
-    with tqdm(total=len(numbers), unit="pair", dynamic_ncols=True) as bar:
-        for shard in range(first, last):
-            path, wanted = out / f"pairs-{shard:06d}.safetensors", range(args.pairs)[shard * SHARD:(shard + 1) * SHARD]
-            made = read_pairs(path) if path.exists() else None
-            if made and made["about"] != about:
-                raise ValueError(f"{path}: its pairs were made with other settings; choose another --out")
-            noise, latent, prompt = (made["noise"], made["latent"], made["prompts"]) if made else ([], [], [])
-            bar.update(min(len(noise), len(wanted)))
-            for start in range(len(noise), len(wanted), args.batch):
-                some = wanted[start:start + args.batch]
-                texts, x0 = [prompts[i % len(prompts)] for i in some], noise_of(some).half()
-                x1 = sample(x0, texts).half().cpu()
-                noise, latent, prompt = [*noise, *x0], [*latent, *x1], [*prompt, *texts]
-                save_tensors(path, {"noise": torch.stack(noise), "latent": torch.stack(latent)},
-                             {"prompts": json.dumps(prompt), "about": json.dumps(about)})
-                bar.update(len(some))
-    base = ["--ckpt", str(args.ckpt)] if args.ckpt else []
-    print(f"next: {shlex.join(['python', 'train.py', '--task', 'reflow', '--data', str(out), *base])}")
-
-
-def pictures_of(paths):
-    """Files, and folders of files -> {where below --out the depth goes: picture}."""
-    found = {}
-    for path in map(Path, paths):
-        inside = pictures_in(path)
-        for picture in inside if path.is_dir() else [path]:
-            name = (picture.relative_to(path) if path.is_dir() else Path(picture.name)).with_suffix("")
-            if name in found:
-                raise ValueError(f"{found[name]} and {picture} would be written to the same {name}.npy: "
-                                 "give each an --out of its own")
-            found[name] = picture
-        if not path.exists():
-            raise ValueError(f"--image {path}: no such file")
-        if path.is_dir() and not inside:
-            raise ValueError(f"{path} has no picture: give a folder with {' '.join(SUFFIXES)} files")
-    return found
-
-
-def make_depth(args, sd, pictures, depth_of):
-    """For each picture, at its own size, log depth in which -1 is its near and 1 its far quantile (1 % and 99 %), as
-    NAME.npy; as NAME_16bit.png, 0 near and 65535 far; and as a coloured NAME_colour.png."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, path in tqdm(pictures.items(), "depth", unit="picture", dynamic_ncols=True):
-        try:
-            image = open_rgb(path)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
-        height, width = sd.picture_size(args.size)
-        if not args.size:  # as many pixels as in training, in the picture's own shape
-            factor = math.sqrt(height * width / (image.height * image.width))
-            height, width = (max(1, round(side * factor / sd.multiple)) * sd.multiple for side in image.size[::-1])
-        depth = depth_of(to_tensor(image.resize((width, height), Image.LANCZOS))[None])
-        depth = F.interpolate(depth[None, None], image.size[::-1], mode="bilinear", antialias=True)[0, 0].clamp(-1, 1)
-        save_depth(out / name, depth.numpy())
-    print(f"{out}/{name}.npy ... depth of {len(pictures)} pictures")
+def make_pictures(args, sd, flow, prompts, shape, amp):
+    """Draw a picture for each prompt, batch by batch -> the pictures of the grid. --singles also writes each to a file."""
+    folder, digits = Path(args.out).with_suffix(""), max(4, len(str(len(prompts) - 1)))
+    in_grid = PICTURES_IN_GRID if args.singles else len(prompts)
+    pictures = []
+    for start in range(0, len(prompts), args.batch):
+        batch = range(len(prompts))[start:start + args.batch]
+        title = f"pictures {batch[0] + 1} to {batch[-1] + 1}"
+        with tqdm(desc=title, total=args.steps, unit="step", leave=False) as bar, amp:
+            context = sd.encode_text([prompts[i] for i in batch])
+            drawn = draw(sd, flow, noises(batch, shape, args.seed), context, args.steps, cfg=args.cfg,
+                         negative=args.negative, callback=lambda x_fm: bar.update()).cpu()
+        if args.singles:
+            for i, picture in zip(batch, drawn):
+                save_image(folder / f"{i:0{digits}d}.png", picture)
+        pictures += drawn[:max(0, in_grid - len(pictures))]
+    return pictures
 
 
 @torch.no_grad()
 def main():
     args = arguments()
-    check(args)
-    prompts, pictures, device = read_prompts(args), pictures_of(args.image or []), pick_device(args.device)
-    if args.ckpt or args.pairs and not args.lora:  # pairs come from a model that is not tuned yet
-        ckpt, use_ema, adapter = args.ckpt or TINY_PRIOR, args.use_ema, args.lora
-    else:
-        ckpt, use_ema, adapter = (*lora.base_of(args.lora), args.lora) if args.lora else newest_run(args.task)
+    prompts, device = read_prompts(args), pick_device(args.device)
     precision, amp = pick_precision(args.precision, device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    sd = load_checkpoint(ckpt, device, dtype, args.prediction, use_ema)
-    wide = sd.config.in_channels > sd.config.latent_channels
-    if args.task == "depth":
-        sd.widen()
-    if adapter:
-        sd.metadata |= lora.load(adapter, sd.unet)
-        lora.merge(sd.unet)
-    objective = args.objective or sd.metadata.get("objective", "diff2flow")
-    if objective not in OBJECTIVES:
-        raise ValueError(f"{adapter or ckpt}: its objective {objective!r} is unknown; give one by --objective")
-    prediction = args.prediction or sd.metadata.get("prediction", sd.prediction)
-    args.cfg = float(sd.metadata.get("cfg", 4.0)) if args.cfg is None else args.cfg
-    if (wide or sd.metadata.get("task") == "depth") != (args.task == "depth"):
-        raise ValueError(f"{adapter or ckpt}: not trained for --task {args.task}")
-    net = Conditioned(sd.unet) if args.task == "depth" else sd.unet
-    flow = OBJECTIVES[objective](net, *sd_schedule(), prediction).to(device)
+    ckpt = BUNDLED_PRIOR if args.pairs and not (args.ckpt or args.lora) else args.ckpt   # pairs are of an untuned model
+    sd, flow = load_flow(ckpt, args.lora, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+                         objective=args.objective, prediction=args.prediction, use_ema=args.use_ema)
     if args.print_sigmas:
         print(" ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, args.steps)))
         return
-    if args.task == "depth":
-        empty = sd.encode_text([""])
-
-        def depth_of(image):
-            """image (1, 3, H, W) -> (H, W), the mean of the ensemble."""
-            with amp:
-                picture = sd.encode(image.to(device)).float()
-                samples = [flow.sample(x0[None].to(device), (empty, picture), args.steps)
-                           for x0 in noises(range(args.ensemble), picture.shape[1:], args.seed)]
-                return torch.stack([sd.decode(x1).float().cpu().mean((0, 1)) for x1 in samples]).mean(0)
-
-        make_depth(args, sd, pictures, depth_of)
-        return
+    if args.cfg is None:
+        args.cfg = float(sd.metadata.get("cfg", 4.0))
     height, width = sd.picture_size(args.size)
-    n = args.pairs or args.n or len(prompts) or 8
-    if not prompts:
-        scenes = Scenes(n, 8, 8, sd.metadata.get("style", "solid"), 1)
-        prompts = [scenes.scene(i).caption for i in range(n)]
     shape = (sd.config.latent_channels, height // sd.factor, width // sd.factor)
-    with amp:
-        uncond = sd.encode_text([args.negative])
-
-    def sample(noise, texts, **more):
-        with amp:
-            context = sd.encode_text(texts)
-            return flow.sample(noise.to(device), context, args.steps, uncond.expand_as(context), args.cfg, **more)
-
+    n = args.pairs or args.n or len(prompts) or 8
+    prompts = prompts or scene_captions(n, sd.metadata.get("style", "solid"))
     if args.pairs:
-        about = {"ckpt": Path(ckpt).name, "lora": adapter and str(adapter), "objective": objective, "seed": args.seed,
-                 "steps": args.steps, "cfg": args.cfg, "negative": args.negative, "size": [height, width]}
-        make_pairs(args, about, prompts, lambda numbers: noises(numbers, shape, args.seed), sample)
+        settings = {"ckpt": Path(args.ckpt or BUNDLED_PRIOR).name, "lora": args.lora, "objective": name_of(flow),
+                    "seed": args.seed, "steps": args.steps, "cfg": args.cfg, "negative": args.negative,
+                    "size": [height, width]}
+        make_pairs(args, sd, flow, prompts, shape, settings, amp)
         return
     prompts = [prompts[i % len(prompts)] for i in range(n)]
-    out = Path(args.out)
-    folder = out.with_suffix("")
-    (folder if args.singles else out.parent).mkdir(parents=True, exist_ok=True)
-    print(f"{n} pictures of {height}x{width}, {args.steps} steps, cfg {args.cfg:g}, objective {objective}, "
-          f"seed {args.seed}" + (f", LoRA {adapter}" if adapter else ""))
-    images, shown, digits = [], min(n, GRID) if args.singles else n, max(4, len(str(n - 1)))
-    for start in range(0, n, args.batch):
-        some = range(n)[start:start + args.batch]
-        with tqdm(desc=f"pictures {some[0] + 1} to {some[-1] + 1}", total=args.steps, unit="step", leave=False) as bar:
-            latents = sample(noises(some, shape, args.seed), prompts[some[0]:some[-1] + 1],
-                             callback=lambda x_fm: bar.update())
-        with amp:
-            decoded = sd.decode(latents).float().cpu()
-        if args.singles:
-            for i, image in zip(some, decoded):
-                save_image(folder / f"{i:0{digits}d}.png", image)
-        images += decoded[:max(0, shown - len(images))]
-    save_grid(out, torch.stack(images), min(shown, 8), captions=prompts[:len(images)])
-    print(out)
+    print(f"{n} pictures of {height}x{width}, {args.steps} steps, cfg {args.cfg:g}, objective {name_of(flow)}, "
+          f"seed {args.seed}")
+    pictures = make_pictures(args, sd, flow, prompts, shape, amp)
+    save_grid(args.out, torch.stack(pictures), min(len(pictures), 8), captions=prompts[:len(pictures)])
+    print(args.out)
     if args.singles:
-        print(f"{folder}/{0:0{digits}d}.png ... {n} pictures")
+        print(f"{Path(args.out).with_suffix('')}/: {n} pictures")
+
+
+def name_of(flow):
+    """-> the objective that `flow` is of."""
+    return next(name for name, kind in OBJECTIVES.items() if type(flow) is kind)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ share one index, and t = 0 is the least noisy level, not clean data.
 import torch
 
 
-def sd_schedule(T=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False):
-    """-> alpha (T,), sigma (T,) in float64, indexed by the network's own timestep.
+def sd_schedule(T=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False, device="cpu"):
+    """-> alpha (T,), sigma (T,) in float64 on `device`, indexed by the network's own timestep.
 
     zero_snr shifts and scales alpha so that the last level is pure noise (Lin et al., arXiv 2305.08891, Alg. 1).
     Only for checkpoints that were trained so: on others it moves the timestep that the network sees.
@@ -19,4 +19,4 @@ def sd_schedule(T=1000, beta_start=0.00085, beta_end=0.012, zero_snr=False):
     alpha = (1 - beta).cumprod(0).sqrt()
     if zero_snr:
         alpha = alpha[0] * (alpha - alpha[-1]) / (alpha[0] - alpha[-1])
-    return alpha, (1 - alpha**2).sqrt()
+    return alpha.to(device), (1 - alpha**2).sqrt().to(device)

@@ -1,0 +1,77 @@
+"""Files that are whole or not there, and errors that are one line: what every script here shares.
+
+    with replacing("runs/a/grid.png") as temporary:     what is written to `temporary` becomes runs/a/grid.png at the end
+        picture.save(temporary)
+    with open_tensors("lora.safetensors") as file:      a damaged file is a ValueError of one line
+        tensor = file.get_tensor(name)
+"""
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+def cli(main):
+    """Run main(). What the user can mend becomes one line and exit code 2, an interrupt one line and 130."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_range(args, low, high, *names):
+    """ValueError if args.NAME, or a number of that list, is not between `low` and `high`. None is not checked."""
+    for name in names:
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {number:g}: it must be between {low:g} and {high:g}")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Write to the temporary path that this yields: it takes the place of `path` at the end, or is deleted on an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path, tensors, metadata=None):
+    """Write {name: tensor} and metadata {str: str} as a .safetensors file, whole or not at all."""
+    with replacing(path) as temporary:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        temporary.chmod(0o644)  # safetensors leaves it readable to its owner alone
+
+
+@contextlib.contextmanager
+def open_tensors(path):
+    """A .safetensors file, open: .keys(), .get_tensor(name), .get_slice(name), .metadata(). ValueError if damaged."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file" + (" (it is a folder)" if Path(path).is_dir() else ""))
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: cannot be read; truncated, or no .safetensors file? ({reason})") from error
+
+
+def read_text(path):
+    """-> the text of a UTF-8 file."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text: save it again as UTF-8") from None

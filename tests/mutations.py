@@ -1,0 +1,278 @@
+"""Are the tests strong enough? Break the code in one place at a time, and see whether a test fails.
+
+    python tests/mutations.py                       every mutation: "killed" if a test fails, "survived" if none does
+    python tests/mutations.py "guidance" --jobs 2   only the mutations whose names contain "guidance", two at a time
+
+A mutation replaces one text of one file. It is made in a copy of the tree, where the tests are run that should fail.
+"""
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text, new text), ...])
+    "schedule.py": ("test_diff2flow.py", [
+        ("schedule: beta ends swapped", "linspace(beta_start**0.5, beta_end**", "linspace(beta_end**0.5, beta_start**"),
+        ("schedule: beta linear", "torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2",
+         "torch.linspace(beta_start, beta_end, T, dtype=torch.float64)"),
+        ("schedule: beta_end", "beta_end=0.012", "beta_end=0.02"),
+        ("schedule: one level late", "(1 - beta).cumprod(0)", "(1 - beta).roll(1).cumprod(0)"),
+        ("schedule: zero_snr does not scale", "[0] * (alpha - alpha[-1]) / (alpha[0] - alpha[-1])", " - alpha[-1]"),
+        ("schedule: alpha and sigma swapped", "return alpha.to(device), (1 - alpha**2).sqrt().to(device)",
+         "return (1 - alpha**2).sqrt().to(device), alpha.to(device)"),
+        ("schedule: sigma without the square", "(1 - alpha**2).sqrt()", "(1 - alpha).sqrt()"),
+    ]),
+    "diff2flow.py": ("test_diff2flow.py", [
+        ("interpolate: data and noise swapped", "t_fm * x1 + (1 - t_fm) * x0", "t_fm * x0 + (1 - t_fm) * x1"),
+        ("interpolate: sign", "t_fm * x1 + (1 - t_fm) * x0", "t_fm * x1 - (1 - t_fm) * x0"),
+        ("alpha_sigma: swapped", "return r * t_fm, r * (1 - t_fm)", "return r * (1 - t_fm), r * t_fm"),
+        ("alpha_sigma: r is 1", "(t_fm**2 + (1 - t_fm) ** 2).rsqrt()", "torch.ones_like(t_fm)"),
+        ("masked_mean: mask ignored", "x.mean() if mask is None else (x * mask)", "x.mean() if mask is None else x"),
+        ("masked_mean: channels not counted", "mask.expand_as(x).sum()", "mask.sum()"),
+        ("masked_mean: clamp removed", ".sum().clamp(min=1)", ".sum()"),
+        ("Diff2Flow: eps with zero_snr accepted", "and alpha[-1] == 0", "and alpha[0] == 0"),
+        ("f_table: sigma for alpha", "(alpha / (alpha + sigma)).double()", "(sigma / (alpha + sigma)).double()"),
+        ("f_t: first interval", "clamp(0, self.T - 2)", "clamp(1, self.T - 2)"),
+        ("f_t: low + 1 is low", "(self.f_table[low], self.f_table[low + 1", "(self.f_table[low], self.f_table[low"),
+        ("f_t: sign", "t_dm.double() - low", "low - t_dm.double()"),
+        ("f_t_inv: clamp removed", "t_fm.double().clamp(self.f_table[-1], self.f_table[0])", "t_fm.double()"),
+        ("f_t_inv: first interval", ".clamp(min=1) - 1", ".clamp(min=2) - 1"),
+        ("f_t_inv: interval off by one", ".clamp(min=1) - 1", ".clamp(max=self.T - 2)"),
+        ("f_t_inv: sign", "(low + (t_fm - f_low)", "(low - (t_fm - f_low)"),
+        ("f_t_inv: integer timesteps", "(low + (t_fm - f_low) / (f_high - f_low)).float()", "low.float()"),
+        ("flow: r from the asked level", "alpha_sigma(t_fm.view(-1, 1, 1", "alpha_sigma(self.f_t(t_dm).view(-1, 1, 1"),
+        ("flow: x_dm sign", "x_dm = (alpha + sigma) * x_fm", "x_dm = (alpha - sigma) * x_fm"),
+        ("flow: asked one timestep late", "self.net(x_dm, t_dm, context)", "self.net(x_dm, t_dm + 1, context)"),
+        ("flow: eps read as v", 'if self.prediction == "eps":  #', 'if self.prediction == "v":  #'),
+        ("flow: eps converted at t_fm", "= alpha_sigma(self.f_t(t_dm).view(-1, 1, 1, 1))\n            v",
+         "= (alpha, sigma)\n            v"),
+        ("flow: eps sign", "(v - sigma_dm * x_dm) / alpha_dm", "(v + sigma_dm * x_dm) / alpha_dm"),
+        ("flow: sign of v", "return (alpha - sigma) * x_dm - (alpha + ", "return (alpha - sigma) * x_dm + (alpha + "),
+        ("flow: sign of x_dm", "return (alpha - sigma) * x_dm", "return (sigma - alpha) * x_dm"),
+        ("flow: as printed in Eq. 16", "(alpha + sigma) * v ", "(alpha - sigma) * v "),
+        ("loss: noise uniform", "x0 = torch.randn_like(x1) if x0 is None else x0\n        t_fm",
+         "x0 = torch.rand_like(x1) if x0 is None else x0\n        t_fm"),
+        ("loss: one time a batch", ".rand(len(x1), device=x1.device", ".rand(1, device=x1.device).expand(len(x1)"),
+        ("loss: given noise ignored", "(x1) if x0 is None else x0\n        t_fm", "(x1)\n        t_fm"),
+        ("velocity_error: sign of the target", "(u - (x1 - x0))", "(u - (x0 - x1))"),
+        ("velocity_error: mask ignored", "(u - (x1 - x0)).square(), mask)", "(u - (x1 - x0)).square())"),
+        ("grid: backwards", "torch.linspace(0, 1, steps + 1", "torch.linspace(1, 0, steps + 1"),
+        ("grid: from the noisiest trained level", "torch.linspace(0, 1,", "torch.linspace(self.f_table[-1].item(), 1,"),
+        ("sample: time of the next step", "t_fm = grid[i].expand", "t_fm = grid[i + 1].expand"),
+        ("sample: sign of the step", "x_fm = x_fm + (grid", "x_fm = x_fm - (grid"),
+        ("sample: previous step's size", "(grid[i + 1] - grid[i]) * u", "(grid[i] - grid[i - 1]) * u"),
+        ("sample: guidance sign", "u_uncond + cfg * (u - u_uncond)", "u_uncond - cfg * (u - u_uncond)"),
+        ("sample: guidance halves swapped", "u, u_uncond = self(", "u_uncond, u = self("),
+        ("sample: guidance images interleaved", "x_fm.repeat(2, 1, 1, 1)", "x_fm.repeat_interleave(2, 0)"),
+        ("sample: cfg 0 without guidance", "if cfg == 1:", "if cfg in (0, 1):"),
+        ("sample: callback sees the noise", "            callback(x_fm)\n", "            callback(x0)\n"),
+        ("dm: noise not scaled to the first level", "x0.float() / (alpha + sigma)", "x0.float()"),
+        ("dm: last timestep never drawn", "torch.randint(self.T,", "torch.randint(self.T - 1,"),
+        ("dm: timestep not rounded", "self.f_t_inv(t_fm).round()", "self.f_t_inv(t_fm)"),
+        ("dm: sign of the target", "alpha * x0 - sigma * x1", "alpha * x0 + sigma * x1"),
+        ("dm: alpha and sigma swapped in x_dm", "self.net(alpha * x1 + sigma * x0", "self.net(sigma * x1 + alpha * x0"),
+        ("dm: mask ignored", "(output - target).square(), mask)", "(output - target).square())"),
+        ("dm: leading grid", "(self.T - self.T / steps * torch.arange(steps, device=self.f_table.device)).round() - 1",
+         "(self.T - self.T / steps * torch.arange(1, steps + 1, device=self.f_table.device)).round()"),
+        ("dm: grid off by one", ".round() - 1\n", ".round().clamp(max=self.T - 1)\n"),
+        ("fm: sign", "return self.net(x_fm.float()", "return -self.net(x_fm.float()"),
+        ("fm-flip: sign", "return -super()", "return super()"),
+        ("fm: time runs backwards", "self.net(x_fm.float(), t_fm.float()", "self.net(x_fm.float(), 1 - t_fm.float()"),
+    ]),
+    "files.py": ("tests/test_data.py", [
+        ("atomic write of tensors", "yield temporary\n        os.replace(temporary, path)", "yield path"),
+        ("cli: exit code of an error", "sys.exit(2)", "sys.exit(1)"),
+        ("files: temporary left behind", "        temporary.unlink(missing_ok=True)", "        pass"),
+    ]),
+    "model.py": ("tests/test_model.py tests/test_checkpoint.py", [
+        ("model: GroupNorm eps", "def __init__(self, channels, eps=1e-5)", "def __init__(self, channels, eps=1e-6)"),
+        ("model: GroupNorm eps of the transformers", ", eps=1e-6)\n        self.proj_in", ")\n        self.proj_in"),
+        ("model: tanh gelu", "F.gelu(gate)", 'F.gelu(gate, approximate="tanh")'),
+        ("model: VAE padding", "(0, 1, 0, 1)", "(1, 0, 1, 0)"),
+        ("model: log variance not halved", "(0.5 * log_variance", "(log_variance"),
+        ("model: last text layer of SD 2", "blocks[:-1] if", "blocks if"),
+        ("model: text padding", "pad_token=0 if", "pad_token=49407 if"),
+        ("model: q, k, v of SD 1's text", 'for x in "qkv"', 'for x in "kqv"'),
+        ("model: LATENT_SCALE", "LATENT_SCALE = 0.18215", "LATENT_SCALE = 0.13025"),
+        ("model: times rounded in bf16", "torch.promote_types(dtype, torch.float32)", "dtype"),
+        ("model: missing tensors accepted", "missing = sorted(wanted - file.shapes.keys())", "missing = []"),
+        ("model: wrong shapes accepted", "if file.shapes[name] != expected:", "if False:"),
+        ("model: picture input not halved", ".weight, conv.weight], dim=1) / 2", ".weight, conv.weight], dim=1)"),
+        ("model: picture before the noise", "torch.cat([x_dm, picture]", "torch.cat([picture, x_dm]"),
+    ]),
+    "lora.py": ("tests/test_lora.py", [
+        ("lora: ratio of the smaller side", "max(layer.weight.shape[:2])", "min(layer.weight.shape[:2])"),
+        ("lora: alpha over rank upside down", '(float(tensors.pop(f"{name}.alpha", rank)) / rank)',
+         '(rank / float(tensors.pop(f"{name}.alpha", rank)))'),
+        ("lora: smaller side not fixed", "smaller.requires_grad_(False).flatten(1)", "smaller.data.flatten(1)"),
+        ("lora: last conv not in full", 'if path in ("input_blocks.0.0", "out.2"):', 'if path == "input_blocks.0.0":'),
+        ("lora: first conv not in full", 'if path in ("input_blocks.0.0", "out.2"):', 'if path == "out.2":'),
+        ("lora: kohya index", "{(number - 1) // blocks_per_level}", "{number // blocks_per_level}"),
+        ("lora: merge sign", "(weight + change)", "(weight - change)"),
+    ]),
+    "data.py": ("tests/test_data.py tests/test_train.py", [
+        ("data: metadata before the text file", 'read_text(text).strip() if text.is_file() else metadata.get(path, "")',
+         'metadata.get(path) or (read_text(text).strip() if text.is_file() else "")'),
+        ("data: never flipped", "ImageOps.mirror(image) if flip else image", "image"),
+        ("data: crop always in the centre", "right * (image.width - width), down", "0.5 * (image.width - width), 0.5"),
+        ("data: the same crop every epoch", "((self.seed, key", "((self.seed, key % len(self.items)"),
+        ("data: grid by columns", "i % columns * (width + gap), gap + i //", "i // columns * (width + gap), gap + i %"),
+        ("data: held-out pairs are trained on", "self.n = n - validation", "self.n = n"),
+        ("data: keys not shuffled", "epoch * self.n + order[i]", "epoch * self.n + i"),
+        ("data: the same order every epoch", "seed_of(self.seed, epoch)", "seed_of(self.seed, 0)"),
+        ("data: keys without the epoch", "epoch * self.n + order[i]", "order[i]"),
+        ("data: kept latents of another key", "i = key % len(self.dataset)", "i = key % (len(self.dataset) - 1)"),
+        ("atomic write of pictures", "    with replacing(path) as temporary:\n        picture.save(temporary)",
+         "    picture.save(path)"),
+        ("data: stride of the keys ignored", "range(start, stop, stride)", "range(start, stop)"),
+    ]),
+    "toy/scenes.py": ("tests/test_scenes.py", [
+        ("scenes: converse relation swapped", 'f"{self.things[1]} {RELATIONS[self.relation]} {self.things[0]}"',
+         'f"{self.things[0]} {RELATIONS[self.relation]} {self.things[1]}"'),
+        ("scenes: left is right", '"left": (-1, 0), "right": (1, 0)', '"left": (1, 0), "right": (-1, 0)'),
+        ("scenes: the wall is near at the top", "20 / (3 + np.clip(y, -1, 1))", "20 / (3 - np.clip(y, -1, 1))"),
+        ("scenes: the front one drawn first", "in reversed(scene.things)", "in scene.things"),
+        ("scenes: labels of the wrong thing", "enumerate(self.things, start", "enumerate(reversed(self.things), start"),
+        ("scenes: seeds overlap", "default_rng((self.seed, i))", "default_rng(self.seed + i)"),
+        ("scenes: black and white swapped", '(0, 0, 0), "white": (255, 255, 255', '(255, 255, 255), "white": (0, 0, 0'),
+    ]),
+    "depth.py": ("tests/test_depth.py", [
+        ("depth: distance taken for depth", 'planar_depth(np.asarray(file["dataset"]))', 'np.asarray(file["dataset"])'),
+        ("depth: quantiles", "[0.01, 0.99]", "[0.0, 1.0]"),
+        ("depth: near is 1", "(2 * (log_depth - low) /", "(2 * (high - log_depth) /"),
+        ("depth: flipped without its picture", "depth.flip(-1), valid.flip(-1)", "depth, valid.flip(-1)"),
+        ("depth: ensemble is its first sample", "torch.stack(samples).mean(0)", "samples[0]"),
+        ("depth: KITTI's crop from the top", "left = depth.shape[0] - height", "left = (depth.shape[0] - height) // 2"),
+        ("depth: NYU's crop one row late", "slice(45, 471)", "slice(46, 471)"),
+        ("depth: aligned in another space", '"log": (np.log, np.exp)', '"log": (np.asarray, np.asarray)'),
+        ("depth: delta1 threshold", "< 1.25)", "< 1.25**2)"),
+    ]),
+    "sample.py": ("tests/test_sample.py", [
+        ("sample.py: noise from the seed alone", "seed_of(seed, i)", "seed_of(seed, 0)"),
+        ("sample.py: guidance after Reflow", 'sd.metadata.get("cfg", 4.0)', "4.0"),
+        ("sample.py: objective of the file ignored", 'trained_by if trained_by in ("fm", "fm-flip") else "', '"'),
+        ("sample.py: prediction of the LoRA ignored", 'sd.metadata.get("prediction", sd.prediction)', "sd.prediction"),
+        ("sample.py: negative prompt ignored", "sd.encode_text([negative])", 'sd.encode_text([""])'),
+        ("sample.py: the oldest run", "max(wanted, key=", "min(wanted, key="),
+        ("sample.py: depth models sampled as pictures", "if task is not None and sd.", "if False and sd."),
+        ("sample.py: sigma grid start", "flow.f_table[-1].item()", "flow.f_table[-2].item()"),
+        ("sample.py: sigmas printed too short", "{sigma:.4f}", "{sigma:.3f}"),
+        ("sample.py: pairs start anew", "range(len(noise), len(wanted), args.", "range(0, len(wanted), args."),
+        ("sample.py: pairs of other settings mixed", 'if made["settings"] != settings:', "if False:"),
+        ("sample.py: dm models sampled by DDIM", '("fm", "fm-flip") else', '("fm", "fm-flip", "dm") else'),
+    ]),
+    "train.py": ("tests/test_train.py", [
+        ("depth: mask inverted", '"mask": 1 - has_hole', '"mask": has_hole'),
+        ("train.py: warm-up from 0", "args.lr * (step + 1) / args.warmup", "args.lr * step / args.warmup"),
+        ("train.py: cosine to 0", "0.01 + 0.99 * 0.5", "0.5"),
+        ("train.py: EMA the other way round", "weight = 1 - min(decay,", "weight = min(decay,"),
+        ("train.py: gradients summed, not averaged", "t_fm, mask) / args.grad_accum", "t_fm, mask)"),
+        ("train.py: gradients never reset", "optimizer.zero_grad()", "pass"),
+        ("train.py: gradients not clipped", "(trained.values(), args.clip", "(trained.values(), math.inf"),
+        ("train.py: captions kept, not dropped", "< share, captions", ">= share, captions"),
+        ("train.py: the same noise every step", "seed_of(args.seed, step)", "seed_of(args.seed, 0)"),
+        ("train.py: Adam starts anew on resume", 'if f"adam/step/{name}" in stored:', "if False:"),
+        ("train.py: average starts anew on resume", '(file.get_tensor(f"average', '(file.get_tensor(f"parameter'),
+        ("train.py: data start anew on resume", "start * images_a_step,", "0,"),
+        ("train.py: mask of the latents ignored", 'batch["picture"], batch["mask"]', 'batch["picture"], None'),
+        ("train.py: noise of the pairs ignored", 'return batch["x1"], batch["x0"],', 'return batch["x1"], None,'),
+        ("train.py: velocity error not a mean", "mask).item() * len(x1)", "mask).item()"),
+    ]),
+    "evaluate.py": ("tests/test_evaluate.py", [
+        ("evaluate.py: FID at the real size", "CroppedPictures(args.real, samples.size)", "CroppedPictures(args.real)"),
+        ("evaluate.py: CLIP mean over batches", "(pictures * texts).sum(1).mean().", "(pictures * texts).mean()."),
+    ]),
+    "toy/make_prior.py": ("tests/test_toy.py", [
+        ("toy: standardise without the shift back", "second.bias += second.weight", "second.bias -= second.weight"),
+    ]),
+    "toy/judge.py": ("tests/test_toy.py", [
+        ("depth: ensemble is measured by its first", "torch.stack(members[:ensemble]).mean(0)", "members[0]"),
+        ("toy: frechet trace sign", "B.trace() - 2 * root", "B.trace() + 2 * root"),
+        ("toy: score counts what does not apply", "(right | ~applies).all(1)", "right.all(1)"),
+        ("toy: black and white means swapped", "(pictures[real.plain(colour)].mean().item() + 1) / 2",
+         "(1 - pictures[real.plain(colour)].mean().item()) / 2"),
+    ]),
+    "claims/report.py": ("tests/test_claims.py", [
+        ("claims: table of maxima", "fmean(values), min(values)", "max(values), min(values)"),
+        ("claims: numbers sorted as words", '(0, float(text), "")', "(0, 0.0, text)"),
+    ]),
+}
+MUTATIONS = [(name, file, old, new, tests)
+             for file, (tests, changes) in ROOMS.items() for name, old, new in changes]
+
+
+def run_tests(tree, tests, timeout, mutation=None):
+    """Run `tests` in a copy of `tree`, mutated if a mutation is given -> what happened, the test that failed first.
+
+    What happened is "survived" (all tests pass), "killed" (a test fails), "timeout", or "error": no test could run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "tree"
+        shutil.copytree(tree, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache"))
+        if mutation:
+            _, file, old, new, _ = mutation
+            (copy / file).write_text((copy / file).read_text().replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tests"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        process = subprocess.Popen(command + shlex.split(tests), cwd=copy, env=environment, start_new_session=True,
+                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)      # pytest and the commands that its tests have started
+            process.communicate()
+            return "timeout", ""
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\S+)", output, re.MULTILINE)
+    happened = {0: "survived", 1: "killed"}.get(process.returncode, "error")
+    return happened, failed[1] if failed else output[-2000:] if happened == "error" else ""
+
+
+def main(mutations, tree):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="parts of the names of the mutations to run (default: all)")
+    parser.add_argument("--tree", default=tree, help=f"folder of the code (default: {tree})")
+    parser.add_argument("--tests", help="pytest's arguments, instead of each mutation's own tests")
+    parser.add_argument("--jobs", type=int, default=1, help="mutations at a time (default: 1)")
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds for the tests of one (default: 1200)")
+    parser.add_argument("--out", help="JSON file to update with {name: what happened}")
+    args = parser.parse_args()
+    chosen = [m for m in mutations if not args.names or any(part in m[0] for part in args.names)]
+    for name, file, old, _, _ in chosen:
+        found = (Path(args.tree) / file).read_text().count(old)
+        assert found == 1, f"{name}: {file} has its old text {found} times: {old!r}"
+    assert len({name for name, *_ in mutations}) == len(mutations), "two mutations have one name"
+
+    tests = args.tests or shlex.join(dict.fromkeys(word for *_, tests in chosen for word in shlex.split(tests)))
+    happened, failed = run_tests(args.tree, tests, args.timeout * 10)
+    assert happened == "survived", f"without any mutation the tests must pass: {happened}, {failed}"
+    print(f"without any mutation the tests pass; {len(chosen)} mutations", flush=True)
+
+    def measure(mutation):
+        start = time.time()
+        happened, failed = run_tests(args.tree, args.tests or mutation[-1], args.timeout, mutation)
+        print(f"{happened:8} {time.time() - start:4.0f} s  {mutation[0]:45} {failed}", flush=True)
+        return happened
+
+    results = json.loads(Path(args.out).read_text()) if args.out and Path(args.out).exists() else {}
+    counts = dict.fromkeys(["killed", "survived", "timeout", "error"], 0)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutation, happened in zip(chosen, pool.map(measure, chosen)):
+            counts[happened] += 1
+            results[mutation[0]] = happened
+            if args.out:
+                Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{len(chosen)} mutations: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    sys.exit(counts["killed"] != len(chosen))
+
+
+if __name__ == "__main__":
+    main(MUTATIONS, Path(__file__).parent.parent)

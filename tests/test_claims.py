@@ -1,0 +1,235 @@
+"""claims/: tables and plots say what the results say, the loop's commands are ones that the scripts take, and the page of
+the claims shows what its commands print."""
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from claims import idea, report
+from diff2flow import Diff2Flow
+from schedule import sd_schedule
+from toy import judge
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "claims/README.md").read_text()
+TABLES = re.findall(r"^    python -m (claims\.report table (?:.*\\\n)*.*)\n\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+
+
+@pytest.fixture
+def claims_report(monkeypatch, capsys):
+    """-> what `python -m claims.report WORDS` prints."""
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["claims/report.py", *map(str, words)])
+        report.main()
+        return capsys.readouterr().out
+    return run
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Results of two objectives with the seeds 0, 1 and 2; only those of dm have a black."""
+    return [write_lines(tmp_path / f"{seed}.jsonl", [
+        {"run": {"objective": "fm", "seed": seed}, "frechet": 2 * frechet, "all": 0.5, "plain": {}},
+        {"run": {"objective": "dm", "seed": seed}, "frechet": frechet, "all": share, "plain": {"black": 0.02 * share}}])
+        for seed, frechet, share in ((0, 1.0, 0.1), (1, 2.0, 0.2), (2, 600.4, 0.9))]
+
+
+# ------------------------------------------------------------------ tables
+
+def test_the_rows_of_a_table_are_sorted_by_numbers_and_then_by_words():
+    rows = [{"lora": lora, "steps": steps} for lora, steps in
+            (("small", 4), ("2", None), ("base", 25), ("16", 0.5), ("base", 4), ("16", 0.0))]
+    assert [values for values, _ in report.group(rows, ["lora", "steps"])] == [
+        ("2", None), ("16", 0.0), ("16", 0.5), ("base", 4), ("base", 25), ("small", 4)]
+
+
+def test_a_table_has_the_mean_and_the_span_of_the_seeds(results, claims_report):
+    assert claims_report("table", *results, "--by", "run.objective", "--of", "frechet", "plain.black").splitlines() == [
+        "| run.objective | results | frechet | plain.black |",
+        "|---|---|---|---|",
+        "| dm | 3 | 201 (1.00 to 600) | 0.00800 (0.00200 to 0.0180) |",
+        "| fm | 3 | 402 (2.00 to 1201) |  |"]
+
+
+def test_a_table_has_headings_and_values_in_words_and_shares_as_percentages(results, claims_report):
+    printed = claims_report("table", *results, "--by", "run.objective=trained by", "--of", "all=captions right",
+                            "--percent", "all", "--words", "fm=naive flow matching")
+    assert printed.splitlines() == [
+        "| trained by | results | captions right |",
+        "|---|---|---|",
+        "| dm | 3 | 40.0 % (10.0 to 90.0 %) |",
+        "| naive flow matching | 3 | 50.0 % (50.0 to 50.0 %) |"]
+
+
+def test_a_table_is_of_the_results_that_meet_every_condition(results, claims_report):
+    words = ["table", *results, "--by", "run.objective", "--of", "frechet", "--where", "run.objective=fm"]
+    assert claims_report(*words, "run.seed=1").splitlines()[2:] == ["| fm | 1 | 4.00 (4.00 to 4.00) |"]
+    with pytest.raises(ValueError, match="no row where run.objective=fm run.seed=7 in "):
+        claims_report(*words, "run.seed=7")
+
+
+def test_a_name_that_no_result_has_is_an_error(results, claims_report):
+    with pytest.raises(ValueError, match="--of frechte: no row has it"):
+        claims_report("table", *results, "--by", "run.objective", "--of", "frechte")
+    with pytest.raises(ValueError, match="--percent al: name values of --of: all"):
+        claims_report("table", *results, "--by", "run.objective", "--of", "all", "--percent", "al")
+    with pytest.raises(ValueError, match="a row lacks step"):
+        claims_report("plot", *results, "--y", "frechet")
+
+
+# ------------------------------------------------------------------ plots
+
+@pytest.fixture
+def validation(tmp_path):
+    """validation.jsonl of runs with two presets of LoRA, two objectives and two seeds, each with its result.json."""
+    files = []
+    for lora, factor in (("base", 1), ("8", 10)):
+        for objective in ("dm", "diff2flow"):
+            for seed in (0, 1):
+                run = tmp_path / f"{lora}-{objective}-{seed}"
+                rows = [{"step": step, "velocity_error": factor * (1 + seed) / (1 + step)} for step in (10, 0)]
+                files.append(write_lines(run / "validation.jsonl", rows))
+                (run / "result.json").write_text(json.dumps({"lora": lora, "objective": objective}))
+    return files
+
+
+def test_a_plot_has_a_panel_for_each_lora_and_a_line_of_means_for_each_objective(validation, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["claims/report.py", "plot", *map(str, validation)])
+    args = report.arguments()
+    panels = report.draw(report.read_rows(args.files, args.where), args).axes
+    assert [panel.get_title() for panel in panels] == ["LoRA: 8", "LoRA: base"]
+    assert (panels[0].get_xlabel(), panels[0].get_ylabel()) == ("training step", "velocity error")
+    for panel, factor in zip(panels, (10, 1)):
+        assert [line.get_label() for line in panel.lines] == ["diff2flow", "dm"]
+        for line, shade in zip(panel.lines, panel.collections):
+            assert list(line.get_xdata()) == [0, 10]
+            assert list(line.get_ydata()) == pytest.approx([1.5 * factor, 1.5 * factor / 11])
+            heights = shade.get_paths()[0].vertices[:, 1]
+            assert (heights.min(), heights.max()) == pytest.approx((factor / 11, 2 * factor))
+
+
+def test_a_plot_is_written(validation, claims_report, tmp_path):
+    claims_report("plot", *validation, "--out", tmp_path / "plots/plot.png")
+    assert (tmp_path / "plots/plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------ run.sh
+
+STAND_IN = """#!{python}
+# Notes down its command, and leaves the files that run.sh looks for afterwards.
+import sys
+from pathlib import Path
+words = sys.argv[1:]
+with open("commands", "a") as file:
+    print(*words, sep="\\t", file=file)
+out = Path(words[words.index("--out") + 1])
+names = []
+if words[0] == "train.py":
+    weights = "model" if words[words.index("--lora") + 1] == "none" else "lora"
+    names = [weights + ".safetensors", "result.json", "validation.jsonl", "before_after.png"]
+    names += [weights + "-000050.safetensors"] if "--keep" in words else []
+elif words[1] == "toy.judge":
+    names = [words[2] + ".jsonl", "samples.png"]
+for name in names:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / name).touch()
+"""
+
+
+@pytest.fixture
+def run_loop(tmp_path):
+    """-> the commands that `bash claims/run.sh` runs with the seeds 3 and 4, with a stand-in for python."""
+    (tmp_path / "claims").mkdir()
+    shutil.copy(ROOT / "claims/run.sh", tmp_path / "claims")
+    (tmp_path / "python").write_text(STAND_IN.format(python=sys.executable))
+    (tmp_path / "python").chmod(0o755)
+    shell = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEDS": "3 4"}
+
+    def run(*words):
+        (tmp_path / "commands").write_text("")
+        subprocess.run(["bash", "claims/run.sh", *words], cwd=tmp_path, env=shell, check=True)
+        return [line.split("\t") for line in (tmp_path / "commands").read_text().splitlines()]
+    return run
+
+
+def test_the_scripts_take_every_command_of_the_claims_loop(run_loop, monkeypatch):
+    scripts = {"sample.py": sample, "train.py": train, "toy.judge": judge, "claims.report": report}
+    monkeypatch.chdir(ROOT)                         # where toy/tiny-eps.safetensors is known as a bundled prior
+    seen = set()
+    for words in run_loop():
+        script, *options = words[1:] if words[0] == "-m" else words
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        args = scripts[script].arguments()
+        seen.add(script)
+        if script != "claims.report":
+            assert args.seed in (3, 4)
+        if script == "train.py":
+            assert args.batch in (16, 32) and args.decay == "cosine", "the settings of the bundled priors"
+    assert seen == set(scripts)
+
+
+def test_the_claims_loop_measures_every_model_that_it_trained(run_loop):
+    commands = run_loop()
+    trained = {words[words.index("--out") + 1] for words in commands if words[0] == "train.py"}
+    judged = {str(Path(word).parent) for words in commands if words[1] == "toy.judge"
+              for word in words if word.startswith("runs/") and word.endswith(".safetensors")}
+    assert judged == trained
+
+
+def test_the_claims_loop_goes_on_where_it_was_stopped(run_loop):
+    assert {words[0] for words in run_loop("train")} == {"train.py", "sample.py"}
+    assert not [words for words in run_loop() if words[0] != "-m"]                      # it only measures what is trained
+    assert {words[1] for words in run_loop()} == {"claims.report"}                      # and then only draws
+
+
+# ------------------------------------------------------------------ the page and the figure
+
+@pytest.mark.parametrize("command, shown", TABLES)
+def test_each_table_of_the_page_is_what_its_command_prints(command, shown, claims_report, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert claims_report(*shlex.split(command.replace("\\\n", " "))[1:]) == shown
+
+
+def test_the_page_shows_every_result():
+    tables = {shlex.split(command)[2] for command, _ in TABLES}
+    pictures = {f"claims/{path}" for path in re.findall(r"^!\[.+\]\((.+)\)$", PAGE, re.MULTILINE)}
+    files = {f"claims/results/{path.name}" for path in (ROOT / "claims/results").iterdir()}
+    assert tables | pictures == files
+
+
+def test_the_network_of_the_figure_is_exact():
+    """Its v is the mean of alpha x0 - sigma x1 over all pairs that mix to x_dm, by a sum over a fine grid of x1."""
+    levels = sd_schedule()
+    network, (alpha, sigma) = idea.ExactNetwork(Diff2Flow(None, *levels).f_t), levels
+    x1 = torch.linspace(-3, 3, 100_001, dtype=torch.float64)
+    density = torch.exp(-0.5 * ((x1[:, None] - idea.MODES) / idea.WIDTH) ** 2).sum(1)
+    for t_dm in (100, 500, 900):
+        for x_dm in (-1.2, 0.3, 2.0):
+            x0 = (x_dm - alpha[t_dm] * x1) / sigma[t_dm]
+            weights = density * torch.exp(-0.5 * x0**2)
+            expected = (weights * (alpha[t_dm] * x0 - sigma[t_dm] * x1)).sum() / weights.sum()
+            v = network(torch.full((1, 1, 1, 1), x_dm), torch.tensor([float(t_dm)]), None)
+            assert v.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_the_paths_of_the_figure_end_in_the_data():
+    levels = sd_schedule()
+    _, x_fm = idea.sample_paths(Diff2Flow(idea.ExactNetwork(Diff2Flow(None, *levels).f_t), *levels))
+    nearest = (x_fm[-1, :, None] - idea.MODES).abs()
+    assert nearest.amin(1).max() < 3 * idea.WIDTH
+    assert set(nearest.argmin(1).tolist()) == {0, 1, 2}

@@ -1,0 +1,133 @@
+"""evaluate.py: FID is torch-fidelity's, CLIP score and aesthetics are the means of open_clip's own numbers."""
+import json
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_fidelity
+from PIL import Image
+from scipy.linalg import sqrtm
+
+import evaluate
+
+
+def rand(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """samples/ with 12 pictures of 40x40 pixels, real/ with 12 of other sizes, prompts.txt with 12 lines."""
+    for name, wider, seed in ("samples", 0, 0), ("real", 1, 100):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            pixels = np.random.default_rng(seed + i).integers(0, 200 + i, (40 + wider * i, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i:02d}.png")
+    (tmp_path / "prompts.txt").write_text("".join(f"picture {i}\n" for i in range(12)))
+    return tmp_path
+
+
+@pytest.fixture
+def measure(folder, monkeypatch, capsys):
+    """measure(words) of `python evaluate.py samples/` -> the results, from the JSON line at the end."""
+    def run_command(*words):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (folder / "samples", "--device", "cpu", *words))])
+        evaluate.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run_command
+
+
+def quadrants(images):
+    """(N, 3, H, W) -> red in the quadrants of a picture (N, 4)."""
+    return F.adaptive_avg_pool2d(images.float(), 2).flatten(1)[:, :4]
+
+
+class SmallNetwork(torch_fidelity.FeatureExtractorBase):
+    """Takes Inception's place: no weights to download."""
+
+    def __init__(self, name, features_list, **_):
+        super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("4",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "4"
+
+    def forward(self, images):
+        return quadrants(images),
+
+
+def test_fid_is_the_frechet_distance_between_the_samples_and_the_real_pictures_at_their_size(folder, measure,
+                                                                                             monkeypatch):
+    torch_fidelity.register_feature_extractor("small", SmallNetwork)
+    monkeypatch.setattr(evaluate, "FID_NETWORK", "small")
+    a, b = (quadrants(torch.stack(list(evaluate.CroppedPictures(folder / name, (40, 40))))).double().numpy()
+            for name in ("samples", "real"))
+    A, B = np.cov(a.T), np.cov(b.T)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B - 2 * sqrtm(A @ B).real)
+    found = measure("--real", folder / "real", "--batch", 5)
+    assert found["fid"] == pytest.approx(expected, rel=1e-4) and found["images"] == 12
+    assert measure("--real", folder / "samples")["fid"] == pytest.approx(0, abs=1e-3)
+
+
+def test_pictures_are_scaled_and_cropped_around_their_centre_to_the_first_ones_size(tmp_path):
+    Image.new("RGB", (20, 10), "blue").save(tmp_path / "0.png")
+    flag = np.zeros((40, 40, 3), np.uint8)
+    flag[:10], flag[10:30], flag[30:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)       # the middle half is green
+    Image.fromarray(flag).save(tmp_path / "1.png")
+    cropped = evaluate.CroppedPictures(tmp_path)[1]
+    assert cropped.shape == (3, 10, 20) and cropped.dtype == torch.uint8
+    assert (cropped[1, 1:-1] > 250).all() and (cropped[[0, 2], 1:-1] < 5).all()
+
+
+@pytest.fixture
+def small_clip(folder):
+    """A random CLIP, called small-clip, with BatchNorm -> it, its transform; clip.pt and head.pt have the weights."""
+    (folder / "configs").mkdir()
+    (folder / "configs/small-clip.json").write_text(json.dumps({
+        "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}))
+    open_clip.add_model_config(folder / "configs")
+    torch.manual_seed(0)
+    network, _, transform = open_clip.create_model_and_transforms("small-clip")
+    torch.save(network.state_dict(), folder / "clip.pt")
+    torch.save({"layers.0.weight": rand(3, 16, seed=0), "layers.0.bias": rand(3, seed=1),
+                "layers.2.weight": rand(1, 3, seed=2), "layers.2.bias": rand(1, seed=3)}, folder / "head.pt")
+    return network.eval(), transform
+
+
+def test_clip_score_and_aesthetics_are_means_over_pictures_of_open_clips_own_numbers(folder, measure, small_clip):
+    network, transform = small_clip
+    with torch.no_grad():
+        pictures = [transform(Image.open(folder / f"samples/{i:02d}.png")) for i in range(12)]
+        seen = network.encode_image(torch.stack(pictures), normalize=True)
+        said = network.encode_text(open_clip.tokenize([f"picture {i}" for i in range(12)]), normalize=True)
+    scores = (seen @ rand(3, 16, seed=0).T + rand(3, seed=1)) @ rand(1, 3, seed=2).T + rand(1, seed=3)
+    both = measure("--clip", "small-clip", folder / "clip.pt", "--prompts", folder / "prompts.txt",
+                   "--aesthetics", folder / "head.pt", "--batch", 5)
+    assert both["clip_score"] == pytest.approx((seen * said).sum(1).mean().item(), abs=1e-5)
+    assert both["aesthetics_score"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    alone = measure("--clip", "small-clip", folder / "clip.pt", "--aesthetics", folder / "head.pt")
+    assert alone["aesthetics_score"] == pytest.approx(both["aesthetics_score"], abs=1e-5) and "clip_score" not in alone
+
+
+@pytest.mark.parametrize("words, says", [
+    ("", "nothing to measure"), ("--real none", "none has 0 pictures"), ("--clip x w.pt", "goes with --prompts"),
+    ("--prompts prompts.txt", "goes with"), ("--clip x none.pt --prompts prompts.txt", "none.pt: no such file"),
+    ("--real real --inception none.pth", "none.pth: no such file"), ("--real real --batch 0", "--batch 0"),
+    ("--clip x w.pt --prompts short.txt", "1 lines for 12 pictures")])
+def test_what_cannot_be_measured_is_refused_before_anything_is(folder, measure, monkeypatch, words, says):
+    monkeypatch.chdir(folder)
+    (folder / "short.txt").write_text("one\n")
+    (folder / "w.pt").write_bytes(b"")
+    monkeypatch.setattr(evaluate, "clip_results", lambda *_: pytest.fail("loaded CLIP before it failed"))
+    monkeypatch.setattr(torch_fidelity, "calculate_metrics", lambda **_: pytest.fail("measured before it failed"))
+    with pytest.raises(ValueError, match=says):
+        measure(*words.split())

@@ -1,0 +1,397 @@
+"""Judge models in the bundled world of scenes: do their pictures show what the caption says, is their depth right?
+
+    python -m toy.judge captions --steps 25 --cfg 4                             the bundled prior, about three minutes
+    python -m toy.judge captions toy/tiny-v.safetensors runs/NAME/lora.safetensors --steps 25 4 2 1
+    python -m toy.judge depth runs/NAME/model.safetensors --steps 2 10 --ensemble 1 4
+
+Each model (a checkpoint, or a LoRA file of train.py) is sampled by the objective that it was trained with, since the
+paper compares objectives. A result is one JSON line for each model and number of steps; see --out.
+
+captions: a small classifier looks for every attribute of the caption in the sampled picture. Its results are
+    all            the share of pictures in which every attribute is right (0 to 1)
+    frechet        the Frechet distance of the classifier's features, between samples and other real scenes
+    straightness   the mean of |u - (x1 - x0)|^2 along the sampling paths; 0 where all paths are straight lines
+    plain          the mean brightness of what should be plain black (0) and plain white (1)
+The classifier is trained at its first use and kept in runs/. It is refused if it names every attribute in less than
+98 % of the held-out real scenes.
+depth: the depth of scenes, aligned to the truth by least squares in log depth, as depth.py measures it.
+"""
+import argparse
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import lora
+from data import save_grid
+from depth import align, depth_errors
+from diff2flow import OBJECTIVES, Diffusion, alpha_sigma
+from files import check_range, cli, open_tensors, replacing, save_tensors
+from model import CheckpointFile
+from sample import BUNDLED_PRIOR, draw, load_flow, name_of, pick_device, pick_precision, read_result
+from schedule import sd_schedule
+from toy.scenes import LABELS, PLAIN, Scenes, render
+
+SIZE = 64                                           # pixels a side of what the classifier sees
+CLASSES = [len(classes) for classes in LABELS.values()]     # the number of classes of each attribute
+TRAIN_SEED, HELD_OUT_SEED = 10_000_000, 20_000_000  # plus the step, plus --seed: far from what train.py is given
+TRAIN_STEPS, TRAIN_BATCH = 1200, 128                # of the classifier
+REAL_SCENES = 2048                                  # that samples are compared with, besides those with their captions
+REQUIRED = 0.98                                     # the share of real scenes that the classifier must get right
+
+
+# ------------------------------------------------------------------ the classifier
+
+def build_classifier():
+    """A network: images (B, 3, 64, 64) in [-1, 1] -> logits (B, sum(CLASSES)), attribute after attribute."""
+    layers, widths = [], (3, 32, 64, 96, 128)       # at 64, 32, 16, 8, 4 pixels a side
+    for width, wider in itertools.pairwise(widths):
+        layers += [nn.Conv2d(width, wider, 4, 2, 1), nn.BatchNorm2d(wider), nn.ReLU(),
+                   nn.Conv2d(wider, wider, 3, 1, 1), nn.BatchNorm2d(wider), nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(4 * 4 * wider, 256), nn.ReLU(), nn.Linear(256, sum(CLASSES))]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def pictures_and_labels(scenes):
+    """-> images (N, 3, 64, 64) in [-1, 1], labels (N, 10), -100 where an attribute does not apply."""
+    images = torch.stack([torch.from_numpy(render(scene, SIZE, SIZE)[0]).permute(2, 0, 1) for scene in scenes])
+    return images / 127.5 - 1, torch.tensor([list(scene.labels().values()) for scene in scenes])
+
+
+def soften(images):
+    """What a decoder may do to pictures, in random strength: blur, contrast, a colour cast, stains, noise."""
+    blur, contrast, cast, stain, noise = torch.rand(5, len(images), 3, 1, 1, device=images.device)
+    blurred = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    stains = F.interpolate(torch.randn_like(images[..., ::4, ::4]), images.shape[2:], mode="bilinear")
+    images = torch.lerp(images, blurred, blur[:, :1]) * (0.9 + 0.2 * contrast[:, :1]) + 0.2 * (cast - 0.5)
+    return images + 0.1 * stain[:, :1] * stains + 0.1 * noise[:, :1] * torch.randn_like(images)
+
+
+def train_classifier(net, style, device):
+    """Train on the cross entropy of fresh, softened scenes; scenes with a half-hidden shape come twice as often."""
+    optimizer = torch.optim.AdamW(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, TRAIN_STEPS, pct_start=0.1)
+    for step in tqdm(range(TRAIN_STEPS), "classifier", dynamic_ncols=True):
+        world = Scenes(2 * TRAIN_BATCH, SIZE, SIZE, style, TRAIN_SEED + step)
+        scenes = sorted(map(world.scene, range(len(world))), key=lambda scene: scene.relation != "in front of")
+        images, labels = (tensor.to(device) for tensor in pictures_and_labels(scenes[:TRAIN_BATCH]))
+        logits = net(soften(images)).float().split(CLASSES, 1)
+        loss = sum(F.cross_entropy(of_attribute, classes, ignore_index=-100, reduction="sum")
+                   for of_attribute, classes in zip(logits, labels.unbind(1))) / TRAIN_BATCH
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def load_classifier(style, device):
+    """-> the classifier of that style's scenes, from runs/; if it is not there, it is trained and kept there."""
+    torch.manual_seed(0)
+    path, net = Path(f"runs/classifier-{style}.safetensors"), build_classifier().to(device)
+    if not path.exists():
+        print(f"{path} is not there: training the classifier of {style} scenes, once; some minutes on two CPU cores")
+        train_classifier(net, style, device)
+        save_tensors(path, net.state_dict(), {"style": style})
+    with open_tensors(path) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    if {name: tensor.shape for name, tensor in state.items()} != expected:
+        raise ValueError(f"{path} is of another version: delete it, and it is trained again")
+    net.load_state_dict(state)
+    return net.eval().requires_grad_(False)
+
+
+def predict(classifier, images):
+    """images (N, 3, 64, 64) -> classes (N, 10)."""
+    logits = torch.cat([classifier(batch) for batch in images.split(256)])
+    return torch.stack([of_attribute.argmax(1) for of_attribute in logits.split(CLASSES, 1)], 1).cpu()
+
+
+def features(classifier, images):
+    """images (N, 3, 64, 64) -> what the classifier's last layer sees (N, 256)."""
+    return torch.cat([classifier[:-1](batch) for batch in images.split(256)])
+
+
+# ------------------------------------------------------------------ measures
+
+def score(predicted, labels):
+    """Classes (N, 10), labels (N, 10) -> {name: share of rows that are right, None if there is no row}:
+
+    "all"             right in every attribute that applies
+    an attribute      right in it, of the rows to which it applies
+    "all <relation>"  right in every attribute, of the scenes with that relation
+    """
+    def share(rows):
+        return rows.float().mean().item() if len(rows) else None
+
+    right, applies, relation = predicted == labels, labels != -100, labels[:, list(LABELS).index("relation")]
+    all_right = (right | ~applies).all(1)
+    shares = {"all": share(all_right)}
+    for i, attribute in enumerate(LABELS):
+        shares[attribute] = share(right[applies[:, i], i])
+    for i, name in enumerate(LABELS["relation"]):
+        shares[f"all {name}"] = share(all_right[relation == i])
+    return shares
+
+
+def frechet_distance(a, b):
+    """Features (N, D), (M, D) -> |mean difference|^2 + tr(A + B - 2 sqrt(A B)), A and B their covariances."""
+    a, b = a.double(), b.double()
+    A, B = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * root).item()
+
+
+def straightness(points, grid):
+    """x_fm (B, C, H, W) at each of the N + 1 times of `grid` -> mean of |u - (x1 - x0)|^2 over path and batch."""
+    chord = (points[-1] - points[0]) / (grid[-1] - grid[0])
+    errors = [((after - before) / dt - chord).square().mean()
+              for before, after, dt in zip(points, points[1:], grid.diff())]
+    return (torch.stack(errors) * grid.diff()).sum().item() / (grid[-1] - grid[0]).item()
+
+
+# ------------------------------------------------------------------ models
+
+class ShiftedDiffusion(Diffusion):
+    """DDIM that asks the network `shift` below its integer timesteps, at fractional ones it never saw (Figure 2)."""
+
+    def __init__(self, flow, shift):
+        super().__init__(flow.net, *sd_schedule(device=flow.f_table.device), flow.prediction)
+        self.shift = shift
+
+    def grid(self, steps):
+        t_fm = super().grid(steps)
+        return torch.cat([self.f_t(self.f_t_inv(t_fm[:-1]) - self.shift), t_fm[-1:]])
+
+
+def load_model(path, device, task, objective=None):
+    """A checkpoint, or a LoRA file of train.py -> the model, its velocity field, and what its results say of it.
+
+    objective: how to sample; None takes the one that the model was trained with, as its file says.
+    """
+    path = Path(path)
+    if objective is None:
+        objective = CheckpointFile(path).metadata.get("objective")
+    if objective not in (None, *OBJECTIVES):
+        raise ValueError(f"{path}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+    is_lora = path.suffix == ".safetensors" and lora.is_lora_file(path)
+    files = {"lora_file": path} if is_lora else {"ckpt": path}
+    sd, flow = load_flow(**files, device=device, task=task, objective=objective)
+    run, number = read_result(path), path.stem.rpartition("-")[2]
+    return sd, flow, {"model": str(path), "objective": name_of(flow), "prediction": flow.prediction, "run": run,
+                      "step": int(number) if number.isdecimal() else run.get("steps")}   # --keep: NAME-STEP.safetensors
+
+
+def write_results(path, rows):
+    """Write the rows as JSON lines, and print them."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    with replacing(path) as temporary:
+        temporary.write_text(lines)
+    print(path, lines, sep="\n", end="")
+
+
+# ------------------------------------------------------------------ captions
+
+@dataclass
+class RealScenes:
+    """What samples are compared with: the n scenes whose captions are drawn, and REAL_SCENES others."""
+    captions: list                                  # n strings
+    labels: torch.Tensor                            # (n, 10)
+    shares: dict                                    # score() of all real scenes, and of the n encoded and decoded
+    features: torch.Tensor                          # of the others, (REAL_SCENES, 256)
+
+    def plain(self, colour):
+        """-> the numbers of the pictures that should be plain in that colour."""
+        return [i for i, caption in enumerate(self.captions) if caption == f"a {colour} image"]
+
+
+def real_scenes(args, classifier, sd, device):
+    """-> RealScenes. ValueError for a classifier that is right about too few of them."""
+    world = Scenes(args.n + REAL_SCENES, SIZE, SIZE, args.style, HELD_OUT_SEED + args.seed)
+    scenes = [world.scene(i) for i in range(len(world))]
+    images, labels = pictures_and_labels(scenes)
+    shares = {"real": score(predict(classifier, images.to(device)), labels)}
+    if shares["real"]["all"] < REQUIRED:
+        raise ValueError(f"the classifier is right about only {shares['real']['all']:.1%} of real scenes, not "
+                         f"{REQUIRED:.0%}: delete runs/classifier-{args.style}.safetensors, and it is trained again")
+    decoded = [sd.decode(sd.encode(batch.to(device))).clamp(-1, 1) for batch in images[:args.n].split(args.batch)]
+    shares["decoded"] = score(predict(classifier, torch.cat(decoded)), labels[:args.n])
+    return RealScenes([scene.caption for scene in scenes[:args.n]], labels[:args.n], shares,
+                      features(classifier, images[args.n:].to(device)))
+
+
+def sample_pictures(sd, flow, captions, noise, steps, cfg, batch):
+    """-> pictures (N, 3, 64, 64) in [-1, 1], scaled to that size, and the straightness of their paths."""
+    pictures, straight, grid = [], 0.0, flow.grid(steps)
+    alpha, sigma = alpha_sigma(grid[0])
+    for start in tqdm(range(0, len(captions), batch), f"{steps} steps", dynamic_ncols=True):
+        x0 = noise[start:start + batch].to(grid.device)
+        points = [x0 / (alpha + sigma)]             # the path's first x_fm, where x_dm = x0 (Eq. 13)
+        context = sd.encode_text(captions[start:start + batch])
+        pictures.append(draw(sd, flow, x0, context, steps, cfg=cfg, callback=points.append).clamp(-1, 1))
+        straight += straightness(points, grid) * len(x0) / len(captions)
+    pictures = torch.cat(pictures)
+    if pictures.shape[2:] != (SIZE, SIZE):
+        pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)
+    return pictures, straight
+
+
+def judge_pictures(pictures, real, classifier):
+    """pictures (n, 3, 64, 64) that were sampled from the captions of `real` -> what a result says of them."""
+    shares = score(predict(classifier, pictures), real.labels)
+    plain = {colour: (pictures[real.plain(colour)].mean().item() + 1) / 2
+             for colour in ("black", "white") if real.plain(colour)}
+    return {"all": shares["all"], "frechet": frechet_distance(features(classifier, pictures), real.features),
+            "plain": plain, "shares": {**real.shares, "samples": shares}}
+
+
+def print_shares(rows, real, n):
+    """A table: a line for each attribute; a column for real scenes, for decoded ones, and for each row's samples."""
+    names = [f"{row['model']} {row['steps']} steps" for row in rows]
+    print(f"right in: {n + REAL_SCENES} real scenes | {n} encoded and decoded | {n} samples of " + " | ".join(names))
+    columns = [*real.shares.values(), *(row["shares"]["samples"] for row in rows)]
+    for name in columns[0]:
+        print(f"{name:15}", *("   none" if column[name] is None else f"{column[name]:7.1%}" for column in columns))
+
+
+def save_samples(path, pictures, rows, real):
+    """The first pictures of each row (8, or 32 of a single row), plain black and white ones before the others."""
+    n = len(real.captions)
+    order = list(dict.fromkeys([*real.plain("black")[:2], *real.plain("white")[:2], *range(n)]))
+    order = order[:8 if len(rows) > 1 else 32]
+    labels = [f"{row['model']} {row['steps']} steps".replace("/", "/ ") for row in rows]
+    save_grid(path, torch.cat([samples[order] for samples in pictures]), min(8, n),
+              row_labels=labels if len(rows) > 1 else None, captions=[real.captions[i] for i in order] * len(rows))
+    print(path)
+
+
+def captions(args):
+    check_range(args, 1, math.inf, "batch", "steps")
+    check_range(args, 2, math.inf, "n")                     # of one picture there is no covariance
+    check_range(args, 0, 1, "t_shift")
+    if args.t_shift and args.objective != "dm":
+        raise ValueError(f"--t-shift {args.t_shift:g}: only DDIM has a timestep to shift; add --objective dm")
+    device, out = pick_device(args.device), Path(args.out)
+    args.device, (args.precision, autocast) = str(device), pick_precision(args.precision, device)
+    models = [load_model(path, device, "text-to-image", args.objective) for path in args.models]
+    sizes = [tuple(sd.picture_size(args.size)) for sd, _, _ in models]
+    print(json.dumps(vars(args)))
+    settings = {name: vars(args)[name] for name in ("n", "seed", "style", "t_shift", "precision", "device")}
+    classifier = load_classifier(args.style, device)
+    real = real_scenes(args, classifier, models[0][0], device)
+    rows, pictures = [], []
+    for (sd, flow, origin), size in zip(models, sizes):
+        if args.t_shift:
+            flow = ShiftedDiffusion(flow, args.t_shift)
+        cfg = float(sd.metadata.get("cfg", 4.0)) if args.cfg is None else args.cfg
+        shape = (args.n, sd.config.latent_channels, *(side // sd.factor for side in size))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
+        for steps in args.steps:
+            with autocast:
+                samples, straight = sample_pictures(sd, flow, real.captions, noise, steps, cfg, args.batch)
+            row = {**settings, **origin, "steps": steps, "cfg": cfg, "size": size, "real_scenes": REAL_SCENES,
+                   "straightness": straight, **judge_pictures(samples, real, classifier)}
+            rows.append(row)
+            pictures.append(samples)
+            print(f"{row['model']}, {steps} steps, cfg {cfg:g}: every attribute right in {row['all']:.1%}, "
+                  f"Frechet distance to {REAL_SCENES} other real scenes {row['frechet']:.1f}, straightness "
+                  f"{straight:.4f}" + "".join(f", mean of a {c} image {x:.3f}" for c, x in row["plain"].items()))
+    save_samples(out / "samples.png", pictures, rows, real)
+    print_shares(rows, real, args.n)
+    write_results(out / "captions.jsonl", rows)
+
+
+# ------------------------------------------------------------------ depth
+
+def depth(args):
+    """Depth of held-out scenes by models of train.py --task depth: the mean of an ensemble, aligned in log depth."""
+    check_range(args, 1, math.inf, "n", "steps", "ensemble")
+    device, rows = pick_device(args.device), []
+    args.device, (args.precision, autocast) = str(device), pick_precision(args.precision, device)
+    models = [load_model(path, device, "depth") for path in args.models]
+    print(json.dumps(vars(args)))
+    world = Scenes(args.n, SIZE, SIZE, "solid", HELD_OUT_SEED + args.seed)
+    items = [world[i] for i in range(args.n)]
+    images = torch.stack([item["image"] for item in items]).to(device)
+    truths, valid = [item["depth"][0].double().numpy() for item in items], np.ones((SIZE, SIZE), bool)
+    for sd, flow, origin in models:
+        picture = sd.encode(images)
+        noise = torch.randn((max(args.ensemble), *picture.shape), generator=torch.Generator().manual_seed(args.seed))
+        for steps in args.steps:
+            with autocast:
+                members = [draw(sd, flow, x0.to(device), picture, steps).mean(1)
+                           for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
+            for ensemble in args.ensemble:
+                predictions = torch.stack(members[:ensemble]).mean(0).clamp(-1, 1).double().cpu().numpy()
+                errors = [depth_errors(align(prediction, truth, valid, "log"), truth, valid, 1e-5, math.inf)
+                          for prediction, truth in zip(predictions, truths)]
+                means = {name: float(np.mean([error[name] for error in errors])) for name in errors[0]}
+                rows.append({**origin, "steps": steps, "ensemble": ensemble, "images": args.n, "seed": args.seed,
+                             "align": "log", "precision": args.precision, **means})
+                print(f"{origin['model']}, {steps} steps, ensemble {ensemble}: AbsRel {means['absrel']:.4f}, delta1 "
+                      f"{means['delta1']:.4f}, RMSE {means['rmse']:.3f} m on {args.n} scenes")
+    write_results(Path(args.out) / "depth.jsonl", rows)
+
+
+# ------------------------------------------------------------------ the command line
+
+def add_common_arguments(parser, n, steps, out):
+    add = parser.add_argument
+    add("--steps", type=int, nargs="+", default=steps,
+        help=f"Euler steps from noise to sample; give several numbers to compare them (default: {steps[0]})")
+    add("--n", type=int, default=n, help=f"number of held-out scenes (default: {n})")
+    add("--seed", type=int, default=0, help="seed of the scenes and of the noise (default: 0)")
+    add("--precision", choices=["bf16", "fp32"],
+        help="number format of the networks while they sample (default: bf16 on CUDA, fp32 on the CPU)")
+    add("--device", help="cuda or cpu (default: cuda if there is one)")
+    add("--out", default=out, help=f"folder that the results are written to (default: {out})")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="python -m toy.judge", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    of_captions = commands.add_parser("captions", help="do sampled pictures show what their captions say?")
+    of_captions.add_argument("models", nargs="*", default=[str(BUNDLED_PRIOR)],
+                             help="checkpoints, and LoRA files of train.py (default: the bundled v-prior)")
+    add_common_arguments(of_captions, 512, [25], "runs/captions")
+    of_captions.add_argument("--cfg", type=float,
+                             help="guidance scale, 1 for none (default: what the file says, 1 after Reflow; else 4)")
+    of_captions.add_argument("--batch", type=int, default=64, help="pictures sampled at a time (default: 64)")
+    of_captions.add_argument("--style", choices=list(PLAIN), default="solid",
+                             help="style of the scenes whose captions are sampled (default: solid)")
+    of_captions.add_argument("--size", type=int, nargs="+",
+                             help="size of the samples in pixels: one number, or height and width (default: the size "
+                                  "that the model was trained at); the classifier sees them scaled to 64x64")
+    of_captions.add_argument("--objective", choices=list(OBJECTIVES),
+                             help="sample as this objective does (default: as the model was trained, else diff2flow)")
+    of_captions.add_argument("--t-shift", type=float, default=0.0,
+                             help="with --objective dm: ask the network at timesteps that are lower by this number, "
+                                  "0 to 1 (default: 0)")
+
+    of_depth = commands.add_parser("depth", help="is the depth of scenes right?")
+    of_depth.add_argument("models", nargs="+", help="checkpoints or LoRA files of train.py --task depth")
+    add_common_arguments(of_depth, 48, [10], "runs/depth-scenes")
+    of_depth.add_argument("--ensemble", type=int, nargs="+", default=[1],
+                          help="predict the mean of this many samples; give several numbers to compare (default: 1)")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    if args.command == "captions":
+        captions(args)
+    else:
+        depth(args)
+
+
+if __name__ == "__main__":
+    cli(main)

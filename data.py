@@ -176,8 +176,8 @@ class ImageFolder(Dataset):
 # ------------------------------------------------------------------ Reflow's pairs
 
 def read_pairs(path, tensors=("noise", "latent")):
-    """A file of `sample.py --pairs` -> {"prompts": n strings, "settings": those that made them, and the tensors that are
-    asked for, (n, z, h, w) in float16}."""
+    """A file of `sample.py --pairs` -> {"prompts": n strings, "settings": those that made the pairs, and the wanted
+    tensors (n, z, h, w) in float16}."""
     try:
         with open_tensors(path) as file:
             metadata = file.metadata()
@@ -189,8 +189,8 @@ def read_pairs(path, tensors=("noise", "latent")):
 
 
 class Pairs(Dataset):
-    """The pairs in a folder: latent and noise (z, h, w), caption. The last `validation` of them are held out: behind the
-    end of the data set, for `pair` alone. `settings` are those that made the pairs."""
+    """The pairs in a folder: latent and noise (z, h, w), caption. The last `validation` of them are held out: they lie
+    behind the end of the data set, for `pair` alone. `settings` are those that made the pairs."""
 
     def __init__(self, folder, validation):
         self.files, self.starts, self.settings = sorted(Path(folder).glob("pairs-*.safetensors")), [], None

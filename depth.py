@@ -177,7 +177,7 @@ def predict(sd, flow, image, steps, ensemble=1, seed=0, size=None):
     latents = sd.encode(to_tensor(image.resize((width, height), Image.LANCZOS))[None]).float()
     samples = []
     for x0 in noises(range(ensemble), latents.shape[1:], seed):
-        grey = draw(sd, flow, x0[None].to(latents.device), latents, steps)  # (1, 3, height, width)
+        grey = draw(sd, flow, x0[None], latents, steps)                     # (1, 3, height, width)
         samples.append(grey.cpu().mean((0, 1)))                             # (height, width)
     depth = torch.stack(samples).mean(0)[None, None]
     depth = F.interpolate(depth, (image.height, image.width), mode="bilinear", antialias=True)

@@ -1,6 +1,6 @@
 """Files that are whole or not there, and errors that are one line: what every script here shares.
 
-    with replacing("runs/a/grid.png") as temporary:     what is written to `temporary` becomes runs/a/grid.png at the end
+    with replacing("grid.png") as temporary:            what is written to `temporary` becomes grid.png at the end
         picture.save(temporary)
     with open_tensors("lora.safetensors") as file:      a damaged file is a ValueError of one line
         tensor = file.get_tensor(name)
@@ -19,7 +19,8 @@ def cli(main):
     try:
         main()
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        message = str(error).split("\nValueError: ")[-1]     # a DataLoader's worker sends its traceback before it
+        print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -37,7 +38,7 @@ def check_range(args, low, high, *names):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Write to the temporary path that this yields: it takes the place of `path` at the end, or is deleted on an error."""
+    """Yields a temporary path to write to. At the end it takes the place of `path`; on an error it is deleted."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.partial{path.suffix}")

@@ -127,14 +127,14 @@ def unmerge(unet):
 
 
 def diffusers_path(path, blocks_per_level):
-    """The checkpoint's path of a UNet layer -> diffusers': input_blocks.4.1.proj_in -> down_blocks.1.attentions.0.proj_in.
+    """A layer's path in the checkpoint -> in diffusers: input_blocks.4.1.proj_in -> down_blocks.1.attentions.0.proj_in.
 
-    The checkpoint numbers its blocks in one row, `blocks_per_level` at each resolution: input block 0 is the first conv,
-    so the levels start at input block 1; the output blocks start at 0.
+    The checkpoint numbers its blocks in one row, `blocks_per_level` at each resolution. Input block 0 is the first
+    conv, so the input levels start at 1; the output levels start at 0.
     """
     if path in OUTER:
         return OUTER[path]
-    stage, number, inner = re.fullmatch(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:\d+\.)?(.+)", path).groups()
+    stage, number, inner = re.fullmatch(r"(\w+)\.(\d+)\.(?:\d+\.)?(.+)", path).groups()
     number = int(number)
     if stage == "middle_block":                         # ResBlock 0, transformer 1, ResBlock 2
         level, position = "mid_block", number // 2

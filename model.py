@@ -6,8 +6,8 @@
 
 Module names are the checkpoint's own, so that loading is strict. Architecture: Rombach et al. (arXiv 2112.10752); every
 width and depth is read from the tensors' shapes, so the bundled small models are files like any other. The text tower
-and its tokenizer are open_clip's. Blocks come first, then the networks, then the checkpoint file; to follow a call, start
-at load_checkpoint, at the end.
+and its tokenizer are open_clip's. First come the blocks, then the networks, then the checkpoint file; to follow a call,
+start with load_checkpoint, at the end.
 """
 import functools
 import itertools
@@ -46,6 +46,10 @@ class Config:
     text_width: int = 1024
     text_layers: int = 24
     vocabulary: int = 49408
+
+    @property
+    def version(self):
+        return 2 if self.open_clip else 1
 
     def heads(self, channels):
         return max(1, channels // 64) if self.linear_projection else 8
@@ -159,7 +163,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x (B, N, C), context (B, L, D) -> (B, N, C): attention among the pixels, then to the context, then feed-forward."""
+    """x (B, N, C), context (B, L, D) -> (B, N, C): attention among pixels, attention to the context, feed-forward."""
 
     def __init__(self, channels, context_width, heads):
         super().__init__()
@@ -551,8 +555,8 @@ class StableDiffusion(nn.Module):
 
     @torch.no_grad()
     def add_picture_input(self):
-        """Let the UNet take a picture's latents beside the noisy ones: its first conv gets its weights twice, halved, so
-        that nothing changes where both inputs agree (Marigold). Does nothing to a depth model."""
+        """Let the UNet take a picture's latents beside the noisy ones: its first conv gets its weights twice, halved,
+        so that nothing changes where both inputs agree (Marigold). Does nothing to a depth model."""
         if self.is_depth_model:
             return
         conv, z = self.unet.input_blocks[0][0], self.config.latent_channels
@@ -729,8 +733,8 @@ def read_architecture(file):
     except ValueError as error:
         raise ValueError(f"{file.path}: {error}") from error
     if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
-        raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels: an inpainting, depth or upscaling "
-                         "variant, which is not supported")
+        raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels: an inpainting, depth or "
+                         "upscaling variant, which is not supported")
     if config.vocabulary < 49408 or config.text_width != config.context_width:
         raise ValueError(f"{file.path}: a text encoder of {config.vocabulary} words and width {config.text_width} does "
                          f"not fit the tokenizer's 49408 and the UNet's context width {config.context_width}")
@@ -765,14 +769,15 @@ def find_tensors(file, sd, use_ema):
     missing = sorted(wanted - file.shapes.keys())
     unknown = sorted(name for name in file.shapes.keys() - known if not KNOWN_EXTRA.fullmatch(name))
     if missing or unknown:
-        raise ValueError(f"{file.path}: not quite a Stable Diffusion {'2' if sd.config.open_clip else '1'}.x checkpoint: "
+        raise ValueError(f"{file.path}: not quite a Stable Diffusion {sd.config.version}.x checkpoint: "
                          f"{len(missing)} tensors missing{', first ' + missing[0] if missing else ''}; "
                          f"{len(unknown)} unknown{', first ' + unknown[0] if unknown else ''}")
     for parameter, tensor in sd.state_dict().items():
         expected = (len(tensor) // len(stored[parameter]), *tensor.shape[1:])
         for name in stored[parameter]:
             if file.shapes[name] != expected:
-                raise ValueError(f"{file.path}: {name} is {file.shapes[name]}, expected {expected} from the other tensors")
+                raise ValueError(f"{file.path}: {name} is {file.shapes[name]}, "
+                                 f"expected {expected} from the other tensors")
     return stored
 
 
@@ -783,8 +788,8 @@ def read_weights(file, sd, stored, device, dtype):
     for name, tensor in file.tensors(parameter_of):
         parts[parameter_of[name]].append(tensor.to(device=device, dtype=dtype))
     for parameter in stored:
-        tensors = parts.pop(parameter)
-        state[parameter] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]      # SD 1.x: q, k and v are one matrix
+        tensors = parts.pop(parameter)                              # q, k and v of SD 1.x become one matrix
+        state[parameter] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     sd.load_state_dict(state, assign=True)
     sd.unet.time_embed.to(torch.promote_types(dtype, torch.float32))  # small, and times bear no rounding
     sd.text_encoder.attn_mask = torch.full((77, 77), float("-inf"), device=device).triu(1)
@@ -795,8 +800,9 @@ def read_weights(file, sd, stored, device, dtype):
 def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, use_ema=False):
     """Read a Stable Diffusion 1.x or 2.x single-file checkpoint (.safetensors or .ckpt) -> StableDiffusion.
 
-    prediction: "v" or "eps" where the file's own word or the guess is wrong; use_ema: take the UNet's EMA weights, which
-    non-pruned files carry. Prints what was assumed. ValueError for a file that is missing, damaged or of another kind.
+    prediction: "v" or "eps" where the file's own word or the guess is wrong; use_ema: take the UNet's EMA weights,
+    which non-pruned files carry. Prints what was assumed. ValueError for a file that is missing, damaged or of another
+    kind.
     """
     file = CheckpointFile(path)
     config = read_architecture(file)
@@ -807,7 +813,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, us
     weights = ""
     if any(name.startswith("model_ema.diffusion_model") for name in file.shapes):
         weights = ", EMA weights" if use_ema else ", non-EMA weights (--use-ema takes the others)"
-    print(f"{path}: Stable Diffusion {'2' if config.open_clip else '1'}.x layout, {len(file.shapes)} tensors, "
+    print(f"{path}: Stable Diffusion {config.version}.x layout, {len(file.shapes)} tensors, "
           f"{sum(p.numel() for p in sd.parameters()) / 1e6:.1f}M parameters as {str(dtype).removeprefix('torch.')}"
           f"{weights}; {prediction}-prediction ({why})")
     return sd.requires_grad_(False).eval()

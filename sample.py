@@ -2,10 +2,10 @@
 
     python sample.py --steps 4                                                      the newest run of train.py
     python sample.py --steps 25 --cfg 4 --ckpt sd21.safetensors --lora runs/mine/lora.safetensors --prompt "a red boat"
-    python sample.py --pairs 1800000 --out pairs/ --ckpt sd15.safetensors --prompts captions.txt     for Reflow (Sec. 4.2)
+    python sample.py --pairs 1800000 --out pairs/ --ckpt sd15.safetensors --prompts captions.txt       Reflow, Sec. 4.2
 
-A diffusion model is sampled as it is, before any training: Diff2Flow makes it a velocity field. `--objective dm` asks for
-DDIM instead. What a file was trained for is read from its metadata. --print-sigmas gives the steps to other tools.
+A diffusion model is sampled as it is, before any training: Diff2Flow makes it a velocity field. `--objective dm` asks
+for DDIM instead. What a file was trained for is read from its metadata. --print-sigmas gives the steps to other tools.
 """
 import argparse
 import json
@@ -71,8 +71,8 @@ def find_files(ckpt, lora_file, use_ema, task):
     if ckpt is None and lora_file is None:
         newest = newest_weights(task)
         if newest is None and task == "depth":
-            raise ValueError("there is no depth model in runs/: train one by python train.py --task depth, or name one by "
-                             "--lora or --ckpt")
+            raise ValueError("there is no depth model in runs/: train one by python train.py --task depth, or name one "
+                             "by --lora or --ckpt")
         if newest is not None and newest.name == "model.safetensors":
             ckpt = newest
         else:
@@ -81,7 +81,7 @@ def find_files(ckpt, lora_file, use_ema, task):
         result = read_result(lora_file) if lora_file else {}
         ckpt = result.get("ckpt") or BUNDLED_PRIOR
         use_ema = use_ema or result.get("use_ema", False)
-    return ckpt, lora_file, use_ema
+    return Path(ckpt), lora_file, use_ema
 
 
 def load_flow(ckpt=None, lora_file=None, *, device="cpu", dtype=torch.float32, task="text-to-image", objective=None,
@@ -183,8 +183,8 @@ def make_pairs(args, sd, flow, prompts, shape, settings, amp):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", help="Stable Diffusion 1.x or 2.x file (default: the one that --lora was trained from; without --lora the "
-                       "newest run's model, else the bundled prior)")
+    add("--ckpt", help="Stable Diffusion 1.x or 2.x file (default: the one that --lora was trained from; without "
+                       "--lora the newest run's model, else the bundled prior)")
     add("--use-ema", action="store_true", help="take the EMA weights of a non-pruned file")
     add("--lora", help="LoRA file of train.py (default: the newest run's, if --ckpt is not given)")
     add("--prompt", action="append", help="what to draw; repeat it for more pictures (default: captions of scenes)")
@@ -206,12 +206,12 @@ def arguments():
     add("--seed", type=int, default=0, help="seed of the noise; a picture does not depend on --batch (default: 0)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", help="the PNG grid (default: samples.png), or the folder of the pairs (default: pairs)")
-    add("--singles", action="store_true", help="write each picture into a folder named like the grid as well; the grid has "
-                                               f"the first {PICTURES_IN_GRID}")
+    add("--singles", action="store_true", help="write each picture into a folder named like the grid as well; the grid "
+                                               f"has the first {PICTURES_IN_GRID}")
     add("--print-sigmas", action="store_true", help="print the steps as sigmas for other tools, and stop")
     args = parser.parse_args()
-    defaults = dict(steps=25, out="samples.png") if args.pairs is None else dict(steps=40, cfg=7.5, out="pairs")
-    for name, value in defaults.items():
+    pictures, pairs = {"steps": 25, "out": "samples.png"}, {"steps": 40, "out": "pairs", "cfg": 7.5}
+    for name, value in (pictures if args.pairs is None else pairs).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
@@ -227,8 +227,8 @@ def check(args):
         first, last = args.shards
         files = math.ceil(args.pairs / PAIRS_A_FILE) if args.pairs else 0
         if not 0 <= first < last <= files:
-            raise ValueError(f"--shards {first} {last}: two of 0 to {files}, the number of files, which is --pairs over "
-                             f"{PAIRS_A_FILE}, rounded up")
+            raise ValueError(f"--shards {first} {last}: two of 0 to {files}, the number of files, which is --pairs "
+                             f"over {PAIRS_A_FILE}, rounded up")
     if args.pairs is None and (Path(args.out).suffix.lower() not in SUFFIXES or Path(args.out).is_dir()):
         raise ValueError(f"--out {args.out}: it must be the name of a picture, such as samples.png")
 
@@ -258,7 +258,7 @@ def sigma_grid(flow, steps):
 
 
 def make_pictures(args, sd, flow, prompts, shape, amp):
-    """Draw a picture for each prompt, batch by batch -> the pictures of the grid. --singles also writes each to a file."""
+    """Draw a picture for each prompt -> the pictures of the grid. --singles writes each to a file of its own too."""
     folder, digits = Path(args.out).with_suffix(""), max(4, len(str(len(prompts) - 1)))
     in_grid = PICTURES_IN_GRID if args.singles else len(prompts)
     pictures = []
@@ -294,8 +294,8 @@ def main():
     n = args.pairs or args.n or len(prompts) or 8
     prompts = prompts or scene_captions(n, sd.metadata.get("style", "solid"))
     if args.pairs:
-        settings = {"ckpt": Path(args.ckpt or BUNDLED_PRIOR).name, "lora": args.lora, "objective": name_of(flow),
-                    "seed": args.seed, "steps": args.steps, "cfg": args.cfg, "negative": args.negative,
+        base, _, _ = find_files(ckpt, args.lora, args.use_ema, "text-to-image")
+        settings = {"ckpt": base.name, "lora": args.lora, "objective": name_of(flow), "seed": args.seed, "steps": args.steps, "cfg": args.cfg, "negative": args.negative,
                     "size": [height, width]}
         make_pairs(args, sd, flow, prompts, shape, settings, amp)
         return

@@ -16,6 +16,7 @@ import os
 import shlex
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,14 +76,14 @@ def arguments():
     add("--ckpt", help="Stable Diffusion 1.x or 2.x file, .safetensors or .ckpt (default: the bundled v-prior)")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--use-ema", action="store_true", help="start from the EMA weights of a non-pruned file")
-    add("--data", nargs="+", help="folder of images with captions, .txt or metadata.jsonl; of the task reflow the folder of "
-        "pairs that sample.py made; of the task depth one or more folders with depth (default: procedural scenes)")
+    add("--data", nargs="+", help="folder of images with captions, .txt or metadata.jsonl; of the task reflow the "
+        "folder of pairs that sample.py made; of the task depth one or more with depth (default: procedural scenes)")
     add("--weights", type=float, nargs="+", help="how often each folder of depth is drawn from (default: by its size)")
     add("--style", choices=["solid", "outline"], help=f"style of the scenes {defaults('style')}")
     add("--scenes", type=int, help=f"number of different scenes {defaults('scenes')}")
-    add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: the checkpoint's own, which is 64 "
-        "for the bundled priors, else 512; depth on your checkpoint: 384 512)")
-    add("--objective", choices=list(OBJECTIVES), default="diff2flow", help="diff2flow, or a baseline (default: diff2flow)")
+    add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: the checkpoint's own, which "
+        "is 64 for the bundled priors, else 512; depth on your checkpoint: 384 512)")
+    add("--objective", choices=list(OBJECTIVES), default="diff2flow", help="or a baseline (default: diff2flow)")
     add("--t-sampling", choices=["uniform", "logit-normal"], default="uniform",
         help="distribution of the times t_fm (default: uniform)")
     add("--lora", help=f"base, small, a rank such as 16, or none for all weights {defaults('lora')}")
@@ -92,9 +93,9 @@ def arguments():
     add("--lr", type=float, help=f"learning rate of Adam {defaults('lr')}")
     add("--decay", choices=["constant", "cosine"], help=f"how the learning rate goes on {defaults('decay')}")
     add("--warmup", type=int, help=f"steps in which the learning rate rises {defaults('warmup')}")
-    add("--caption-dropout", type=float, help=f"share of captions replaced by the empty one {defaults('caption_dropout')}")
+    add("--caption-dropout", type=float, help=f"share of captions that become empty {defaults('caption_dropout')}")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1.0)")
-    add("--ema", type=float, default=0.999, help="decay of the averaged weights, which are what is saved (default: 0.999)")
+    add("--ema", type=float, default=0.999, help="decay of the averaged weights, which are saved (default: 0.999)")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, about a third slower")
     add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: bf16 on CUDA, fp32 on CPU)")
     add("--validation", type=int, help=f"held-out pictures for the velocity error {defaults('validation')}")
@@ -158,8 +159,8 @@ def load_trainable(args, device):
 # ------------------------------------------------------------------ data
 
 def open_data(args, sd):
-    """-> dataset, held-out items, [height, width], and where they come from, in words. Folders of pictures have too few to
-    hold any out: theirs are the first ones."""
+    """-> dataset, held-out items, [height, width], and where they come from, in words. Folders of pictures hold none
+    out: their first ones take that place."""
     n = args.validation
     if args.task == "reflow":
         dataset = Pairs(args.data[0], n)
@@ -195,14 +196,9 @@ def to_latents(sd, batch):
     return batch
 
 
-class Encode:
-    """item -> its latents. Alone, since the last bits depend on the batch, and a resumed run has other batches."""
-
-    def __init__(self, sd):
-        self.sd = sd
-
-    def __call__(self, item):
-        return {name: value[0] for name, value in to_latents(self.sd, default_collate([item])).items()}
+def encode_item(sd, item):
+    """to_latents of one item: alone, since the last bits depend on the batch, and a resumed run has other batches."""
+    return {name: value[0] for name, value in to_latents(sd, default_collate([item])).items()}
 
 
 def load_batches(args, sd, dataset, start):
@@ -210,12 +206,12 @@ def load_batches(args, sd, dataset, start):
     images_a_step = args.batch * args.grad_accum
     keys = Keys(len(dataset), args.seed, start * images_a_step, args.steps * images_a_step)
     if not args.data:
-        return DataLoader(Kept(dataset, Encode(sd)), args.batch, sampler=keys)
+        return DataLoader(Kept(dataset, partial(encode_item, sd)), args.batch, sampler=keys)
     return DataLoader(dataset, args.batch, sampler=keys, num_workers=min(8, os.cpu_count()),
                       pin_memory=sd.device.type == "cuda")
 
 
-# ------------------------------------------------------------------ what differs by task: batch -> x1, x0, context, mask
+# ------------------------------------------------------------------ by task: a batch -> x1, x0, context, mask
 
 def text_to_image(sd, batch):
     return batch["x1"], None, sd.encode_text(batch["caption"]), None
@@ -237,18 +233,18 @@ EXAMPLES = {"text-to-image": text_to_image, "reflow": reflow, "depth": depth}
 # ------------------------------------------------------------------ validation
 
 class Validation:
-    """Held-out pictures, always with the same noise: their velocity error, and what the model draws for their captions, or
-    as their depth. example is one of EXAMPLES; cfg_few and cfg_many guide 4 and 25 steps."""
+    """Held-out pictures, always with the same noise: their velocity error, and what the model draws for their captions
+    or as their depth. example is one of EXAMPLES; cfg_few and cfg_many guide samples of 4 and of 25 steps."""
 
     def __init__(self, args, out, sd, flow, example, items):
         self.sd, self.flow, self.example, self.out = sd, flow, example, out
         self.batch_size, self.previews = args.batch, args.previews
         self.cfg_few, self.cfg_many = (2.0, 4.0) if example is text_to_image else (1.0, 1.0)
-        encode = Encode(sd)
-        self.latents = default_collate([encode(item) for item in progress(items, "encoding held-out pictures")])
+        latents = [encode_item(sd, item) for item in progress(items, "encoding held-out pictures")]
+        self.latents = default_collate(latents)
         self.captions, x1 = self.latents["caption"], self.latents["x1"]
-        noise = torch.randn(max(len(x1), args.previews), *x1.shape[1:], generator=torch.Generator().manual_seed(args.seed))
-        self.noise = noise.to(x1.device)
+        shape, generator = (max(len(x1), args.previews), *x1.shape[1:]), torch.Generator().manual_seed(args.seed)
+        self.noise = torch.randn(shape, generator=generator).to(x1.device)
         if "x0" in self.latents:
             self.noise[:len(x1)] = self.latents["x0"]
         self.seconds_a_picture = 0.0
@@ -304,7 +300,7 @@ def progress(items, title):
 
 
 def lines_before(path, step):
-    """The lines of a .jsonl file before `step`: a killed run may have written more, which the resumed one writes again."""
+    """The lines of a .jsonl file before `step`. What a killed run wrote later, the resumed one writes again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return "".join(line for line in lines if json.loads(line)["step"] < step)
 
@@ -384,8 +380,8 @@ class Metrics:
                "img_s": round(images / (time.time() - self.clock), 1), "mem_gb": round(memory, 2)}
         if not math.isfinite(loss + norm):
             hint = ", or --precision fp32" if self.args.precision == "bf16" else ""
-            raise ValueError(f"the loss is {loss:g}, its gradient {norm:g} at step {step}: stopped, the last checkpoint is "
-                             f"kept; try a lower --lr than {self.args.lr:g}{hint}")
+            raise ValueError(f"the loss is {loss:g}, its gradient {norm:g} at step {step}: stopped, the last "
+                             f"checkpoint is kept; try a lower --lr than {self.args.lr:g}{hint}")
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         bar.set_postfix_str(f"loss {loss:.4f} grad {norm:.2f} lr {row['lr']:.1e} {row['img_s']} img/s "
@@ -439,21 +435,21 @@ def restore(path, ema, optimizer):
         return int(file.metadata()["step"])
 
 
-def save_weights(args, out, sd, metadata, suffix=""):
-    """-> the file that other tools load: the LoRA, or the whole checkpoint."""
-    path = out / f"{'model' if args.lora == 'none' else 'lora'}{suffix}.safetensors"
-    if args.lora == "none":
-        sd.save(path, torch.float16, **metadata)
-    else:
-        lora.save(sd.unet, path, metadata)
-    return path
+def save_weights(args, out, sd, metadata, step):
+    """Write the file that other tools load: the LoRA, or the whole checkpoint. --keep writes one with the step too."""
+    name = "model" if args.lora == "none" else "lora"
+    for path in [out / f"{name}.safetensors"] + ([out / f"{name}-{step:06d}.safetensors"] if args.keep else []):
+        if args.lora == "none":
+            sd.save(path, torch.float16, **metadata)
+        else:
+            lora.save(sd.unet, path, metadata)
 
 
 # ------------------------------------------------------------------ the loop
 
 def train(args, out, amp, sd, flow, example, trained, dataset, validation, metadata):
-    """Algorithm 1, step by step, with Adam. trained {name: parameter}; example is one of EXAMPLES; metadata {str: str} goes
-    into the file of weights. -> the weights' EMA."""
+    """Algorithm 1, step by step, with Adam -> the EMA of the weights. trained {name: parameter}; example is one of
+    EXAMPLES; metadata {str: str} goes into the file of weights."""
     optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), EMA(trained)
     start = restore(state_file(args.resume), ema, optimizer) if args.resume else 0
     batches, metrics = iter(load_batches(args, sd, dataset, start)), Metrics(args, out, start)
@@ -478,15 +474,15 @@ def train(args, out, amp, sd, flow, example, trained, dataset, validation, metad
 
         done = step + 1
         saving = done % args.save_every == 0 or done == args.steps
+        previewing = args.preview_every > 0 and done % args.preview_every == 0
         metrics.add(done, step_loss, norm, bar, now=saving)
-        with ema.in_place():
-            if saving:
-                save_weights(args, out, sd, metadata)
-            if saving and args.keep:
-                save_weights(args, out, sd, metadata, f"-{done:06d}")
-            if args.preview_every and done % args.preview_every == 0:
-                with amp:
+        if saving or previewing:
+            with ema.in_place(), amp:
+                if saving:
+                    save_weights(args, out, sd, metadata, done)
+                if previewing:
                     validation.preview(done)
+            metrics.clock = time.time()
         if saving:  # the state comes last: a run killed before it is there makes the other files again
             save_state(out, args, done, ema, optimizer)
     return ema
@@ -504,9 +500,9 @@ def run_folder(args):
 
 def metadata_of(args, sd, size):
     """-> what the file of weights says of itself."""
-    metadata = {"objective": args.objective, "style": args.style or "solid", "prediction": sd.prediction, "task": args.task,
-                "schedule": "scaled_linear", "preset": args.lora, "base": Path(args.ckpt or BUNDLED_PRIOR).name,
-                "resolution": " ".join(map(str, size))}
+    metadata = {"objective": args.objective, "style": args.style or "solid", "prediction": sd.prediction,
+                "task": args.task, "schedule": "scaled_linear", "preset": args.lora,
+                "base": Path(args.ckpt or BUNDLED_PRIOR).name, "resolution": " ".join(map(str, size))}
     if args.task != "text-to-image":  # depth has no caption to guide by; Reflow's pairs hold their guidance
         metadata["cfg"] = "1.0"
     return metadata
@@ -533,7 +529,8 @@ def finish(args, out, validation, items, size, errors, before, after):
     if args.lora != "none" and args.ckpt:
         command += ["--ckpt", args.ckpt] + (["--use-ema"] if args.use_ema else [])
     print(f"validation velocity error |u - (x1 - x0)|^2: {errors[0]:.4f} before, {errors[1]:.4f} after\n"
-          f"same noise before and after, 4 steps: {out}/before_after.png\nweights: {weights}\nnext: {shlex.join(command)}")
+          f"same noise before and after, 4 steps: {out}/before_after.png\n"
+          f"weights: {weights}\nnext: {shlex.join(command)}")
 
 
 def main():
@@ -545,8 +542,9 @@ def main():
     sd, flow, trained = load_trainable(args, device)
     dataset, items, size, source = open_data(args, sd)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters "
-          f"({'all' if args.lora == 'none' else 'LoRA ' + args.lora}), objective {args.objective}, {sd.prediction}-network\n"
+    weights = "all" if args.lora == "none" else f"LoRA {args.lora}"
+    print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters ({weights}), "
+          f"objective {args.objective}, {sd.prediction}-network\n"
           f"data: {len(dataset):,} {source}, {size[0]}x{size[1]}\n"
           f"{args.steps:,} steps of {args.batch * args.grad_accum} images, lr {args.lr:g} {args.decay}, "
           f"{args.precision} on {device}, into {out}/\nbefore training: velocity error and samples")

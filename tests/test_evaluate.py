@@ -24,7 +24,7 @@ def folder(tmp_path):
     for name, wider, seed in ("samples", 0, 0), ("real", 1, 100):
         (tmp_path / name).mkdir()
         for i in range(12):
-            pixels = np.random.default_rng(seed + i).integers(0, 200 + i, (40 + wider * i, 40, 3), dtype=np.uint8)
+            pixels = np.random.default_rng(seed + i).integers(0, 200 + i, (40 + wider * (i + 3), 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{i:02d}.png")
     (tmp_path / "prompts.txt").write_text("".join(f"picture {i}\n" for i in range(12)))
     return tmp_path

@@ -31,7 +31,8 @@ def test_an_item_depends_on_seed_and_index_alone_and_comes_round_again(style):
             assert torch.equal(first[key]["depth"], longer[i]["depth"])
     assert [first.scene(i) for i in range(9)] != [other.scene(i) for i in range(9)]
     item = first[0]
-    assert item["image"].shape == (3, 32, 48) and item["image"].dtype == torch.float32 and item["image"].abs().max() <= 1
+    assert item["image"].shape == (3, 32, 48) and item["image"].dtype == torch.float32
+    assert item["image"].abs().max() <= 1
     assert item["depth"].shape == (1, 32, 48) and item["depth"].dtype == torch.float32
 
 
@@ -44,11 +45,6 @@ def test_the_world_is_the_one_that_the_bundled_priors_were_trained_on(style, key
     assert item["caption"] == caption
     assert item["image"].mean().item() == pytest.approx(brightness, abs=1e-4)
     assert item["depth"].mean().item() == pytest.approx(depth, abs=1e-4)
-
-
-def test_scenes_with_things_do_not_repeat():
-    found = [scene for scene in map(Scenes(500, 8, 8, "solid", 0).scene, range(500)) if scene.things]
-    assert len(set(found)) == len(found) > 450
 
 
 @both_styles
@@ -82,8 +78,8 @@ def test_the_front_thing_is_nearer_and_larger_and_hides_part_of_the_other(style)
 
 
 def test_depth_is_that_of_the_wall_and_of_things_whose_apparent_size_gives_it():
-    for scene in many_scenes("solid"):
-        depth = render(scene, 48, 48)[1]
+    for scene in many_scenes("solid", 100):
+        image, depth = render(scene, 48, 48)
         wall = np.broadcast_to((20 / (3 + (np.arange(48) + 0.5) / 24 - 1))[:, None], (48, 48))
         for thing in scene.things:
             np.testing.assert_allclose(thing.depth * thing.radius, 1.15)
@@ -91,12 +87,7 @@ def test_depth_is_that_of_the_wall_and_of_things_whose_apparent_size_gives_it():
         if scene.things:
             before_the_wall = ~np.isclose(depth, wall, rtol=1e-5)
             assert set(depth[before_the_wall]) == {np.float32(thing.depth) for thing in scene.things}
-
-
-def test_the_wall_is_far_and_darker_at_the_top():
-    image, depth = render(two_things("left of"), 64, 64)
-    assert 9.8 < depth[0, 0] < 10 and 5 < depth[-1, 0] < 5.1 and (np.diff(depth[:, 0]) < 0).all()
-    assert image[0, 0].sum() < image[-1, 0].sum() - 30
+            assert image[0, 0].sum() < image[-1, 0].sum() - 30          # far is dark
 
 
 def test_places_and_relations_hold_in_the_picture_and_colours_differ():
@@ -176,13 +167,6 @@ def test_a_shape_has_its_corners_on_its_circle_and_its_distance_is_exact(shape, 
     ring = np.linspace(0, 2 * np.pi, 3600, endpoint=False)
     in_shape = scenes.signed_distance(Thing(shape, "red", "large", 0.4), 0.38 * np.sin(ring), 0.38 * np.cos(ring)) < 0
     assert np.count_nonzero(in_shape & ~np.roll(in_shape, 1)) == corners
-
-
-def test_an_outline_is_dark_inside_and_bright_on_the_line():
-    scene = Scene("outline", "dark gradient", (Thing("circle", "yellow", "large", 0.4),), place="centre")
-    image = render(scene, 128, 128)[0].astype(int)
-    line = 64 + round(0.88 * 0.4 * 64)
-    assert image[64, 64].max() < 90 and image[64, line].max() > 200
 
 
 def test_an_unknown_style_is_refused():

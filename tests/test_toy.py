@@ -1,4 +1,5 @@
 """toy/: the judge measures what it says it measures, and the commands that made the bundled priors still make one."""
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -7,20 +8,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import lora
+import train
 from diff2flow import Diffusion
-from model import TINY, StableDiffusion
+from model import TINY, StableDiffusion, load_checkpoint
 from schedule import sd_schedule
-from toy import judge
+from toy import judge, make_prior
 from toy.scenes import LABELS, Scenes, render
 
 ATTRIBUTES = list(LABELS)
 
 
-def real_pictures(n, style="solid"):
+def real_pictures(n):
     """-> images (n, 3, 64, 64), labels (n, 10)."""
-    return judge.pictures_and_labels([Scenes(n, 64, 64, style, 3).scene(i) for i in range(n)])
+    return judge.pictures_and_labels([Scenes(n, 64, 64, "solid", 3).scene(i) for i in range(n)])
 
 
 def rows_of(path):
@@ -57,6 +60,21 @@ def depth_lora(checkpoint, tmp_path):
 
 
 @pytest.fixture
+def seeds(monkeypatch):
+    """The seeds of all scenes that the judge or make_prior draw, in this order."""
+    drawn = []
+
+    class SpiedScenes(Scenes):
+        def __init__(self, n, height, width, style, seed):
+            drawn.append(seed)
+            super().__init__(n, height, width, style, seed)
+
+    monkeypatch.setattr(judge, "Scenes", SpiedScenes)
+    monkeypatch.setattr(make_prior, "Scenes", SpiedScenes)
+    return drawn
+
+
+@pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """run(words) of `python -m toy.judge` in an empty folder, with a classifier of two steps -> what it printed."""
     monkeypatch.chdir(tmp_path)
@@ -82,12 +100,12 @@ def test_a_wrong_relation_makes_its_caption_wrong_and_nothing_else():
     assert set(judge.score(predicted, labels).values()) == {1.0}        # what does not apply is not asked for
     row = (labels[:, relation] != -100).nonzero()[0, 0]
     name = LABELS["relation"][labels[row, relation]]
+    related, same = (labels[:, relation] != -100).sum(), (labels[:, relation] == labels[row, relation]).sum()
     predicted[row, relation] = (labels[row, relation] + 1) % len(LABELS["relation"])
     shares = judge.score(predicted, labels)
-    related, same = (labels[:, relation] != -100).sum().item(), (labels[:, relation] == labels[row, relation]).sum().item()
     assert {name: share for name, share in shares.items() if share < 1} == {
-        "all": pytest.approx(1 - 1 / 200), "relation": pytest.approx(1 - 1 / related),
-        f"all {name}": pytest.approx(1 - 1 / same)}
+        "all": pytest.approx(1 - 1 / 200), "relation": pytest.approx(1 - 1 / related.item()),
+        f"all {name}": pytest.approx(1 - 1 / same.item())}
 
 
 def test_two_wrong_attributes_make_one_wrong_caption_and_one_that_never_applies_has_no_share():
@@ -194,19 +212,12 @@ def test_the_path_of_ddim_starts_at_the_point_from_which_it_is_sampled(run, chec
     assert len(points) == len(grid) == 3 and torch.allclose(points[0], x0 / (alpha + sigma), atol=1e-5)
 
 
-def test_samples_are_compared_with_other_scenes_and_the_classifier_learns_from_none_of_both(run, checkpoint, monkeypatch):
-    worlds, compared = [], []
-
-    class Spied(Scenes):
-        def __init__(self, n, height, width, style, seed):
-            worlds.append(seed)
-            super().__init__(n, height, width, style, seed)
-
-    monkeypatch.setattr(judge, "Scenes", Spied)
+def test_samples_are_compared_with_other_scenes_and_the_classifier_saw_neither(run, checkpoint, seeds, monkeypatch):
+    compared = []
     monkeypatch.setattr(judge, "frechet_distance", lambda *features: compared.extend(features) or 0.0)
     run("captions", checkpoint, *SHORT, "--seed", 7)
     held_out = judge.HELD_OUT_SEED + 7
-    assert worlds == [judge.TRAIN_SEED, judge.TRAIN_SEED + 1, held_out]
+    assert seeds == [judge.TRAIN_SEED, judge.TRAIN_SEED + 1, held_out]
     others = judge.pictures_and_labels([Scenes(11, 64, 64, "solid", held_out).scene(i) for i in range(3, 11)])[0]
     classifier = judge.load_classifier("solid", torch.device("cpu"))
     assert compared[0].shape == (3, 256) and torch.allclose(compared[1], classifier[:-1](others), atol=1e-5)
@@ -220,13 +231,20 @@ def test_samples_have_the_size_asked_for_and_the_classifier_sees_them_at_its_own
     assert row["size"] == [96, 128] and latents[-2:] == [(2, 4, 24, 32), (1, 4, 24, 32)]
 
 
-def test_bf16_samples_are_close_to_float32_ones_but_not_the_same(run, checkpoint):
-    rows = []
-    for precision in ("fp32", "bf16"):
-        run("captions", judge.BUNDLED_PRIOR, *SHORT, "--precision", precision)
-        rows += rows_of("runs/captions/captions.jsonl")
-    assert [row["precision"] for row in rows] == ["fp32", "bf16"]
-    assert rows[0]["straightness"] != rows[1]["straightness"] == pytest.approx(rows[0]["straightness"], rel=0.02)
+def test_the_precision_is_that_of_the_networks_while_they_sample(run, checkpoint, monkeypatch):
+    in_bf16 = []
+
+    def draw(sd, flow, x0, context, steps, cfg, callback):
+        in_bf16.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        callback(x0)
+        return torch.zeros(len(x0), 3, 64, 64)
+
+    monkeypatch.setattr(judge, "draw", draw)
+    for precision, expected in (("fp32", False), ("bf16", True)):
+        in_bf16.clear()
+        run("captions", checkpoint, "--n", 2, "--steps", 1, "--precision", precision)
+        assert in_bf16 == [(expected, torch.bfloat16)]
+        assert rows_of("runs/captions/captions.jsonl")[0]["precision"] == precision
 
 
 def test_a_classifier_that_is_poor_or_of_another_version_is_refused_before_sampling(run, checkpoint, monkeypatch):
@@ -279,3 +297,114 @@ def test_depth_is_perfect_up_to_an_affine_map_of_log_depth_and_noise_shows(run, 
         run("depth", depth_lora, "--steps", 1, "--n", 3)
         row, = rows_of("runs/depth-scenes/depth.jsonl")
         assert low <= row["absrel"] <= high
+
+
+# ------------------------------------------------------------------ make_prior
+
+def make(monkeypatch, *words):
+    """Run `python -m toy.make_prior` with few steps of few pictures."""
+    few = () if "--resume" in words else ("--batch", "2", "--scenes", "16", "--validation", "8", "--device", "cpu")
+    monkeypatch.setitem(make_prior.FIXED, "previews", 2)
+    monkeypatch.setattr(sys, "argv", ["make_prior.py", *words, *few])
+    make_prior.main()
+
+
+def changed_parts(before, after, depth):
+    """The first `depth` words of the names of all tensors that differ between two files with the same names."""
+    before, after = load_file(before), load_file(after)
+    assert before.keys() == after.keys()
+    return {".".join(name.split(".")[:depth]) for name in before
+            if not torch.equal(before[name].half(), after[name].half())}
+
+
+def test_the_three_commands_make_a_prior_and_each_changes_its_own_part_alone(tmp_path, monkeypatch, seeds):
+    monkeypatch.chdir(tmp_path)
+    make(monkeypatch, "autoencoder", "--steps", "2", "--out", "autoencoder", "--preview-every", "2")
+    images = torch.stack([Scenes(4, 64, 64, "solid", 5)[i]["image"] for i in range(4)])
+    latents = load_checkpoint("autoencoder/model.safetensors").encode(images)
+    assert latents.mean().abs() < 0.5 and 0.5 < latents.std() < 2
+    assert Path("autoencoder/step_000002.png").is_file()
+    files = [f"{task}/model.safetensors" for task in make_prior.TASKS]
+    make(monkeypatch, "prior", "--steps", "4", "--warmup", "0", "--ckpt", files[0], "--out", "prior")
+    assert changed_parts(*files[:2], depth=1) == {"model", "cond_stage_model"}
+    make(monkeypatch, "decoder", "--steps", "2", "--ckpt", files[1], "--out", "decoder")
+    assert changed_parts(*files[1:], depth=2) == {"first_stage_model.decoder", "first_stage_model.post_quant_conv"}
+    assert seeds == [1, 1, 0, 0] + [0, 1] + [1, 1, 0, 0]                # 0 is trained on, 1 is held out
+    metadata = load_checkpoint("decoder/model.safetensors").metadata
+    assert metadata["objective"] == "dm" and metadata["style"] == "solid" and metadata["resolution"] == "64"
+    assert "cfg" not in metadata and json.loads(Path("prior/result.json").read_text())["task"] == "prior"
+
+
+@pytest.mark.parametrize("task", ["autoencoder", "prior"])
+def test_a_run_that_is_killed_and_resumed_ends_like_one_that_is_not(task, tmp_path, monkeypatch, checkpoint, capsys):
+    monkeypatch.chdir(tmp_path)
+    start = ["--ckpt", str(checkpoint)] if task == "prior" else []
+    words = [task, *start, "--steps", "3", "--save-every", "2", "--out"]
+    make(monkeypatch, *words, "whole")
+    learning_rate = train.learning_rate
+
+    def killed(step, args):
+        if step == 2:
+            raise KeyboardInterrupt
+        return learning_rate(step, args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learning_rate", killed)
+        make(patch, *words, "killed")
+    assert f"go on with: python -m toy.make_prior {task} --resume killed" in capsys.readouterr().out
+    make(monkeypatch, task, "--resume", "killed")
+    for name in "model.safetensors", "state.safetensors":
+        whole, resumed = load_file(f"whole/{name}"), load_file(f"killed/{name}")
+        assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    with pytest.raises(ValueError, match=f"a run of the task {task}, not decoder"):
+        make(monkeypatch, "decoder", "--resume", "killed")
+
+
+def test_the_autoencoder_learns_both_styles_and_every_eighth_time_log_depth_in_grey():
+    pictures = make_prior.AutoencoderPictures(16, 3)
+    solid, outline = Scenes(16, 64, 64, "solid", 3), Scenes(16, 64, 64, "outline", 3)
+    for key in (0, 5, 16 + 2, 16 + 9):
+        assert torch.equal(pictures[key]["image"], (outline if key % 2 else solid)[key % 16]["image"])
+    for key in (7, 15, 16 + 7):
+        grey, depth = pictures[key]["image"], outline[key % 16]["depth"]
+        expected = 2 * (depth.log() - depth.log().min()) / (depth.log().max() - depth.log().min()) - 1
+        assert grey.shape == (3, 64, 64) and torch.allclose(grey, expected.expand(3, -1, -1), atol=1e-5)
+
+
+def test_the_autoencoders_loss_is_that_of_pixels_edges_and_a_little_kl():
+    class Autoencoder:
+        """It decodes a picture to itself plus `error`, and its posterior has one mean and one std everywhere."""
+        def __init__(self, error, mean, std):
+            self.error, self.mean, self.std = error, mean, std
+
+        def moments(self, images):
+            return torch.full((2, 4, 2, 2), self.mean), torch.full((2, 4, 2, 2), self.std)
+
+        def decode(self, latents):
+            return images + self.error
+
+    def loss(error, mean=0.0, std=1.0):
+        return make_prior.autoencoder_loss(Autoencoder(error, mean, std), images).item()
+
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    stripes = torch.tensor([1.0, -1.0] * 4).expand(2, 3, 8, 8)
+    assert loss(0) == pytest.approx(0) and loss(0.5) == pytest.approx(0.25)
+    assert loss(stripes) == pytest.approx(1 + 4)                        # between neighbours the error is 2
+    assert loss(0, 3.0, 0.5) == pytest.approx(1e-4 * 0.5 * (3**2 + 0.5**2 - 1 - 2 * np.log(0.5)))
+
+
+def test_the_standardised_autoencoder_has_unit_latents_and_decodes_as_before(checkpoint, tmp_path):
+    sd = load_checkpoint(checkpoint)
+    vae, images = sd.first_stage_model, torch.stack([Scenes(70, 32, 32, "solid", 0)[i]["image"] for i in range(70)])
+    mean, std = vae.moments(images)
+    decoded = vae.decode(mean[:4] + std[:4])
+    make_prior.save_autoencoder(argparse.Namespace(task="autoencoder"), tmp_path, sd, images)
+    assert torch.equal(vae.moments(images)[0], mean)                    # what goes on learning is as it was
+    latents = load_checkpoint(tmp_path / "model.safetensors").encode(images[::2])
+    assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=0.02)
+    make_prior.standardise(vae, images)
+    latents = sd.encode(images)
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-4
+    assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4)
+    mean, std = vae.moments(images[:4])
+    assert torch.allclose(vae.decode(mean + std), decoded, atol=1e-4)

@@ -13,7 +13,6 @@ A run is a folder as train.py's are. toy/README.md has the commands and the time
 """
 import argparse
 import copy
-import json
 import math
 import shlex
 from pathlib import Path
@@ -23,14 +22,13 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import train
 from data import Keys, save_grid, seed_of
 from depth import normalise_depth
 from files import check_range, cli
 from model import LATENT_SCALE, TINY, StableDiffusion, load_checkpoint
 from sample import BUNDLED_PRIOR, make_flow, pick_device, pick_precision
 from toy.scenes import Scenes
-from train import (EMA, Metrics, Validation, finish, learning_rate, restore, run_folder, save_state, saved_settings,
-                   state_file, text_to_image, train)
 
 TASKS = ("autoencoder", "prior", "decoder")
 RECIPES = {  # each setting by task
@@ -42,9 +40,10 @@ RECIPES = {  # each setting by task
     "scenes":      (48_000,     20_000,  48_000),
     "validation":  (512,        64,      512),
 }
-FIXED = dict(  # settings of train.py that are the same for all three
-    decay="cosine", grad_accum=1, clip=1.0, ema=0.999, caption_dropout=0.1, t_sampling="uniform", objective="dm",
-    style="solid", lora="none", keep=False, data=None, use_ema=False, previews=16)
+FIXED = {  # settings of train.py that are the same for all three
+    "decay": "cosine", "grad_accum": 1, "clip": 1.0, "ema": 0.999, "caption_dropout": 0.1, "t_sampling": "uniform",
+    "objective": "dm", "style": "solid", "lora": "none", "keep": False, "data": None, "use_ema": False, "previews": 16,
+}
 
 
 # ------------------------------------------------------------------ settings
@@ -75,7 +74,7 @@ def arguments():
     add("--resume", help="folder of a run to go on with; its own settings apply")
     args = parser.parse_args()
     if args.resume:
-        settings = saved_settings(args.resume)
+        settings = train.saved_settings(args.resume)
         if settings["task"] != args.task:
             raise ValueError(f"--resume {args.resume}: a run of the task {settings['task']}, not {args.task}")
         return argparse.Namespace(**{**settings, "resume": args.resume})
@@ -94,7 +93,7 @@ def arguments():
 # ------------------------------------------------------------------ the autoencoder
 
 class AutoencoderPictures(Dataset):
-    """What the autoencoder learns: scenes, solid and outline in turn, and as every eighth picture a depth map in grey."""
+    """What the autoencoder learns: solid scenes and outlines in turn; every eighth picture is a depth map in grey."""
 
     def __init__(self, n, seed):
         self.solid, self.outline = (Scenes(n, 64, 64, style, seed) for style in ("solid", "outline"))
@@ -111,7 +110,7 @@ class AutoencoderPictures(Dataset):
 
 
 def autoencoder_loss(vae, images):
-    """The squared error of pixels, and of the differences between neighbours (edges), and a little of the KL divergence."""
+    """The squared error of pixels and of their differences to their neighbours (edges), and a little KL divergence."""
     mean, std = vae.moments(images)
     output = vae.decode(mean + std * torch.randn_like(std)).float()
     edges = sum(F.mse_loss(output.diff(dim=d), images.diff(dim=d)) for d in (-2, -1))
@@ -151,7 +150,7 @@ def load_autoencoder(args, device):
 
 
 def save_autoencoder(args, out, sd, pictures):
-    """Write the checkpoint; of a new autoencoder with standardised latents, while the one that goes on learning stays."""
+    """Write the checkpoint. A new autoencoder is standardised in the file alone, and goes on learning as it is."""
     vae = sd.first_stage_model
     before = copy.deepcopy(vae.state_dict())
     if args.task == "autoencoder":
@@ -172,14 +171,14 @@ def preview_autoencoder(out, vae, pictures, step):
 def train_autoencoder(args, out, amp, sd, trained, pictures):
     """The loop of train.py with another loss. pictures (N, 3, 64, 64) are held out."""
     vae, dataset = sd.first_stage_model, AutoencoderPictures(args.scenes, args.seed)
-    optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), EMA(trained)
-    start = restore(state_file(args.resume), ema, optimizer) if args.resume else 0
+    optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), train.EMA(trained)
+    start = train.restore(train.state_file(args.resume), ema, optimizer) if args.resume else 0
     keys = Keys(len(dataset), args.seed, start * args.batch, args.steps * args.batch)
-    batches, metrics = iter(DataLoader(dataset, args.batch, sampler=keys)), Metrics(args, out, start)
+    batches, metrics = iter(DataLoader(dataset, args.batch, sampler=keys)), train.Metrics(args, out, start)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", dynamic_ncols=True)
     for step in bar:
         torch.manual_seed(seed_of(args.seed, step))
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, args)
         images = next(batches)["image"].to(sd.device, memory_format=torch.channels_last)
         with amp:
             loss = autoencoder_loss(vae, images)
@@ -199,7 +198,7 @@ def train_autoencoder(args, out, amp, sd, trained, pictures):
                 with amp:
                     preview_autoencoder(out, vae, pictures, done)
         if saving:  # the state comes last: a run killed before it is there makes the other files again
-            save_state(out, args, done, ema, optimizer)
+            train.save_state(out, args, done, ema, optimizer)
 
 
 def make_autoencoder(args, device, amp, out):
@@ -241,15 +240,15 @@ def make_prior(args, device, amp, out):
     print(f"prior: {sum(p.numel() for p in trained.values()):,} trainable parameters, {sd.prediction}-network\n"
           f"{describe(args, out)}\nbefore training: velocity error and samples")
     with amp:
-        validation = Validation(args, out, sd, flow, text_to_image, items)
+        validation = train.Validation(args, out, sd, flow, train.text_to_image, items)
         error_before, before = validation.velocity_error(), validation.draw(4, validation.cfg_few)
     if not args.resume:
         validation.write(0, error_before)
-    ema = train(args, out, amp, sd, flow, text_to_image, trained, dataset, validation, metadata)
+    ema = train.train(args, out, amp, sd, flow, train.text_to_image, trained, dataset, validation, metadata)
     with ema.in_place(), amp:
         error_after, after = validation.velocity_error(), validation.draw(4, validation.cfg_few)
     validation.write(args.steps, error_after)
-    finish(args, out, validation, items, size, (error_before, error_after), before, after)
+    train.finish(args, out, validation, items, size, (error_before, error_after), before, after)
 
 
 # ------------------------------------------------------------------ the command line
@@ -263,7 +262,7 @@ def main():
     args = arguments()
     device = pick_device(args.device)
     args.precision, amp = pick_precision(args.precision, device)
-    out = run_folder(args)
+    out = train.run_folder(args)
     torch.manual_seed(args.seed)
     try:
         if args.task == "prior":

@@ -73,9 +73,12 @@ class Kept(Dataset):
 # ------------------------------------------------------------------ pictures, in
 
 def open_rgb(path):
-    """-> PIL image in RGB, upright, alpha on white."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+    """-> PIL image in RGB, upright, alpha on white. ValueError for a damaged file."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except Exception as error:                          # Pillow's readers raise nearly everything on broken files
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
     if image.mode.startswith("I"):                      # 16-bit grey: convert() would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -167,10 +170,10 @@ class ImageFolder(Dataset):
         """-> RGB image, or None with a warning, once, where the file is damaged behind its header."""
         try:
             return open_rgb(self.items[i][0])
-        except Exception as error:
+        except ValueError as error:
             self.undecodable.add(i)
-            print(f"warning: cannot decode {self.items[i][0]} ({error}), taking the next image; "
-                  f"{len(self.undecodable)} of {len(self.items)} so far", file=sys.stderr)
+            print(f"warning: {error}, taking the next image; {len(self.undecodable)} of {len(self.items)} so far",
+                  file=sys.stderr)
 
 
 # ------------------------------------------------------------------ Reflow's pairs

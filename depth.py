@@ -229,12 +229,8 @@ def predict_pictures(args):
     out.mkdir(parents=True, exist_ok=True)
     print(f"depth of {len(pictures)} pictures, {args.steps} steps, mean of {args.ensemble} samples, seed {args.seed}")
     for name, path in tqdm(pictures.items(), "depth", unit="picture", dynamic_ncols=True):
-        try:
-            image = open_rgb(path)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
         with autocast:
-            depth = predict(sd, flow, image, args.steps, args.ensemble, args.seed, args.size)
+            depth = predict(sd, flow, open_rgb(path), args.steps, args.ensemble, args.seed, args.size)
         save_depth(out / name, depth.numpy())
     print(f"{out / name}.npy ... depth of {len(pictures)} pictures")
 

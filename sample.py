@@ -118,6 +118,11 @@ def make_flow(sd, objective):
     return OBJECTIVES[objective](net, *sd_schedule(device=sd.device), sd.prediction)
 
 
+def objective_of(flow):
+    """-> its name among OBJECTIVES."""
+    return next(name for name, kind in OBJECTIVES.items() if type(flow) is kind)
+
+
 def noises(numbers, shape, seed):
     """The noise of pictures `numbers` -> (len(numbers), *shape): picture i from (seed, i) alone."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, i))) for i in numbers])
@@ -149,6 +154,13 @@ def read_made_pairs(path, settings):
     return list(made["noise"]), list(made["latent"]), made["prompts"]
 
 
+def pair_settings(args, flow, size):
+    """-> what the pairs of one folder must have in common."""
+    base, _, _ = find_files(args.ckpt, args.lora, args.use_ema, task="text-to-image")
+    return {"ckpt": base.name, "lora": args.lora, "objective": objective_of(flow), "seed": args.seed,
+            "steps": args.steps, "cfg": args.cfg, "negative": args.negative, "size": size}
+
+
 def make_pairs(args, sd, flow, prompts, shape, settings, amp):
     """Write pairs (noise, latent, prompt) in float16, pair i from (seed, i), in files of PAIRS_A_FILE.
 
@@ -174,7 +186,7 @@ def make_pairs(args, sd, flow, prompts, shape, settings, amp):
                 save_tensors(path, {"noise": torch.stack(noise), "latent": torch.stack(latent)},
                              {"prompts": json.dumps(texts), "about": json.dumps(settings)})
                 bar.update(len(batch))
-    base = ["--ckpt", str(args.ckpt)] if args.ckpt else []
+    base = ["--ckpt", args.ckpt] if args.ckpt and args.ckpt != str(BUNDLED_PRIOR) else []
     print(f"next: {shlex.join(['python', 'train.py', '--task', 'reflow', '--data', str(out), *base])}")
 
 
@@ -214,6 +226,8 @@ def arguments():
     for name, value in (pictures if args.pairs is None else pairs).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.pairs and not args.ckpt and not args.lora:
+        args.ckpt = str(BUNDLED_PRIOR)              # pairs are of a model that is not tuned yet, not of the newest run
     check(args)
     return args
 
@@ -281,9 +295,9 @@ def main():
     args = arguments()
     prompts, device = read_prompts(args), pick_device(args.device)
     precision, amp = pick_precision(args.precision, device)
-    ckpt = BUNDLED_PRIOR if args.pairs and not (args.ckpt or args.lora) else args.ckpt   # pairs are of an untuned model
-    sd, flow = load_flow(ckpt, args.lora, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-                         objective=args.objective, prediction=args.prediction, use_ema=args.use_ema)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    sd, flow = load_flow(args.ckpt, args.lora, device=device, dtype=dtype, objective=args.objective,
+                         prediction=args.prediction, use_ema=args.use_ema)
     if args.print_sigmas:
         print(" ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, args.steps)))
         return
@@ -294,24 +308,16 @@ def main():
     n = args.pairs or args.n or len(prompts) or 8
     prompts = prompts or scene_captions(n, sd.metadata.get("style", "solid"))
     if args.pairs:
-        base, _, _ = find_files(ckpt, args.lora, args.use_ema, "text-to-image")
-        settings = {"ckpt": base.name, "lora": args.lora, "objective": name_of(flow), "seed": args.seed, "steps": args.steps, "cfg": args.cfg, "negative": args.negative,
-                    "size": [height, width]}
-        make_pairs(args, sd, flow, prompts, shape, settings, amp)
+        make_pairs(args, sd, flow, prompts, shape, pair_settings(args, flow, [height, width]), amp)
         return
     prompts = [prompts[i % len(prompts)] for i in range(n)]
-    print(f"{n} pictures of {height}x{width}, {args.steps} steps, cfg {args.cfg:g}, objective {name_of(flow)}, "
+    print(f"{n} pictures of {height}x{width}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
           f"seed {args.seed}")
     pictures = make_pictures(args, sd, flow, prompts, shape, amp)
     save_grid(args.out, torch.stack(pictures), min(len(pictures), 8), captions=prompts[:len(pictures)])
     print(args.out)
     if args.singles:
         print(f"{Path(args.out).with_suffix('')}/: {n} pictures")
-
-
-def name_of(flow):
-    """-> the objective that `flow` is of."""
-    return next(name for name, kind in OBJECTIVES.items() if type(flow) is kind)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def sample_paths(flow):
 
 
 def draw_paths(axis, times, paths, pair, formula):
-    """Paths (N, B) over times (N,), each in the colour of the mode where it ends, and the path of the pair (N,)."""
+    """Paths (N, B) over times (N,), each in the colour of the mode where it ends, and the mixtures of a pair (N,)."""
     for path in paths.T:
         axis.plot(times, path, color=COLOURS[(path[-1] - MODES).abs().argmin()], linewidth=1.3)
     axis.plot(times, pair, "--", color="black", linewidth=1.8)
@@ -68,10 +68,11 @@ def draw():
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1.1, 1.1, 0.8])
-    draw_paths(left, flow.f_t_inv(t_fm[trained]), (alpha + sigma)[:, None] * x_fm[trained],
-               alpha * DATA + sigma * NOISE, r"noise mixed with data, dashed:" "\n" r"$\alpha\,x_1 + \sigma\,x_0$")
-    draw_paths(middle, t_fm, x_fm,
-               t_fm * DATA + (1 - t_fm) * NOISE, f"the same mixture, now straight:\n${T_FM}\\,x_1 + (1 - {T_FM})\\,x_0$")
+    x_dm = (alpha + sigma)[:, None] * x_fm[trained]                     # Eq. 13
+    draw_paths(left, flow.f_t_inv(t_fm[trained]), x_dm, alpha * DATA + sigma * NOISE,
+               "noise mixed with data, dashed:\n$\\alpha\\,x_1 + \\sigma\\,x_0$")
+    draw_paths(middle, t_fm, x_fm, t_fm * DATA + (1 - t_fm) * NOISE,
+               f"the same mixture, now straight:\n${T_FM}\\,x_1 + (1 - {T_FM})\\,x_0$")
     left.set(title="What a diffusion model sees", xlabel=f"timestep ${T_DM}$", ylabel=f"point ${X_DM}$")
     middle.set(title="What straight-line flow sees", xlabel=f"time ${T_FM}$", ylabel=f"point ${X_FM}$", xlim=(0, 1))
 

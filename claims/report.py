@@ -39,7 +39,7 @@ def look_up(row, name):
     """"plain.black" -> row["plain"]["black"], or None where the row has no such value."""
     value = row
     for part in name.split("."):
-        if value is None:
+        if not isinstance(value, dict):
             return None
         value = value.get(part)
     return value
@@ -55,8 +55,9 @@ def read_rows(paths, conditions):
             if all(str(look_up(row, name)) == value for name, value in conditions):
                 rows.append(row)
     if not rows:
-        wanted = " ".join(f"{name}={value}" for name, value in conditions)
-        raise ValueError(f"no row {'where ' + wanted if wanted else ''} in {' '.join(map(str, paths))}")
+        wanted = "".join(f" {name}={value}" for name, value in conditions)
+        where = " where" + wanted if conditions else ""
+        raise ValueError(f"no row{where} in {' '.join(map(str, paths))}")
     return rows
 
 
@@ -79,6 +80,11 @@ def group(rows, names):
     return sorted(groups.items(), key=lambda item: sort_key(item[0]))
 
 
+def in_words(value, words):
+    """A value of --by or --panel as it is printed: as --words says, else as it is."""
+    return words.get(str(value), str(value))
+
+
 # ------------------------------------------------------------------ tables
 
 def number(value):
@@ -87,7 +93,7 @@ def number(value):
 
 
 def mean_and_span(values, percent):
-    """[0.25, 0.35] -> "0.3 (0.25 to 0.35)", or as percentages "30.0 % (25.0 to 35.0 %)"; "" for no values."""
+    """[0.25, 0.35] -> "0.300 (0.250 to 0.350)", or as percentages "30.0 % (25.0 to 35.0 %)"; "" for no values."""
     if not values:
         return ""
     figures = fmean(values), min(values), max(values)
@@ -96,24 +102,26 @@ def mean_and_span(values, percent):
     return "{} ({} to {})".format(*map(number, figures))
 
 
+def print_line(cells):
+    print(f"| {' | '.join(cells)} |")
+
+
 def table(args):
     """Print a Markdown table: a line for each different --by, and of each --of the mean and the span."""
-    def print_line(cells):
-        print(f"| {' | '.join(cells)} |")
-
     rows, names = read_rows(args.files, args.where), [of.name for of in args.of]
     for name in names:
         if all(look_up(row, name) is None for row in rows):
             raise ValueError(f"--of {name}: no row has it")
-    if unknown := set(args.percent) - set(names):
-        raise ValueError(f"--percent {' '.join(sorted(unknown))}: name values of --of: {' '.join(names)}")
+    for name in args.percent:
+        if name not in names:
+            raise ValueError(f"--percent {name}: it must be one of --of, which are {' '.join(names)}")
     print_line([*(by.heading for by in args.by), "results", *(of.heading for of in args.of)])
     print("|" + "---|" * (len(args.by) + 1 + len(args.of)))
     for key, members in group(rows, [by.name for by in args.by]):
-        cells = [args.words.get(str(value), str(value)) for value in key] + [str(len(members))]
+        cells = [in_words(value, args.words) for value in key] + [str(len(members))]
         for name in names:
-            values = [value for row in members if (value := look_up(row, name)) is not None]
-            cells.append(mean_and_span(values, name in args.percent))
+            values = [look_up(row, name) for row in members]
+            cells.append(mean_and_span([x for x in values if x is not None], name in args.percent))
         print_line(cells)
 
 
@@ -129,7 +137,7 @@ def draw_lines(axis, rows, args):
             means.append(fmean(ys))
             lows.append(min(ys))
             highs.append(max(ys))
-        axis.plot(xs, means, marker=".", label=args.words.get(str(label), str(label)))
+        axis.plot(xs, means, marker=".", label=in_words(label, args.words))
         axis.fill_between(xs, lows, highs, alpha=0.2)
     axis.set_xlabel(args.x.heading)
     axis.legend(fontsize="small")
@@ -157,8 +165,8 @@ def draw(rows, args):
     axes[0, 0].yaxis.set_minor_formatter("")
     for axis, (key, members) in zip(axes.flat, panels):
         draw_lines(axis, members, args)
-        axis.set_title(", ".join(f"{panel.heading}: {args.words.get(str(value), str(value))}"
-                                 for panel, value in zip(args.panel, key)))
+        titles = [f"{panel.heading}: {in_words(value, args.words)}" for panel, value in zip(args.panel, key)]
+        axis.set_title(", ".join(titles))
     for axis in axes[:, 0]:
         axis.set_ylabel(args.y.heading)
     for axis in axes.flat[len(panels):]:
@@ -181,7 +189,7 @@ def add_common_arguments(parser):
     parser.add_argument("--where", type=equation, nargs="+", default=[], metavar="NAME=VALUE",
                         help="use only the results that have these values, such as ensemble=4 (default: all results)")
     parser.add_argument("--words", type=equation, nargs="+", default=[], metavar="VALUE=WORDS",
-                        help='print these words in place of a value of --by or --panel, such as fm="naive flow matching"')
+                        help='print these words in place of a value of --by or --panel, such as fm="naive matching"')
 
 
 def arguments():

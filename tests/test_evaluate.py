@@ -77,7 +77,7 @@ def test_fid_is_the_frechet_distance_between_the_samples_and_the_real_pictures_a
     assert measure("--real", folder / "samples")["fid"] == pytest.approx(0, abs=1e-3)
 
 
-def test_pictures_are_scaled_and_cropped_around_their_centre_to_the_first_ones_size(tmp_path):
+def test_pictures_are_scaled_and_cropped_around_their_centre_to_the_size_given_or_the_first_ones(tmp_path):
     Image.new("RGB", (20, 10), "blue").save(tmp_path / "0.png")
     flag = np.zeros((40, 40, 3), np.uint8)
     flag[:10], flag[10:30], flag[30:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)       # the middle half is green
@@ -85,6 +85,7 @@ def test_pictures_are_scaled_and_cropped_around_their_centre_to_the_first_ones_s
     cropped = evaluate.CroppedPictures(tmp_path)[1]
     assert cropped.shape == (3, 10, 20) and cropped.dtype == torch.uint8
     assert (cropped[1, 1:-1] > 250).all() and (cropped[[0, 2], 1:-1] < 5).all()
+    assert evaluate.CroppedPictures(tmp_path, (8, 6))[1].shape == (3, 6, 8)
 
 
 @pytest.fixture

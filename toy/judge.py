@@ -1,6 +1,6 @@
 """Judge models in the bundled world of scenes: do their pictures show what the caption says, is their depth right?
 
-    python -m toy.judge captions --steps 25 --cfg 4                             the bundled prior, about three minutes
+    python -m toy.judge captions --steps 25 --cfg 4                                              the bundled v-prior
     python -m toy.judge captions toy/tiny-v.safetensors runs/NAME/lora.safetensors --steps 25 4 2 1
     python -m toy.judge depth runs/NAME/model.safetensors --steps 2 10 --ensemble 1 4
 
@@ -35,7 +35,7 @@ from depth import align, depth_errors
 from diff2flow import OBJECTIVES, Diffusion, alpha_sigma
 from files import check_range, cli, open_tensors, replacing, save_tensors
 from model import CheckpointFile
-from sample import BUNDLED_PRIOR, draw, load_flow, name_of, pick_device, pick_precision, read_result
+from sample import BUNDLED_PRIOR, draw, load_flow, objective_of, pick_device, pick_precision, read_result
 from schedule import sd_schedule
 from toy.scenes import LABELS, PLAIN, Scenes, render
 
@@ -185,7 +185,7 @@ def load_model(path, device, task, objective=None):
     files = {"lora_file": path} if is_lora else {"ckpt": path}
     sd, flow = load_flow(**files, device=device, task=task, objective=objective)
     run, number = read_result(path), path.stem.rpartition("-")[2]
-    return sd, flow, {"model": str(path), "objective": name_of(flow), "prediction": flow.prediction, "run": run,
+    return sd, flow, {"model": str(path), "objective": objective_of(flow), "prediction": flow.prediction, "run": run,
                       "step": int(number) if number.isdecimal() else run.get("steps")}   # --keep: NAME-STEP.safetensors
 
 
@@ -252,6 +252,14 @@ def judge_pictures(pictures, real, classifier):
             "plain": plain, "shares": {**real.shares, "samples": shares}}
 
 
+def in_words(row):
+    """A result in one line."""
+    plain = "".join(f", mean of a {colour} image {mean:.3f}" for colour, mean in row["plain"].items())
+    return (f"{row['model']}, {row['steps']} steps, cfg {row['cfg']:g}: every attribute right in {row['all']:.1%}, "
+            f"Frechet distance to {REAL_SCENES} other real scenes {row['frechet']:.1f}, straightness "
+            f"{row['straightness']:.4f}{plain}")
+
+
 def print_shares(rows, real, n):
     """A table: a line for each attribute; a column for real scenes, for decoded ones, and for each row's samples."""
     names = [f"{row['model']} {row['steps']} steps" for row in rows]
@@ -275,13 +283,15 @@ def save_samples(path, pictures, rows, real):
 def captions(args):
     check_range(args, 1, math.inf, "batch", "steps")
     check_range(args, 2, math.inf, "n")                     # of one picture there is no covariance
+    check_range(args, 0, 2**32, "seed")
     check_range(args, 0, 1, "t_shift")
     if args.t_shift and args.objective != "dm":
         raise ValueError(f"--t-shift {args.t_shift:g}: only DDIM has a timestep to shift; add --objective dm")
     device, out = pick_device(args.device), Path(args.out)
-    args.device, (args.precision, autocast) = str(device), pick_precision(args.precision, device)
+    args.precision, amp = pick_precision(args.precision, device)
     models = [load_model(path, device, "text-to-image", args.objective) for path in args.models]
     sizes = [tuple(sd.picture_size(args.size)) for sd, _, _ in models]
+    args.device = str(device)
     print(json.dumps(vars(args)))
     settings = {name: vars(args)[name] for name in ("n", "seed", "style", "t_shift", "precision", "device")}
     classifier = load_classifier(args.style, device)
@@ -294,15 +304,13 @@ def captions(args):
         shape = (args.n, sd.config.latent_channels, *(side // sd.factor for side in size))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:
-            with autocast:
+            with amp:
                 samples, straight = sample_pictures(sd, flow, real.captions, noise, steps, cfg, args.batch)
             row = {**settings, **origin, "steps": steps, "cfg": cfg, "size": size, "real_scenes": REAL_SCENES,
                    "straightness": straight, **judge_pictures(samples, real, classifier)}
             rows.append(row)
             pictures.append(samples)
-            print(f"{row['model']}, {steps} steps, cfg {cfg:g}: every attribute right in {row['all']:.1%}, "
-                  f"Frechet distance to {REAL_SCENES} other real scenes {row['frechet']:.1f}, straightness "
-                  f"{straight:.4f}" + "".join(f", mean of a {c} image {x:.3f}" for c, x in row["plain"].items()))
+            print(in_words(row))
     save_samples(out / "samples.png", pictures, rows, real)
     print_shares(rows, real, args.n)
     write_results(out / "captions.jsonl", rows)
@@ -310,33 +318,41 @@ def captions(args):
 
 # ------------------------------------------------------------------ depth
 
+def mean_errors(predictions, truths):
+    """Predictions (n, 64, 64) of log depth up to scale and shift, n truths (64, 64) in metres -> mean of each error."""
+    valid, errors = np.ones((SIZE, SIZE), bool), []
+    for prediction, truth in zip(predictions, truths):
+        errors.append(depth_errors(align(prediction, truth, valid, "log"), truth, valid, 1e-5, math.inf))
+    return {name: float(np.mean([error[name] for error in errors])) for name in errors[0]}
+
+
 def depth(args):
     """Depth of held-out scenes by models of train.py --task depth: the mean of an ensemble, aligned in log depth."""
     check_range(args, 1, math.inf, "n", "steps", "ensemble")
+    check_range(args, 0, 2**32, "seed")
     device, rows = pick_device(args.device), []
-    args.device, (args.precision, autocast) = str(device), pick_precision(args.precision, device)
+    args.precision, amp = pick_precision(args.precision, device)
     models = [load_model(path, device, "depth") for path in args.models]
+    args.device = str(device)
     print(json.dumps(vars(args)))
     world = Scenes(args.n, SIZE, SIZE, "solid", HELD_OUT_SEED + args.seed)
     items = [world[i] for i in range(args.n)]
     images = torch.stack([item["image"] for item in items]).to(device)
-    truths, valid = [item["depth"][0].double().numpy() for item in items], np.ones((SIZE, SIZE), bool)
+    truths = [item["depth"][0].double().numpy() for item in items]
     for sd, flow, origin in models:
         picture = sd.encode(images)
         noise = torch.randn((max(args.ensemble), *picture.shape), generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:
-            with autocast:
-                members = [draw(sd, flow, x0.to(device), picture, steps).mean(1)
+            with amp:
+                members = [draw(sd, flow, x0, picture, steps).mean(1)
                            for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
             for ensemble in args.ensemble:
-                predictions = torch.stack(members[:ensemble]).mean(0).clamp(-1, 1).double().cpu().numpy()
-                errors = [depth_errors(align(prediction, truth, valid, "log"), truth, valid, 1e-5, math.inf)
-                          for prediction, truth in zip(predictions, truths)]
-                means = {name: float(np.mean([error[name] for error in errors])) for name in errors[0]}
+                prediction = torch.stack(members[:ensemble]).mean(0).clamp(-1, 1).double().cpu().numpy()
+                errors = mean_errors(prediction, truths)
                 rows.append({**origin, "steps": steps, "ensemble": ensemble, "images": args.n, "seed": args.seed,
-                             "align": "log", "precision": args.precision, **means})
-                print(f"{origin['model']}, {steps} steps, ensemble {ensemble}: AbsRel {means['absrel']:.4f}, delta1 "
-                      f"{means['delta1']:.4f}, RMSE {means['rmse']:.3f} m on {args.n} scenes")
+                             "align": "log", "precision": args.precision, **errors})
+                print(f"{origin['model']}, {steps} steps, ensemble {ensemble}: AbsRel {errors['absrel']:.4f}, delta1 "
+                      f"{errors['delta1']:.4f}, RMSE {errors['rmse']:.3f} m on {args.n} scenes")
     write_results(Path(args.out) / "depth.jsonl", rows)
 
 

@@ -1,0 +1,156 @@
+"""What the tests of networks and files share: random checkpoints in the real layouts, and independent implementations.
+
+sd15.json.gz and sd21.json.gz hold every tensor's name, shape and dtype in v1-5-pruned-emaonly and v2-1_768-ema-pruned.
+"""
+import gzip
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from model import SD15, SD21
+
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+CONFIGS = {"sd15": SD15, "sd21": SD21}
+NARROW = {name: replace(config, unet_widths=(32, 64, 128, 128), vae_widths=(32, 64, 128, 128), context_width=128,
+                        text_width=128) for name, config in CONFIGS.items()}
+PROMPTS = [
+    "", "a cat", "stop! now!!", "a red ball above a black box, " * 20, "x" * 200, "1234567890" * 9,  # over 75 tokens
+    "naïve café — 東京 in 日本, Ünïcödé e\u0301 Ζεύς Пушкин 한국어 שלום مرحبا STRASSE ß İstanbul ½ ²", "a 🦊 and a 🐻",
+    "It's 3 o'clock (isn't it?) #1; a.b,c: 'x' [y] {z}/w\\ $5 100% ~ a_b-c--d... \"q\" we'll I'd they've DON'T",
+    "  two   spaces\tand\na line\u00a0break  ", " \n"]
+
+
+def randn(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def relative(ours, theirs):
+    """|ours - theirs| / |theirs|."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def same(ours, theirs):
+    """Whether two {name: tensor} are the same, bit for bit."""
+    return ours.keys() == theirs.keys() and all(
+        ours[k].dtype == theirs[k].dtype and torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+# ------------------------------------------------------------------ checkpoints
+
+def manifest(name):
+    """"sd15" or "sd21" -> {key: (shape, dtype)} of the real file."""
+    with gzip.open(Path(__file__).parent / f"{name}.json.gz") as file:
+        return {key: (tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in json.load(file).items()}
+
+
+def narrow(key, shape):
+    """A tensor's shape where the UNet is a tenth, the autoencoder a quarter as wide; context and text encoder 128."""
+    if key.startswith(UNET):
+        return tuple({768: 128, 1024: 128}.get(n, n // 10 if n % 320 == 0 else n) for n in shape)
+    if key.startswith(VAE):
+        return tuple(n // 4 if n >= 128 else n for n in shape)
+    if key.startswith(TEXT):
+        ratio = 8 if key.startswith(TEXT + "model.") else 6
+        return tuple(n // ratio if n >= 768 and n != 49408 else n for n in shape)
+    return shape
+
+
+def random_tensor(key, shape, dtype):
+    """Nowhere zero, and such that activations stay near 1."""
+    if key.endswith("position_ids"):
+        return torch.arange(77)[None]
+    if not dtype.is_floating_point:
+        return torch.full(shape, 875000, dtype=dtype)
+    noise = torch.randn(shape)
+    noise += noise == 0
+    if len(shape) > 1:
+        return noise * (0.5 if "embedding" in key else math.prod(shape[1:]) ** -0.5)
+    return 0.2 * noise + (1 if key.endswith("weight") else 0)
+
+
+def random_checkpoint(name):
+    """{key: tensor} of a narrow model with all the names of the real file."""
+    torch.manual_seed(0)
+    return {key: random_tensor(key, narrow(key, shape), dtype) for key, (shape, dtype) in manifest(name).items()}
+
+
+def hollow_checkpoint(name):
+    """Every tensor of the real shape, at full size, over one stored number: a .ckpt of a few hundred kilobytes."""
+    return {key: torch.ones((), dtype=dtype).expand(shape) for key, (shape, dtype) in manifest(name).items()}
+
+
+# ------------------------------------------------------------------ independent implementations
+
+def diffusers_unet(config):
+    """diffusers' UNet of the same architecture; `attention_head_dim` is its name for the number of heads."""
+    from diffusers import UNet2DConditionModel
+    blocks = ["CrossAttn" * attention for attention in config.attention]
+    heads = [max(1, width // 64) if config.linear_projection else 8 for width in config.unet_widths]
+    return UNet2DConditionModel(
+        down_block_types=[f"{block}DownBlock2D" for block in blocks], block_out_channels=config.unet_widths,
+        up_block_types=[f"{block}UpBlock2D" for block in blocks[::-1]], layers_per_block=config.unet_res_blocks,
+        cross_attention_dim=config.context_width, use_linear_projection=config.linear_projection,
+        attention_head_dim=heads)
+
+
+def diffusers_copy(unet, config):
+    """diffusers' UNet with our weights, through diffusers' own reading of the single-file layout."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    copy = diffusers_unet(config)
+    state = {UNET + name: value for name, value in unet.state_dict().items()}
+    copy.load_state_dict(convert_ldm_unet_checkpoint(state, dict(copy.config)))
+    return copy.requires_grad_(False).eval()
+
+
+def diffusers_pipeline(unet):
+    """The pipeline that users call load_lora_weights on."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+    return StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=EulerDiscreteScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def references(config, tensors):
+    """diffusers' UNet and autoencoder and transformers' text model, weights by diffusers' own conversion."""
+    from diffusers import AutoencoderKL
+    from diffusers.loaders import single_file_utils as convert
+    from transformers import CLIPTextConfig, CLIPTextModel
+    unet = diffusers_unet(config)
+    unet.load_state_dict(convert.convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config)))
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
+        latent_channels=4, block_out_channels=config.vae_widths)
+    vae.load_state_dict(convert.convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config)))
+    v2 = config.open_clip
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=49408, hidden_size=config.text_width, intermediate_size=4 * config.text_width,
+        max_position_embeddings=77, num_hidden_layers=23 if v2 else 12, num_attention_heads=config.text_width // 64,
+        hidden_act="gelu" if v2 else "quick_gelu"))
+    converted = (convert.convert_open_clip_checkpoint(text, tensors) if v2 else
+                 convert.convert_ldm_clip_checkpoint(tensors))
+    converted = {key.removeprefix("text_model."): value for key, value in converted.items()}
+    if v2:  # diffusers leaves the last layer out by its full-size name only
+        converted = {key: value for key, value in converted.items()
+                     if ".23." not in key and "text_projection" not in key}
+    converted.pop("embeddings.position_ids", None)
+    text.load_state_dict(converted)
+    for module in (unet, vae, text):
+        module.requires_grad_(False).eval()
+    return SimpleNamespace(unet=unet, vae=vae, text=text)
+
+
+def clip_ids(prompts, pad_token):
+    """Token ids (B, 77) by transformers' CLIP tokenizer, from the vocabulary that open_clip ships."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+    own = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): i for token, i in own.encoder.items()}
+    theirs = CLIPTokenizer(vocab=vocabulary, merges=list(own.bpe_ranks))
+    ids = theirs(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ended = (ids == 49407).cumsum(1) - (ids == 49407).int() > 0  # the places after the first end token
+    return ids.masked_fill(ended, pad_token)

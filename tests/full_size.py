@@ -1,0 +1,184 @@
+"""Full-size files, by hand: does a 4 GB checkpoint load, in how much memory, and do the commands train on it?
+
+    python -m tests.full_size sd15 sd21            read: peak memory, seconds, float32 parity with diffusers
+    python -m tests.full_size sd15 sd21 --train    train two steps on photographs by each task, LoRA in diffusers
+
+Each file is random, in the real layout, written for the purpose (5 GB in the temporary folder), and deleted. Peak
+memory is VmHWM after loading less VmHWM after the imports. float32 weights stay views of the mapped file, so every
+weight is read once before the figure is taken.
+"""
+import argparse
+import json
+import math
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import lora
+from model import LATENT_SCALE, load_checkpoint
+from tests import checkpoints
+from tests.checkpoints import CONFIGS, PROMPTS, manifest, relative
+
+ROOT = Path(__file__).parent.parent
+FEW = "--steps 2 --batch 1 --grad-accum 1 --validation 2 --previews 2 --lr 1e-3 --ema 0"
+
+
+def write_random_checkpoint(name, path):
+    """A .safetensors file written tensor by tensor, so that the whole is never in memory."""
+    names = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64"}
+    header, offset = {}, 0
+    for key, (shape, dtype) in manifest(name).items():
+        size = math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    torch.manual_seed(0)
+    with open(path, "wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for key, (shape, dtype) in manifest(name).items():
+            checkpoints.random_tensor(key, shape, dtype).numpy().tofile(file)
+
+
+# ------------------------------------------------------------------ measurements, each in a process of its own
+
+def peak():
+    """Highest resident memory of this process so far, in MiB."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
+
+
+def measure_reading(path, dtype):
+    import open_clip  # noqa: F401  before the baseline: load_checkpoint imports it late
+    before, start = peak(), time.time()
+    sd = load_checkpoint(path, dtype=dtype)
+    for parameter in sd.parameters():
+        parameter.max()
+    weights = sum(p.numel() * p.element_size() for p in sd.parameters()) / 2**20
+    bound = 1.25 * weights + 512
+    print(f"  {dtype}: weights {weights:.0f} MiB, peak {peak() - before:.0f} MiB, bound {bound:.0f} MiB: "
+          f"{'ok' if peak() - before <= bound else 'EXCEEDED'}; {time.time() - start:.1f} s")
+
+
+@torch.inference_mode()
+def compare_networks(name, path):
+    ours, theirs = load_checkpoint(path), checkpoints.references(CONFIGS[name], load_file(path))
+    torch.manual_seed(1)
+    x, context, images, latents = (torch.randn(*shape) for shape in (
+        (2, 4, 32, 32), (2, 77, ours.config.context_width), (1, 3, 128, 128), (1, 4, 16, 16)))
+    t_dm = torch.tensor([3.3, 900.0])
+    posterior, (mean, std) = theirs.vae.encode(images).latent_dist, ours.first_stage_model.moments(images)
+    ids = checkpoints.clip_ids(PROMPTS, 0 if ours.config.open_clip else 49407)
+    results = {
+        "UNet": relative(ours.unet(x, t_dm, context), theirs.unet(x, t_dm, context).sample),
+        "encoder mean": relative(mean, posterior.mean), "encoder std": relative(std, posterior.std),
+        "decoder": relative(ours.decode(latents), theirs.vae.decode(latents / LATENT_SCALE).sample),
+        "text": relative(ours.encode_text(PROMPTS), theirs.text(ids).last_hidden_state),
+    }
+    print("  relative difference in float32: " + ", ".join(f"{what} {value:.1e}" for what, value in results.items())
+          + f"; bound 2e-05: {'ok' if max(results.values()) <= 2e-5 else 'EXCEEDED'}")
+
+
+@torch.no_grad()
+def compare_lora(path, adapter):
+    sd = load_checkpoint(path)
+    torch.manual_seed(1)
+    x, context, t_dm = torch.randn(1, 4, 32, 32), torch.randn(1, 77, sd.config.context_width), torch.tensor([500.0])
+    plain, theirs = sd.unet(x, t_dm, context), checkpoints.diffusers_copy(sd.unet, sd.config)
+    lora.load(adapter, sd.unet)
+    ours = sd.unet(x, t_dm, context)
+    checkpoints.diffusers_pipeline(theirs).load_lora_weights(adapter)
+    print(f"  diffusers with the LoRA against ours: {relative(theirs(x, t_dm, context).sample, ours):.1e}; "
+          f"the LoRA's own change: {relative(plain, ours):.2f}")
+
+
+def measure(what, name, path):
+    if what == "pickle":
+        torch.save({"state_dict": load_file(path)}, Path(path).with_suffix(".ckpt"))
+    elif what == "lora":
+        compare_lora(name, path)
+    elif what == "compare":
+        compare_networks(name, path)
+    else:
+        measure_reading(path, getattr(torch, what))
+
+
+# ------------------------------------------------------------------ the runs
+
+def run(*words):
+    subprocess.run([sys.executable, *map(str, words)], check=True, cwd=ROOT)
+
+
+def read(name, path):
+    for what in ("compare", "float32", "bfloat16", "pickle"):
+        run("-m", "tests.full_size", "--measure", what, name, path)
+    path.unlink()
+    for what in ("float32", "bfloat16"):
+        run("-m", "tests.full_size", "--measure", what, name, path.with_suffix(".ckpt"))
+
+
+def write_photographs(folder):
+    """NAME.jpg, NAME.txt and NAME.npy of three photographs; any smooth depth will do."""
+    import matplotlib
+    import sklearn.datasets
+    photos = Path(sklearn.datasets.__file__).parent / "images"
+    folder.mkdir()
+    for source in (photos / "china.jpg", photos / "flower.jpg",
+                   Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"):
+        shutil.copy(source, folder)
+        (folder / source.name).with_suffix(".txt").write_text(source.stem.replace("_", " "))
+        with Image.open(source) as image:
+            np.save(folder / f"{source.stem}.npy", np.linspace(2, 9, image.height)[:, None] * np.ones(image.width))
+
+
+def train(name, path):
+    folder = path.parent
+    photos = folder / "photos"
+    write_photographs(photos)
+
+    def script(what, words):
+        start = time.time()
+        run(*words.split(), "--ckpt", path)
+        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        print(f"  {what}: {time.time() - start:.0f} s, peak memory so far {memory:.1f} GiB", flush=True)
+
+    for preset in ("base", "small"):
+        script(f"LoRA {preset}", f"train.py {FEW} --data {photos} --size 256 --lora {preset} --out {folder}/{preset}")
+        run("-m", "tests.full_size", "--measure", "lora", path, folder / preset / "lora.safetensors")
+    script("Reflow's pairs", f"sample.py --pairs 4 --steps 2 --batch 1 --size 256 --data {photos} --out {folder}/pairs")
+    script("Reflow", f"train.py {FEW} --task reflow --data {folder}/pairs --out {folder}/reflow")
+    run("-m", "tests.full_size", "--measure", "lora", path, folder / "reflow" / "lora.safetensors")
+    script("depth", f"train.py {FEW} --task depth --data {photos} --size 192 256 --lora small --out {folder}/depth")
+    script("a photograph's depth", f"depth.py {photos}/china.jpg --lora {folder}/depth/lora.safetensors --steps 2 "
+                                   f"--ensemble 2 --out {folder}/found")
+    found = np.load(folder / "found" / "china.npy")
+    print(f"  depth {found.shape}, from {found.min():.2f} to {found.max():.2f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="sd15, sd21, or both")
+    parser.add_argument("--train", action="store_true", help="train instead of read")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        measure(*args.measure)
+    for name in args.names:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.safetensors"
+            write_random_checkpoint(name, path)
+            print(f"{name}: {path.stat().st_size / 2**20:.0f} MiB in {len(manifest(name))} tensors", flush=True)
+            (train if args.train else read)(name, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What the tests of train.py and sample.py share: a small random model, and the scripts' commands in this process."""
+import contextlib
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import train
+from files import cli, open_tensors
+from model import TINY, StableDiffusion
+
+SHORT = "--steps 4 --batch 2 --grad-accum 1 --lr 1e-3 --validation 2 --previews 2 --scenes 8 --size 32 --device cpu "
+FEW = "--steps 2 --size 32 --device cpu "
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The file of a random model of the bundled priors' shape, with no layer at zero, so that prompts matter."""
+    torch.manual_seed(0)
+    sd = StableDiffusion(TINY, "v")
+    for parameter in sd.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    sd.save(path, torch.float16, resolution="64")
+    return path
+
+
+@contextlib.contextmanager
+def working_in(folder, tiny):
+    """Inside `with`, commands run in `folder`, and `tiny` takes the bundled prior's place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "BUNDLED_PRIOR", tiny)
+        patch.setattr(sample, "BUNDLED_PRIOR", tiny)
+        patch.chdir(folder)
+        yield
+
+
+@pytest.fixture
+def at_work(tiny, tmp_path):
+    """The test runs in an empty folder of its own."""
+    with working_in(tmp_path, tiny):
+        yield
+
+
+def call(module, words):
+    """Run a script's main() as its command line would -> exit code, stdout, stderr."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *shlex.split(words)])
+        try:
+            cli(module.main)
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def works(module, words):
+    """-> stdout of a command that must not fail."""
+    result = call(module, words)
+    assert result.code == 0, result.err
+    return result.out
+
+
+def refusal(module, words):
+    """-> the one line of a command that must fail."""
+    result = call(module, words)
+    *bars, line = result.err.splitlines()
+    assert result.code == 2 and line.startswith("error: ") and "Traceback" not in result.err, result.err
+    assert not any(bar.startswith("error") for bar in bars)
+    return line
+
+
+def metadata(path):
+    with open_tensors(path) as file:
+        return file.metadata()
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def same(a, b):
+    """Two .safetensors files hold the same tensors, bit for bit."""
+    a, b = load_file(a), load_file(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def save_photo(path, height=48, width=64, seed=0):
+    """A smooth random picture, so that neighbouring crops differ little but surely."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((width, height), Image.BICUBIC).save(path)
+
+
+def save_photos(folder):
+    """Three photographs, two with .txt captions, one with a caption in metadata.jsonl."""
+    for i, (name, caption) in enumerate({"boat": "a red boat", "tree": "a tall tree", "roof": None}.items()):
+        save_photo(f"{folder}/{name}.jpg", 90, 120, seed=i)
+        if caption:
+            Path(f"{folder}/{name}.txt").write_text(caption)
+    Path(f"{folder}/metadata.jsonl").write_text('{"file_name": "roof.jpg", "text": "a roof"}\n')

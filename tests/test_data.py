@@ -1,0 +1,303 @@
+"""data.py: pictures are read as they look, the order of items is a function of (seed, position), what is written comes
+back."""
+import json
+import os
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_image, seed_of
+from files import save_tensors
+from tests.runs import save_photo, save_photos
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of boat.jpg and tree.jpg with captions in .txt files, and of roof.jpg with one in metadata.jsonl."""
+    save_photos(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def damage(path):
+    """Cut a picture off behind its header."""
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2])
+
+
+# ------------------------------------------------------------------ the order of the items
+
+def test_every_epoch_is_another_permutation_and_so_is_every_seed():
+    keys = list(Keys(7, 3, 0, 21))
+    epochs = [keys[:7], keys[7:14], keys[14:]]
+    assert [sorted(epoch) for epoch in epochs] == [[*range(7)], [*range(7, 14)], [*range(14, 21)]]
+    orders = {tuple(key % 7 for key in epoch) for epoch in epochs} | {tuple(Keys(7, 4, 0, 7)), tuple(range(7))}
+    assert len(orders) == 5
+
+
+def test_any_start_and_any_stride_give_the_keys_of_one_walk():
+    whole = list(Keys(5, 3, 0, 33))
+    for start, stride in (0, 1), (4, 1), (13, 1), (2, 3), (11, 8):
+        keys = Keys(5, 3, start, 33, stride)
+        assert list(keys) == whole[start::stride] and len(keys) == len(whole[start::stride])
+
+
+def test_random_streams_of_neighbouring_seeds_do_not_meet():
+    assert len({seed_of(seed, i) for seed in range(3) for i in range(50_000)}) == 150_000
+
+
+def test_what_is_kept_is_prepared_once_an_item_and_comes_back_in_every_epoch():
+    prepared = []
+    kept = Kept(["a", "b", "c"], lambda item: prepared.append(item) or item.upper())
+    assert [kept[key] for key in (2, 0, 5, 3, 1, 7)] == ["C", "A", "C", "A", "B", "B"]
+    assert prepared == ["c", "a", "b"] and len(kept) == 3
+
+
+def test_a_loader_with_processes_of_its_own_gives_the_same_batches(photos):
+    def batches(workers):
+        return list(DataLoader(ImageFolder(photos, 24, 24), 2, sampler=Keys(3, 0, 1, 9), num_workers=workers))
+    for here, there in zip(batches(0), batches(2)):
+        assert torch.equal(here["image"], there["image"]) and here["caption"] == there["caption"]
+
+
+# ------------------------------------------------------------------ captions
+
+def test_captions_come_from_a_text_file_or_metadata_and_the_text_file_wins(photos, capsys):
+    (photos / "deep/er").mkdir(parents=True)
+    shutil.copy(photos / "roof.jpg", photos / "deep/er/again.JPG")
+    (photos / "tree.txt").write_text("\ufeffBlüte\r\n", encoding="utf-8")
+    entries = {"file_name": "tree.jpg", "text": "not this"}, {"file_name": "roof.jpg", "text": " a roof "}
+    (photos / "metadata.jsonl").write_text("\r\n\n".join(map(json.dumps, entries)))
+    (photos / "deep/metadata.jsonl").write_text(json.dumps({"file_name": "er/again.JPG", "text": "again"}))
+    images = ImageFolder(photos, 16, 24)
+    assert [caption for _, caption in images.items] == ["a red boat", "again", "a roof", "Blüte"]
+    assert images[3]["caption"] == "Blüte" and images[3]["image"].shape == (3, 16, 24) and len(images) == 4
+    assert capsys.readouterr().err == ""
+
+
+def test_missing_captions_are_empty_and_counted_in_one_line(photos, capsys):
+    (photos / "metadata.jsonl").unlink()
+    images = ImageFolder(photos, 16, 16)
+    assert images[1]["caption"] == ""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "1 of 3 images without a caption" in error and "roof.jpg" in error
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a.jpg"}', '{"file_name": "a.jpg", "text": 3}'])
+def test_a_broken_line_of_metadata_is_named(photos, line):
+    with open(photos / "metadata.jsonl", "a") as file:
+        file.write(line)
+    with pytest.raises(ValueError, match="metadata.jsonl, line 2"):
+        ImageFolder(photos, 16, 16)
+
+
+# ------------------------------------------------------------------ pictures
+
+def test_files_that_are_no_pictures_are_skipped_and_counted(photos, capsys):
+    (photos / "a.jpg").write_bytes(b"")
+    (photos / "b.png").write_text("no picture")
+    (photos / "notes.md").write_text("not counted")
+    assert len(ImageFolder(photos, 16, 16)) == 3
+    error = capsys.readouterr().err
+    assert "2 of 5 images unreadable and skipped" in error and "a.jpg" in error
+
+
+def test_a_picture_damaged_behind_its_header_gives_way_to_the_next_and_is_said_once(photos, capsys):
+    damage(photos / "boat.jpg")
+    images = ImageFolder(photos, 16, 16)
+    assert len(images) == 3 and images[0]["caption"] == images[3]["caption"] == "a roof"
+    error = capsys.readouterr().err
+    assert error.count("cannot decode") == 1 and "boat.jpg" in error and "1 of 3 so far" in error
+
+
+def test_a_folder_of_damaged_pictures_alone_is_refused(photos):
+    for path in photos.glob("*.jpg"):
+        damage(path)
+    with pytest.raises(ValueError, match="none of the 3 images can be decoded"):
+        ImageFolder(photos, 16, 16)[0]
+
+
+def test_a_folder_that_is_missing_a_file_or_empty_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, what in ("gone", "is not there"), ("file", "is a file"), ("empty", "has no readable image"):
+        with pytest.raises(ValueError, match=f"{name} {what}"):
+            ImageFolder(tmp_path / name, 16, 16)
+
+
+def test_crop_and_flip_depend_on_the_seed_and_the_key_alone(photos):
+    images, again = ImageFolder(photos, 48, 32, seed=5), ImageFolder(photos, 48, 32, seed=5)
+    images[3]
+    assert torch.equal(images[4]["image"], again[4]["image"])
+    assert not torch.equal(again[4]["image"], again[7]["image"])                    # the same picture, an epoch later
+    assert not torch.equal(again[4]["image"], ImageFolder(photos, 48, 32, seed=6)[4]["image"])
+
+
+@pytest.mark.parametrize("height, width", [(64, 256), (256, 64)])
+def test_about_half_of_the_pictures_are_flipped_and_crops_reach_both_edges(tmp_path, height, width):
+    ramp = np.linspace(0, 255, 256)[None] if width == 256 else np.linspace(0, 255, 256)[:, None]
+    pixels = (0.9 * np.broadcast_to(ramp, (height, width)) + 0.1 * np.linspace(0, 255, width)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "ramp.png")
+    images = ImageFolder(tmp_path, 64, 64)
+    crops = [images[epoch]["image"] for epoch in range(100)]
+    assert 30 < sum(bool(crop[0, 0, 0] > crop[0, 0, -1]) for crop in crops) < 70
+    means = [crop.mean().item() for crop in crops]
+    assert min(means) < -0.6 and max(means) > 0.5 and max(means) - min(means) > 1.2
+
+
+def test_a_picture_is_scaled_to_cover_with_antialiasing(tmp_path):
+    checks = (np.indices((128, 256)).sum(0) % 2 * 255).astype(np.uint8)             # one-pixel checks average to grey
+    Image.fromarray(checks).save(tmp_path / "checks.png")
+    assert ImageFolder(tmp_path, 32, 32)[0]["image"][:, 2:-2, 2:-2].abs().max() < 0.15
+
+
+def test_any_size_of_picture_fits_any_size_of_crop(tmp_path):
+    for width, height in (1, 1), (1, 300), (999, 3), (333, 77), (101, 103):
+        Image.new("RGB", (width, height), "red").save(tmp_path / f"{width}x{height}.png")
+    for height, width in (8, 8), (49, 31), (33, 70), (1, 1):
+        images = ImageFolder(tmp_path, height, width, seed=height)
+        for i in range(len(images)):
+            image = images[i]["image"]
+            assert image.shape == (3, height, width) and (image[0] == 1).all() and (image[1:] == -1).all()
+
+
+def pixel(folder, image, name="image.png", **options):
+    """-> the colour of an image of one colour, once it is saved and read."""
+    image.save(folder / name, **options)
+    colour = ImageFolder(folder, 8, 8)[0]["image"][:, 4, 4]
+    (folder / name).unlink()
+    return ((colour + 1) * 127.5).round().int().tolist()
+
+
+def test_alpha_is_composited_on_white(tmp_path):
+    assert pixel(tmp_path, Image.new("RGBA", (16, 16), (255, 0, 0, 128))) == [255, 127, 127]
+    assert pixel(tmp_path, Image.new("LA", (16, 16), (10, 0))) == [255, 255, 255]
+    palette = Image.new("P", (16, 16), 3)
+    palette.putpalette([200, 0, 0] * 4)
+    assert pixel(tmp_path, palette) == [200, 0, 0]
+    assert pixel(tmp_path, palette, transparency=3) == [255, 255, 255]
+
+
+def test_greyscale_one_bit_and_cmyk_become_rgb(tmp_path):
+    assert pixel(tmp_path, Image.new("L", (16, 16), 77)) == [77, 77, 77]
+    assert pixel(tmp_path, Image.new("1", (16, 16), 1)) == [255, 255, 255]
+    cyan = pixel(tmp_path, Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "image.jpg", quality=95)
+    assert cyan[0] < 10 and cyan[1] > 245 and cyan[2] > 245
+
+
+def test_a_16_bit_grey_picture_keeps_its_tones(tmp_path):
+    assert pixel(tmp_path, Image.fromarray(np.full((16, 16), 100 * 257, np.uint16))) == [100, 100, 100]
+
+
+def test_a_16_bit_colour_picture_keeps_its_tones(tmp_path):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))        # Pillow itself writes none
+    rows = (b"\0" + struct.pack(">3H", 10 * 257, 100 * 257, 200 * 257) * 16) * 16
+    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    image = ImageFolder(tmp_path, 8, 8)[0]["image"][:, 4, 4]
+    assert ((image + 1) * 127.5).round().int().tolist() == [10, 100, 200]
+
+
+def test_the_exif_orientation_is_obeyed(tmp_path):
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste("white", (0, 0, 32, 16))                        # white above; orientation 3 turns it by 180 degrees
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    shown = ImageFolder(tmp_path, 32, 32)[0]["image"]
+    assert shown[:, :12].max() < -0.8 and shown[:, 20:].min() > 0.8
+
+
+# ------------------------------------------------------------------ Reflow's pairs
+
+def write_pairs(folder, number, n, settings):
+    """n pairs, the noise of the i-th of all full of i, its latent of -i."""
+    values = torch.arange(n).view(n, 1, 1, 1) + 4.0 * number
+    tensors = {"noise": values.expand(n, 4, 2, 2).half(), "latent": -values.expand(n, 4, 2, 2).half()}
+    prompts = [f"prompt {int(value)}" for value in values.flatten()]
+    save_tensors(folder / f"pairs-{number:06d}.safetensors", tensors,
+                 {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
+
+
+def test_pairs_come_back_over_the_borders_of_files_and_the_last_ones_are_held_out(tmp_path):
+    write_pairs(tmp_path, 0, 4, {"size": [16, 16]})
+    write_pairs(tmp_path, 1, 3, {"size": [16, 16]})
+    pairs = Pairs(tmp_path, validation=2)
+    assert len(pairs) == 5 and pairs.settings == {"size": [16, 16]}
+    for key, i in (0, 0), (3, 3), (4, 4), (5, 0), (13, 3):
+        pair = pairs[key]
+        assert pair["caption"] == f"prompt {i}" and (pair["noise"] == i).all() and (pair["latent"] == -i).all()
+    assert pairs.pair(6)["caption"] == "prompt 6" and pairs[0]["noise"].dtype == torch.float32
+    with pytest.raises(ValueError, match="has 7 pairs, of which 7 are held out"):
+        Pairs(tmp_path, validation=7)
+
+
+def test_pairs_of_other_settings_are_not_mixed(tmp_path):
+    write_pairs(tmp_path, 0, 4, {"cfg": 3})
+    write_pairs(tmp_path, 1, 4, {"cfg": 4})
+    with pytest.raises(ValueError, match="pairs-000001.* other settings than those of .*pairs-000000"):
+        Pairs(tmp_path, validation=1)
+
+
+def test_a_truncated_or_foreign_file_of_pairs_is_named(tmp_path):
+    write_pairs(tmp_path, 0, 4, {})
+    path = tmp_path / "pairs-000000.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-10])
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or no pairs"):
+        read_pairs(path)
+    save_tensors(path, {"weight": torch.ones(1)})
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or no pairs"):
+        Pairs(tmp_path, validation=1)
+    with pytest.raises(ValueError, match="empty has no pairs-"):
+        Pairs(tmp_path / "empty", validation=1)
+
+
+# ------------------------------------------------------------------ pictures, out
+
+def test_a_saved_picture_comes_back_exactly_and_is_clamped(tmp_path):
+    pixels = torch.arange(256).view(1, 16, 16).expand(3, -1, -1)
+    save_image(tmp_path / "new/image.png", pixels / 127.5 - 1)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "new/image.png"))[..., 0], pixels[0].numpy())
+    save_image(tmp_path / "new/image.png", torch.tensor([-7.0, 0.0, 7.0]).view(3, 1, 1).bfloat16())
+    assert Image.open(tmp_path / "new/image.png").getpixel((0, 0)) == (0, 128, 255)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def half(picture, path):
+        path.write_text("half")
+        raise OSError("disk full")
+    save_photo(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OSError):
+        save_image(tmp_path / "a.png", torch.zeros(3, 8, 8))
+    assert (tmp_path / "a.png").read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
+
+
+def test_a_grid_places_picture_i_at_its_row_and_column_and_enlarges_small_ones(tmp_path):
+    values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
+    save_grid(tmp_path / "grid.png", values.view(5, 1, 1, 1).expand(5, 3, 64, 64), columns=3)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0]
+    assert grid.shape == (2 * 132 + 4, 3 * 132 + 4)
+    assert [grid[68 + 132 * (i // 3), 68 + 132 * (i % 3)] for i in range(5)] == [0, 64, 128, 191, 255]
+
+
+def test_a_grid_has_its_labels_at_the_left_and_its_captions_below(tmp_path):
+    images = torch.ones(4, 3, 64, 64)
+    save_grid(tmp_path / "bare.png", images, 2)
+    save_grid(tmp_path / "full.png", images, 2, ["diff2flow", "fm"], ["a small red circle " * 9, "é", "", "x"])
+    bare, full = (np.asarray(Image.open(tmp_path / f"{name}.png"))[..., 0] for name in ("bare", "full"))
+    left, below = full.shape[1] - bare.shape[1], (full.shape[0] - bare.shape[0]) // 2
+    assert left > 30 and below > 40
+    row = 132 + below                                   # a picture of 128 pixels, its captions and a gap of 4
+    assert (full[4:132, :left] < 100).any() and (full[4 + row:132 + row, :left] < 100).any()        # two labels
+    assert (full[132:row, left:left + 132] < 100).any() and (full[132 + row:, left + 136:] < 100).any()     # "x"
+    assert not (full[132 + row:, left:left + 132] < 100).any()                                      # the empty caption

@@ -1,0 +1,112 @@
+"""files.py: a file is whole or not there, and what the user can mend is one line."""
+import math
+import os
+import stat
+from argparse import Namespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from files import check_range, cli, open_tensors, read_text, replacing, save_tensors
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_while_a_file_is_written_leaves_the_old_one_and_nothing_else(tmp_path, error):
+    path = tmp_path / "grid.png"
+    path.write_text("old")
+    with pytest.raises(error), replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        assert path.read_text() == "old" and temporary.suffix == ".png"
+        raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["grid.png"]
+
+
+def test_a_written_file_takes_the_old_ones_place_in_folders_that_are_made(tmp_path):
+    path = tmp_path / "new/er/grid.png"
+    for text in "old", "new":
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+    assert path.read_text() == "new" and os.listdir(path.parent) == ["grid.png"]
+
+
+def test_saved_tensors_come_back_with_their_metadata_and_everybody_may_read_them(tmp_path):
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3).T)
+    save_tensors(tmp_path / "a.safetensors", {"weight": weight}, {"step": "3"})
+    with open_tensors(tmp_path / "a.safetensors") as file:
+        assert torch.equal(file.get_tensor("weight"), weight) and file.metadata() == {"format": "pt", "step": "3"}
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
+
+
+def test_tensors_that_cannot_be_read_are_one_line_with_the_files_name(tmp_path):
+    save_tensors(tmp_path / "whole", {"weight": torch.ones(100)})
+    whole = (tmp_path / "whole").read_bytes()
+    for name, content in {"empty": b"", "cut": whole[:200], "header": whole[:20], "text": b"text" * 20}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"^.*{name}: cannot be read; trunc.*$"), open_tensors(tmp_path / name):
+            pass
+    with pytest.raises(ValueError, match="whole: cannot be read"), open_tensors(tmp_path / "whole") as file:
+        file.get_tensor("bias")
+    for name, says in ("none", "no such file$"), ("", "it is a folder"):
+        with pytest.raises(ValueError, match=says), open_tensors(tmp_path / name):
+            pass
+
+
+def test_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
+    for name, content in ("plain", "Blüte".encode()), ("bom", "\ufeffBlüte".encode()):
+        (tmp_path / name).write_bytes(content)
+        assert read_text(tmp_path / name) == "Blüte"
+    (tmp_path / "latin").write_bytes("Blüte".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin is not UTF-8"):
+        read_text(tmp_path / "latin")
+
+
+def test_a_number_is_within_its_range_ends_included_or_it_is_named_as_its_flag():
+    args = Namespace(grad_accum=0, ema=1.0, lr=math.nan, steps=None, steps_list=[1, 4, 0])
+    check_range(args, 0, 1, "grad_accum", "ema", "steps")
+    for name, says in ("grad_accum", "--grad-accum 0: "), ("steps_list", "--steps-list 0: "), ("lr", "--lr nan: "):
+        with pytest.raises(ValueError, match=f"^{says}it must be between 1 and inf$"):
+            check_range(args, 1, math.inf, name)
+    with pytest.raises(ValueError, match="--ema 1: it must be between 0 and 0.5"):
+        check_range(args, 0, 0.5, "ema")
+
+
+class Damaged(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, key):
+        try:
+            raise ValueError("the cause")
+        except ValueError as error:
+            raise ValueError("a.png cannot be read:\n it is damaged") from error
+
+
+def exit_of(action, capsys):
+    """-> exit code and stderr of cli(action)."""
+    with pytest.raises(SystemExit) as stop:
+        cli(action)
+    return stop.value.code, capsys.readouterr().err
+
+
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys):
+    def value_error():
+        raise ValueError("steps is 0:\n  give 1 or more")
+    assert exit_of(value_error, capsys) == (2, "error: steps is 0: give 1 or more\n")
+    assert exit_of(lambda: open("none.pt"), capsys) == (2, "error: [Errno 2] No such file or directory: 'none.pt'\n")
+
+
+def test_an_error_in_a_data_loaders_process_is_its_own_line_without_the_traceback(capsys):
+    expected = 2, "error: a.png cannot be read: it is damaged\n"
+    assert exit_of(lambda: list(DataLoader(Damaged(), num_workers=1)), capsys) == expected
+
+
+def test_an_interrupt_is_one_word_and_exit_code_130_and_a_bug_keeps_its_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def bug():
+        raise AssertionError
+    assert exit_of(interrupted, capsys) == (130, "interrupted\n")
+    with pytest.raises(AssertionError):
+        cli(bug)

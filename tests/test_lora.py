@@ -1,0 +1,283 @@
+"""lora.py: its arithmetic, the paper's presets, and files that diffusers reads and writes too."""
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora
+from model import SD15, SD21, TINY, Config, UNet
+from tests.checkpoints import diffusers_copy, diffusers_pipeline, diffusers_unet, random_tensor, relative, same
+
+SMALL_SD1 = Config(unet_widths=(32, 64), attention=(True, False), context_width=768, linear_projection=False)
+SMALL_SD2 = Config(unet_widths=(32, 128), attention=(True, True), context_width=1024, unet_res_blocks=1)
+
+
+def random_unet(config):
+    """A UNet whose every parameter is random and nowhere zero."""
+    torch.manual_seed(0)
+    unet = UNet(config).requires_grad_(False)
+    for name, parameter in unet.named_parameters():
+        parameter.copy_(random_tensor(name, parameter.shape, parameter.dtype))
+    return unet
+
+
+def meta_unet(config):
+    with torch.device("meta"):
+        return UNet(config)
+
+
+def train_a_bit(parameters):
+    """Stands for training: move every trainable parameter."""
+    torch.manual_seed(7)
+    for parameter in parameters:
+        parameter.data += 0.03 * torch.randn_like(parameter)
+
+
+def adapted_unet(config, preset):
+    unet = random_unet(config)
+    train_a_bit(lora.inject(unet, preset))
+    return unet
+
+
+@torch.no_grad()
+def answer(unet, config, dtype=torch.float32):
+    """What the network, diffusers' or ours, says of a fixed input that is not square."""
+    noise = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 4, 4, 8, generator=noise).to(dtype)
+    context = torch.randn(2, 7, config.context_width, generator=noise).to(dtype)
+    out = unet(x, torch.tensor([10.0, 700.0]), context)
+    return out if isinstance(out, torch.Tensor) else out.sample
+
+
+# ------------------------------------------------------------------ arithmetic
+
+@pytest.mark.parametrize("preset", ["base", "small", 3])
+def test_a_lora_adds_nothing_at_the_start(preset):
+    unet = random_unet(TINY)
+    before = answer(unet, TINY)
+    lora.inject(unet, preset)
+    assert torch.equal(answer(unet, TINY), before)
+
+
+@pytest.mark.parametrize("layer, x", [
+    (nn.Linear(6, 5), torch.randn(2, 6)), (nn.Conv2d(6, 5, 1), torch.randn(2, 6, 8, 8)),
+    (nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.randn(2, 6, 8, 8))], ids=["linear", "1x1", "3x3, stride 2"])
+def test_an_adapter_is_up_times_down_in_the_layers_weight_and_leaves_its_bias(layer, x):
+    adapted = lora.LoRA(layer.double(), 3).double()
+    nn.init.normal_(adapted.up)
+    y, layer.weight.data = adapted(x.double()), layer.weight + torch.einsum(
+        "or,r...->o...", adapted.up.flatten(1), adapted.down)
+    assert torch.allclose(y, layer(x.double()), rtol=0, atol=1e-12)
+
+
+def test_only_the_adapters_train_and_every_one_gets_a_gradient():
+    unet = random_unet(TINY).requires_grad_(True)
+    parameters = lora.inject(unet, "small")
+    train_a_bit(parameters)
+    assert {id(p) for p in unet.parameters() if p.requires_grad} == {id(p) for p in parameters}
+    unet(torch.randn(1, 4, 4, 4), torch.tensor([5.0]), torch.randn(1, 7, TINY.context_width)).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in parameters)
+
+
+def test_adapters_of_a_bfloat16_network_are_float32_and_run_with_and_without_autocast():
+    unet = random_unet(TINY).bfloat16()
+    parameters = lora.inject(unet, 4)
+    train_a_bit(parameters)
+    assert {p.dtype for p in parameters} == {torch.float32}
+    plain = answer(unet, TINY, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = answer(unet, TINY)
+    assert plain.dtype == torch.bfloat16 and relative(mixed, plain) < 0.03
+
+
+# ------------------------------------------------------------------ presets
+
+@pytest.mark.parametrize("config, preset, count", [
+    (SD21, "base", 207_458_688), (SD21, "small", 64_707_072),           # the paper's 207.5 M and 64.7 M
+    (SD15, "base", 214_262_016), (SD15, "small", 64_182_784)])
+def test_presets_train_as_many_parameters_as_the_papers_rules_give(config, preset, count):
+    assert sum(parameter.numel() for parameter in lora.inject(meta_unet(config), preset)) == count
+
+
+def test_the_ratio_rule_rounds_up_and_takes_the_larger_side():
+    unet = meta_unet(TINY)
+    lora.inject(unet, "base")
+    assert len(unet.input_blocks[1][0].in_layers[2].down) == 20     # 96 -> 96: 19.2
+    assert len(unet.output_blocks[0][0].in_layers[2].down) == 26    # 64 + 64 -> 64: 25.6
+
+
+def test_a_layer_at_its_full_rank_is_trained_in_full_with_its_smaller_side_fixed_at_the_identity():
+    unet = random_unet(TINY)
+    lora.inject(unet, "base")
+    first, last = unet.input_blocks[0][0], unet.out[2]
+    assert torch.equal(first.down.flatten(1), torch.eye(36)) and torch.equal(last.up.flatten(1), torch.eye(4))
+    trained = [p.numel() for layer in (first, last) for p in (layer.down, layer.up) if p.requires_grad]
+    assert trained == [first.weight.numel(), last.weight.numel()]
+
+
+def test_the_rank_is_capped_at_the_layers_full_rank():
+    unet = meta_unet(TINY)
+    lora.inject(unet, 10_000)
+    for path, layer in lora.adapters(unet).items():
+        assert len(layer.down) == min(layer.weight.shape[0], layer.weight[0].numel()), path
+
+
+@pytest.mark.parametrize("preset", ["large", "64", 0, 2.5])
+def test_an_unknown_preset_is_refused_in_one_line(preset):
+    with pytest.raises(ValueError, match="base, small or a rank") as error:
+        lora.inject(meta_unet(TINY), preset)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------ merge and unmerge
+
+def test_merging_gives_what_the_adapters_give_in_the_modules_of_the_plain_network():
+    unet, plain = adapted_unet(SMALL_SD2, "small").double(), random_unet(SMALL_SD2)
+    adapted = answer(unet, SMALL_SD2, torch.float64)
+    lora.merge(unet)
+    assert relative(answer(unet, SMALL_SD2, torch.float64), adapted) < 1e-12    # the same sum in another order
+    assert [(name, type(module)) for name, module in unet.named_modules()] == [
+        (name, type(module)) for name, module in plain.named_modules()]
+    assert unet.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerging_is_exact_to_the_bit(dtype):
+    unet = random_unet(TINY).to(dtype)
+    train_a_bit(parameters := lora.inject(unet, "small"))
+    before, adapted = {name: value.clone() for name, value in unet.state_dict().items()}, answer(unet, TINY, dtype)
+    for _ in range(2):
+        lora.merge(unet)
+        assert unet.out[2].weight.dtype == dtype
+        lora.unmerge(unet)
+    assert same(unet.state_dict(), before) and torch.equal(answer(unet, TINY, dtype), adapted)
+    assert {id(p) for p in unet.parameters() if p.requires_grad} == {id(p) for p in parameters}
+
+
+def test_a_second_lora_is_refused_whether_the_first_is_merged_or_not(tmp_path):
+    unet, path = adapted_unet(TINY, 2), tmp_path / "a.safetensors"
+    lora.save(unet, path, {})
+    for prepare in (lambda unet: None, lora.merge):
+        prepare(unet)
+        for add in (lambda: lora.inject(unet, 2), lambda: lora.load(path, unet)):
+            with pytest.raises(ValueError, match="has a LoRA already"):
+                add()
+
+
+# ------------------------------------------------------------------ files
+
+@pytest.mark.parametrize("config, preset", [(SMALL_SD1, "base"), (SMALL_SD2, "small"), (TINY, 3)])
+def test_saving_and_loading_is_exact_to_the_bit_and_keeps_the_metadata(tmp_path, config, preset):
+    unet, path = adapted_unet(config, preset), tmp_path / "adapter.safetensors"
+    lora.save(unet, path, {"preset": str(preset), "prediction": "v"})
+    again = random_unet(config)
+    assert lora.is_lora_file(path) and lora.load(path, again) == {"preset": str(preset), "prediction": "v"}
+    assert same(again.state_dict(), unet.state_dict())
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in unet.parameters()]
+
+
+@pytest.mark.parametrize("config", [
+    SD15, SD21, TINY, SMALL_SD1, Config(unet_widths=(64,), attention=(True,), unet_res_blocks=3),
+    Config(unet_widths=(32, 64, 64, 64), attention=(False, True, False, True), unet_res_blocks=1)])
+def test_every_layer_of_the_checkpoint_has_its_name_in_diffusers(config):
+    ours = meta_unet(config)
+    with torch.device("meta"):
+        theirs = diffusers_unet(config)
+    names = lora.kohya_names(ours, layers := lora.plain_layers(ours))
+    expected = {"lora_unet_" + path.replace(".", "_"): layer.weight.shape
+                for path, layer in lora.plain_layers(theirs).items()}
+    assert {name: layers[path].weight.shape for path, name in names.items()} == expected
+
+
+@pytest.mark.parametrize("config, preset", [(SMALL_SD1, "small"), (SMALL_SD2, "base")])
+def test_diffusers_loads_our_file_and_gives_the_same_output(tmp_path, config, preset):
+    theirs = diffusers_copy(random_unet(config), config)
+    before, ours = answer(theirs, config), adapted_unet(config, preset)
+    lora.save(ours, tmp_path / "adapter.safetensors", {"prediction": "v"})
+    diffusers_pipeline(theirs).load_lora_weights(tmp_path, weight_name="adapter.safetensors")
+    expected = answer(ours, config)
+    assert relative(answer(theirs, config), expected) < 1e-4 < 0.05 < relative(before, expected)
+
+
+@pytest.mark.parametrize("config", [SMALL_SD1, SMALL_SD2])
+def test_an_adapter_made_in_diffusers_adapts_our_network(tmp_path, config):
+    from diffusers.utils import convert_state_dict_to_kohya
+    from peft import LoraConfig, get_peft_model_state_dict
+    ours = random_unet(config)
+    theirs, before = diffusers_copy(ours, config), answer(ours, config)
+    theirs.add_adapter(LoraConfig(r=8, lora_alpha=4, target_modules=[
+        "to_q", "to_v", "to_out.0", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj",
+        "time_embedding.linear_1", "downsamplers.0.conv", "upsamplers.0.conv", "conv_out"]))
+    train_a_bit([parameter for parameter in theirs.parameters() if parameter.requires_grad])
+    state = {f"unet.{key}": value for key, value in get_peft_model_state_dict(theirs).items()}
+    file = {key.replace("unet.", "lora_unet_", 1) if key.startswith("unet.") else key: value
+            for key, value in convert_state_dict_to_kohya(state).items()}
+    file = {key: torch.tensor(4.0) if key.endswith(".alpha") else value.contiguous() for key, value in file.items()}
+    save_file(file, tmp_path / "theirs.safetensors")
+    assert lora.load(tmp_path / "theirs.safetensors", ours) == {}
+    expected = answer(theirs, config)
+    assert relative(answer(ours, config), expected) < 1e-4 < 0.05 < relative(before, expected)
+
+
+def test_alpha_over_rank_is_folded_into_the_weights_of_its_layer(tmp_path):
+    unet, path = adapted_unet(TINY, 6), tmp_path / "a.safetensors"
+    lora.save(unet, path, {})
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({**load_file(path), f"{name}.alpha": torch.tensor(1.5, dtype=torch.float16)}, path)
+    lora.load(path, again := random_unet(TINY))
+    for layer, adapter in lora.adapters(again).items():
+        scale = 0.25 if layer == "input_blocks.3.1.transformer_blocks.0.attn1.to_q" else 1.0
+        assert torch.equal(adapter.up, unet.get_submodule(layer).up * scale)
+
+
+def test_a_rank_above_the_layers_full_rank_loads(tmp_path):
+    unet, path = random_unet(TINY), tmp_path / "a.safetensors"
+    down, up = torch.randn(50, 4, 3, 3), torch.randn(TINY.unet_widths[0], 50, 1, 1)
+    save_file({"lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.lora_up.weight": up}, path)
+    lora.load(path, unet)
+    assert torch.equal(unet.input_blocks[0][0].down, down) and torch.equal(unet.input_blocks[0][0].up, up)
+
+
+FIRST = "lora_unet_conv_in.lora_down.weight"
+MISFITS = {  # what is added to, or with None removed from, a LoRA file that fits; what the error says
+    "text encoder": ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(1)},
+                     "carries text-encoder adapters, which are not supported"),
+    "half an adapter": ({FIRST: None}, "incomplete.* 1 keys do not fit, the first is 'lora_unet_conv_in.lora_up.wei"),
+    "unknown layer": ({"lora_unet_double_blocks_0.lora_up.weight": torch.zeros(1)}, "do not fit.*double_blocks_0"),
+    "DoRA": ({"lora_unet_conv_in.dora_scale": torch.zeros(4)}, "not a LoRA.*dora_scale"),
+    "SDXL": ({"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.zeros(4, 2048)},
+             r"made for another base \(SDXL\)"),
+    "wrong shape": ({FIRST: torch.zeros(4, 3, 3, 3)},
+                    r"base \(SD 2.x\): .*conv_in adapts \[32, 3, 3, 3\], this model's layer is \[32, 4, 3, 3\]"),
+}
+
+
+def refusal(path, unet):
+    """-> the one line, with the path, that says why the file does not fit. The network is as it was."""
+    with pytest.raises(ValueError) as error:
+        lora.load(path, unet)
+    assert not lora.adapters(unet) and str(path) in str(error.value) and "\n" not in str(error.value)
+    return error
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_file_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path, case):
+    changes, says = MISFITS[case]
+    unet, path = UNet(SMALL_SD2), tmp_path / "bad.safetensors"
+    lora.inject(unet, 4)
+    lora.save(unet, path, {})
+    save_file({key: value for key, value in {**load_file(path), **changes}.items() if value is not None}, path)
+    assert refusal(path, meta_unet(SMALL_SD2)).match(f".*{says}")
+
+
+def test_a_file_for_another_base_one_without_adapters_and_a_damaged_one_are_refused(tmp_path):
+    path = tmp_path / "bad.safetensors"
+    lora.save(adapted_unet(SMALL_SD1, 4), path, {})
+    assert refusal(path, meta_unet(SMALL_SD2)).match(r".*made for another base \(SD 1.x\)")
+    path.write_bytes(path.read_bytes()[:-100])
+    assert refusal(path, meta_unet(SMALL_SD1)).match(".*cannot be read")
+    save_file({}, path)
+    assert refusal(path, meta_unet(SMALL_SD1)).match(".*not a LoRA")
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, path)
+    assert refusal(path, meta_unet(SMALL_SD1)).match(".*not a LoRA.*model.diffusion_model.out.2.bias")
+    assert not lora.is_lora_file(path)

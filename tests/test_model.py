@@ -1,0 +1,178 @@
+"""model.py computes what diffusers, transformers and open_clip compute, and keeps its precision in training.
+
+The checkpoints are random and nowhere zero, with the real files' names, at a tenth of the width.
+"""
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU
+from safetensors.torch import load_file
+
+from model import SD15, SD21, DepthUNet, StableDiffusion, attend, load_checkpoint, text_tower, tokenize
+from tests.checkpoints import NARROW, PROMPTS, clip_ids, randn, references, relative
+
+TOLERANCE = 1e-9  # in float64: summation order is 1e-15, a wrong GroupNorm eps in one layer 3e-9 or more
+
+
+@pytest.fixture(scope="module", params=["sd15", "sd21"])
+def both(request, files):
+    """Ours and theirs in float64, from one file."""
+    theirs = references(NARROW[request.param], load_file(files[request.param]))
+    for module in vars(theirs).values():
+        module.double()
+    return load_checkpoint(files[request.param], dtype=torch.float64), theirs
+
+
+def inputs(dtype=torch.float32):
+    """x_dm (2, 4, 8, 16), t_dm (2,) and context (2, 77, 128) for a narrow UNet."""
+    return randn(2, 4, 8, 16).to(dtype), torch.tensor([3.3, 999.0], dtype=dtype), randn(2, 77, 128, seed=2).to(dtype)
+
+
+# ------------------------------------------------------------------ the same numbers as independent implementations
+
+def test_the_unet_equals_diffusers_at_fractional_times_too(both):
+    ours, theirs = both
+    assert relative(ours.unet(*inputs(torch.float64)), theirs.unet(*inputs(torch.float64)).sample) < TOLERANCE
+
+
+def test_the_encoder_equals_diffusers(both):
+    ours, theirs = both
+    images = randn(2, 3, 48, 24)
+    posterior = theirs.vae.encode(images).latent_dist
+    mean, std = ours.first_stage_model.moments(images)
+    assert relative(mean, posterior.mean) < TOLERANCE and relative(std, posterior.std) < TOLERANCE
+    assert relative(ours.encode(images), 0.18215 * posterior.mean) < TOLERANCE
+
+
+def test_the_decoder_equals_diffusers(both):
+    ours, theirs = both
+    latents = randn(2, 4, 4, 6)
+    assert relative(ours.decode(latents), theirs.vae.decode(latents / 0.18215).sample) < TOLERANCE
+
+
+def test_text_embeddings_equal_transformers(both):
+    ours, theirs = both
+    ids = clip_ids(PROMPTS, 0 if ours.config.open_clip else 49407)
+    assert relative(ours.encode_text(PROMPTS), theirs.text(ids).last_hidden_state) < TOLERANCE
+
+
+@pytest.mark.parametrize("config, name", [(SD15, "ViT-L-14-quickgelu"), (SD21, "ViT-H-14")])
+def test_the_text_towers_are_open_clips_by_their_published_configurations(config, name):
+    published = open_clip.get_model_config(name)
+    with torch.device("meta"):
+        tower = text_tower(config)
+    blocks = tower.transformer.resblocks
+    sizes = tuple(published["text_cfg"][key] for key in ("width", "heads", "layers"))
+    assert (tower.width, blocks[0].attn.num_heads, len(blocks)) == sizes
+    assert isinstance(blocks[0].mlp.gelu, QuickGELU) == published.get("quick_gelu", False)
+
+
+def test_token_ids_equal_transformers_and_open_clip():
+    for pad_token in (0, 49407):
+        assert torch.equal(tokenize(PROMPTS, pad_token), clip_ids(PROMPTS, pad_token))
+    assert torch.equal(tokenize(PROMPTS, 0), open_clip.get_tokenizer("ViT-H-14")(PROMPTS))
+
+
+def test_typographic_characters_are_read_as_plain_ones_as_in_clips_training():
+    """open_clip repairs text with ftfy, as CLIP's own code does; transformers 5 does not."""
+    plain, fancy = ["it's a \"cat\" & a dog", "fine ABC"], ["it’s a “cat” &amp; a dog", "ﬁne ＡＢＣ"]
+    assert torch.equal(tokenize(fancy, 0), tokenize(plain, 0))
+
+
+# ------------------------------------------------------------------ inputs
+
+@pytest.fixture
+def sd():
+    """SD 1.5 without weights."""
+    with torch.device("meta"):
+        return StableDiffusion(SD15, "eps")
+
+
+def test_sizes_that_do_not_divide_are_refused_in_one_line(sd):
+    for size in ((7, 8), (8, 12)):
+        with pytest.raises(ValueError, match=f"^latents of {size[0]}x{size[1]}: .* 8$"):
+            sd.unet(torch.zeros(1, 4, *size), torch.zeros(1), torch.zeros(1, 77, 768))
+    for size in ([64, 100], [0, 64]):
+        with pytest.raises(ValueError, match=f"^size {size[0]}x{size[1]}: both sides must be multiples of 64"):
+            sd.picture_size(size)
+
+
+def test_a_pictures_size_is_the_one_asked_for_else_the_files_else_512(sd):
+    assert sd.picture_size([64, 128]) == (64, 128) and sd.picture_size([128]) == (128, 128)
+    assert sd.picture_size() == (512, 512)
+    sd.metadata["resolution"] = "384 512"
+    assert sd.picture_size() == (384, 512)
+
+
+def test_a_depth_model_is_the_old_one_where_the_picture_is_the_noisy_image_which_comes_first(files, tmp_path):
+    plain, depth = load_checkpoint(files["sd21"]), load_checkpoint(files["sd21"])
+    for _ in range(2):                                              # the second time it changes nothing
+        depth.add_picture_input()
+    (x, t_dm, _), text = inputs(), plain.encode_text(["a cat"])
+    expected, net = plain.unet(x, t_dm, text.expand(2, -1, -1)), DepthUNet(depth.unet, text)
+    assert depth.is_depth_model and not plain.is_depth_model
+    assert relative(net(x, t_dm, x), expected) < 1e-5 < 1e-2 < relative(net(x, t_dm, -x), expected)
+    depth.unet.input_blocks[0][0].weight *= torch.tensor([2.0, 0.0]).repeat_interleave(4)[:, None, None]
+    assert relative(net(x, t_dm, -x), expected) < 1e-5
+    depth.save(tmp_path / "depth.safetensors")
+    assert load_checkpoint(tmp_path / "depth.safetensors").is_depth_model
+
+
+# ------------------------------------------------------------------ numerics in training
+
+@pytest.mark.parametrize("tokens", [64, 300])                       # two ways: below and above 256
+def test_attention_in_bfloat16_on_a_cpu_is_attention(tokens):
+    q, k, v = (randn(2, 8, n, 8, seed=n + i).bfloat16() for i, n in enumerate((tokens, 77, 77)))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert relative(attend(q, k, v), exact) < 8e-3                  # bfloat16 has 8 bits: 2^-8 = 4e-3
+
+
+def test_under_bf16_autocast_the_unet_stays_close_and_its_norms_and_time_embedding_are_float32(files, monkeypatch):
+    sd = load_checkpoint(files["sd21"])
+    exact, dtypes = sd.unet(*inputs()), {}
+
+    def record(name):
+        original = getattr(F, name)
+
+        def recorded(x, *args):
+            dtypes.setdefault(name, set()).add(x.dtype)
+            return original(x, *args)
+
+        monkeypatch.setattr(F, name, recorded)
+
+    record("group_norm")
+    record("layer_norm")
+    sd.unet.time_embed.register_forward_hook(
+        lambda module, args, output: dtypes.update(time={args[0].dtype, output.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = sd.unet(*inputs())
+    assert dtypes == dict.fromkeys(("group_norm", "layer_norm", "time"), {torch.float32})
+    assert 1e-4 < relative(rough, exact) < 2.5e-2
+
+
+def test_a_model_read_as_bf16_stays_close_to_float32(files):
+    images, latents, rough, exact = randn(1, 3, 16, 16).float(), randn(1, 4, 2, 2).float(), [], []
+    for outputs, dtype in (rough, torch.bfloat16), (exact, torch.float32):
+        sd = load_checkpoint(files["sd21"], dtype=dtype)
+        outputs += [sd.unet(*inputs()), sd.encode(images), sd.decode(latents), sd.encode_text(PROMPTS[:3])]
+    assert all(a.dtype == torch.bfloat16 and relative(a, b) < 3e-2 for a, b in zip(rough, exact))
+
+
+def test_times_are_not_rounded_in_a_bf16_network(files):
+    sd, seen = load_checkpoint(files["sd15"], dtype=torch.bfloat16), []
+    sd.unet.time_embed.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    sd.unet(torch.zeros(2, 4, 8, 8), torch.tensor([998.0, 999.5]), torch.zeros(2, 77, 128))  # in bfloat16 both are 1000
+    assert seen[0].dtype == torch.float32 and relative(*seen[0]) > 0.1
+
+
+def test_activation_checkpointing_recomputes_and_changes_no_gradient(files):
+    unet = load_checkpoint(files["sd21"]).unet.requires_grad_().train()
+    calls, gradients = [], []
+    unet.input_blocks[1][0].in_layers[1].register_forward_hook(lambda *args: calls.append(1))
+    for unet.checkpointing in (False, True):
+        unet.zero_grad()
+        unet(*inputs()).square().sum().backward()
+        gradients.append([parameter.grad for parameter in unet.parameters()])
+    assert len(calls) == 1 + 2
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))

@@ -1,0 +1,129 @@
+"""What the READMEs print is true: the lines of the equations, the code, the commands and their flags, the links."""
+import importlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+from diff2flow import Diff2Flow
+from schedule import sd_schedule
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / name for name in ("README.md", "toy/README.md", "claims/README.md", "tests/README.md")]
+
+
+def commands(page):
+    """-> the commands that a page shows, each the words after "python"; comments and continued lines are joined."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^    (?:.*&& )?python ((?:-m )?[\w./]+(?: .*)?)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_each_equation_stands_on_the_line_that_the_readme_names():
+    code = (ROOT / "diff2flow.py").read_text().splitlines()
+    rows = re.findall(r"^\| (Eqs?\. .+?): .*\(diff2flow\.py#L(\d+)\)", README, re.MULTILINE)
+    assert len(rows) == 10
+    for equations, line in rows:
+        where = code[int(line) - 1]
+        numbers = re.findall(r"\d+", equations.split(" and ")[-1])
+        assert "Eq" in where or "Algorithm" in where, (equations, where)
+        assert all(number in where for number in numbers), (equations, where)
+
+
+def test_the_dozen_lines_run_as_printed_and_diffusers_unet_gives_the_velocity_that_its_own_output_means(tmp_path):
+    from diffusers import UNet2DConditionModel
+    ours, theirs = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    names = {"images": images, "captions": ["a red image", "a blue image"], "folder": tmp_path}
+    exec(ours, names)
+    assert 0 < names["loss"].item() < 10 and names["pictures"].shape == (2, 3, 64, 64)
+
+    UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).save_pretrained(tmp_path)
+    exec(theirs, names)
+    x_fm, t_fm, context = torch.randn(2, 4, 16, 16), torch.tensor([0.2, 0.7]), torch.randn(2, 77, 32)
+    alpha, sigma = sd_schedule()
+    t_dm = torch.from_numpy(np.interp(-t_fm.double(), -alpha / (alpha + sigma), torch.arange(1000)))
+    r = (t_fm**2 + (1 - t_fm) ** 2).rsqrt().view(-1, 1, 1, 1)
+    alpha, sigma = r * t_fm.view(-1, 1, 1, 1), r * (1 - t_fm).view(-1, 1, 1, 1)
+    x_dm = (alpha + sigma) * x_fm
+    with torch.no_grad():
+        eps = names["unet"](x_dm, t_dm.float(), context).sample
+        u = names["flow"](x_fm, t_fm, context)
+    x1 = (x_dm - sigma * eps) / alpha
+    assert torch.allclose(u, x1 - eps, atol=1e-3)               # the table is linear between timesteps: 3e-5 of alpha
+
+
+def test_the_method_needs_two_files_and_torch_alone(tmp_path):
+    for name in ("diff2flow.py", "schedule.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = """
+import sys, torch
+before = set(sys.modules)
+from diff2flow import Diff2Flow
+from schedule import sd_schedule
+Diff2Flow(lambda x_dm, t_dm, context: x_dm, *sd_schedule()).sample(torch.zeros(1, 1, 2, 2), None, 1)
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(*sorted(new - {"torch"} - set(sys.stdlib_module_names)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == ["diff2flow", "schedule"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_every_command_has_the_flags_that_it_is_shown_with(page, monkeypatch, capsys):
+    """A script's own --help must know each flag that a page uses with it."""
+    tried = 0
+    for words in commands(page):
+        module = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
+        if module == "pytest":
+            continue
+        has_commands = module in ("toy.judge", "toy.make_prior", "claims.report")
+        monkeypatch.setattr(sys, "argv", [module, *(words[2:3] if has_commands else []), "--help"])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(module).main()
+        known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        flags = {word for word in words if word.startswith("--")}
+        assert stop.value.code == 0 and flags <= known, (words, flags - known)
+        tried += 1
+    assert tried > 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_every_link_leads_to_a_file(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_printed_sigmas_are_those_of_four_steps():
+    shown = re.search(r"^    ([\d.]+(?: [\d.]+){4})$", README, re.MULTILINE)[1]
+    sigmas = sample.sigma_grid(Diff2Flow(None, *sd_schedule()), 4)
+    assert " ".join(f"{sigma:.4f}" for sigma in sigmas) == shown
+
+
+def test_the_line_for_coco_takes_the_first_caption_of_each_picture(tmp_path):
+    """The file lists annotations in no order of pictures, with spaces and line ends in some captions."""
+    command = re.search(r"^    python (-c .*) > captions.txt$", README, re.MULTILINE)[1]
+    annotations = [{"image_id": i, "id": n, "caption": caption} for n, (i, caption) in enumerate(
+        [(9, "a dog "), (2, "two\nboats"), (9, "a second"), (40, "a red bus"), (2, "x")])]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_val2017.json").write_text(json.dumps({"images": [], "annotations": annotations}))
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.splitlines() == ["two boats", "a dog", "a red bus"]
+
+
+def test_ruff_finds_nothing():
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
+    done = subprocess.run(ruff, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stdout

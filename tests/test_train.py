@@ -1,0 +1,563 @@
+"""train.py: what a run leaves behind, that it can be killed, what its steps see, its recipes, and what it refuses."""
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import depth
+import sample
+import train
+from data import read_pairs
+from diff2flow import Diff2Flow
+from files import replacing
+from model import StableDiffusion, load_checkpoint
+from tests import runs
+from tests.runs import FEW, SHORT, call, metadata, refusal, rows_of, same, save_photo, save_photos, working_in, works
+from toy.scenes import Scenes
+
+ROOT = Path(train.__file__).parent
+tiny, at_work = runs.tiny, runs.at_work
+pytestmark = pytest.mark.usefixtures("at_work")
+RESUMABLE = SHORT + "--grad-accum 2 --save-every 2 --ema 0.9 --caption-dropout 0.5 "
+WHOLE = RESUMABLE + "--steps 6 --preview-every 3 --keep --out "
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """-> the folder of a run of WHOLE that was not interrupted, and what it printed. To be read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    with working_in(folder, tiny):
+        out = works(train, WHOLE + "run")
+    return folder / "run", out
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(words, step, error=Killed):
+    """Train, but die at the beginning of step `step`."""
+    plain = train.learning_rate
+
+    def deadly(s, args):
+        if s == step:
+            raise error
+        return plain(s, args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "learning_rate", deadly)
+        if error is not Killed:
+            return call(train, words)
+        with pytest.raises(Killed):
+            call(train, words)
+
+
+def settings(words):
+    """-> what train.py makes of a command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *shlex.split(words)])
+        return train.arguments()
+
+
+def loss_calls(words):
+    """Train -> what each training batch gave to the loss, and a number that the loss could draw there."""
+    plain, calls = Diff2Flow.loss, []
+
+    def spied(self, x1, context, x0=None, t_fm=None, mask=None):
+        with torch.random.fork_rng():
+            drawn = torch.rand(()).item()
+        calls.append(SimpleNamespace(x1=x1, context=context, x0=x0, t_fm=t_fm, mask=mask, drawn=drawn))
+        return plain(self, x1, context, x0, t_fm, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Diff2Flow, "loss", spied)
+        works(train, words)
+    return calls
+
+
+def encoded(words):
+    """Train -> the pictures that the training batches encode, and the prompts of the whole run."""
+    images, prompts, plain, plain_text = [], set(), StableDiffusion.encode, StableDiffusion.encode_text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusion, "encode", lambda sd, x: images.extend(x) or plain(sd, x))
+        patch.setattr(StableDiffusion, "encode_text", lambda sd, words: prompts.update(words) or plain_text(sd, words))
+        works(train, words)
+    return images[2:], prompts                          # the first two are held out
+
+
+def make_pairs(words=""):
+    """pairs/: seven pairs in files of four."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "PAIRS_A_FILE", 4)
+        works(sample, FEW + "--pairs 7 --batch 4 --steps 1 --cfg 3 --out pairs " + words)
+
+
+def save_depth_photos(folder):
+    """Three pictures with depth, whose left part, a few pixels more than two latents, has none."""
+    for i in range(3):
+        save_photo(f"{folder}/{i}.png", 32, 48, seed=i)
+        values = np.random.default_rng(i).uniform(1, 9, (32, 48))
+        values[:, :9] = [np.nan, np.inf, 0][i]
+        np.save(f"{folder}/{i}.npy", values)
+
+
+# ------------------------------------------------------------------ what a run leaves behind
+
+def test_train_alone_leaves_a_run_and_its_next_command_samples_from_it():
+    out = works(train, "--steps 10 --batch 2 --validation 2 --previews 2 --scenes 8 --size 32")
+    folder, = Path("runs").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"lora.safetensors", "state.safetensors", "metrics.jsonl",
+                                                        "validation.jsonl", "before_after.png", "result.json"}
+    row, = rows_of(folder / "metrics.jsonl")
+    assert list(row) == ["step", "loss", "grad", "lr", "img_s", "mem_gb"] and row["step"] == 10
+    assert all(math.isfinite(value) for value in row.values())
+    result = json.loads((folder / "result.json").read_text())
+    assert f"{result['velocity_error_before']:.4f} before, {result['velocity_error_after']:.4f} after" in out
+    assert f"{folder}/before_after.png" in out and f"weights: {folder}/lora.safetensors" in out
+    python, script, *words = shlex.split(out.split("next: ")[1])
+    assert (python, script) == ("python", "sample.py")
+    assert f"{folder}/lora.safetensors" in works(sample, shlex.join(words)) and Path("samples.png").exists()
+
+
+def test_as_real_commands_training_and_the_next_command_that_it_prints_work(tiny):
+    def command(words):
+        done = subprocess.run([sys.executable, *shlex.split(words)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    out = command(f"{ROOT}/train.py --ckpt {tiny} --out 'my run' --lora none {SHORT} --grad-accum 1 --steps 2")
+    out = command(out.split("next: python ")[1].replace("sample.py", f"{ROOT}/sample.py", 1))
+    assert Path("samples.png").exists() and "my run/model.safetensors" in out
+
+
+def test_pictures_errors_and_checkpoints_come_at_their_intervals(whole):
+    folder, out = whole                                 # 6 steps, a preview every 3, a checkpoint every 2
+    assert {path.name for path in folder.glob("step_*")} == {"step_000003.png", "step_000006.png"}
+    assert metadata(folder / "state.safetensors")["step"] == "6" and f"{folder.name}/step_000006.png" in out
+    assert [row["step"] for row in rows_of(folder / "metrics.jsonl")] == [2, 4, 6]
+    rows, result = rows_of(folder / "validation.jsonl"), json.loads((folder / "result.json").read_text())
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    assert [rows[0]["velocity_error"], rows[2]["velocity_error"]] == [
+        result["velocity_error_before"], result["velocity_error_after"]]
+
+
+def test_keep_leaves_the_weights_of_each_checkpoint_under_its_step(whole):
+    kept = {path.name for path in whole[0].glob("lora*")}
+    assert kept == {"lora.safetensors", *(f"lora-{step:06d}.safetensors" for step in (2, 4, 6))}
+    assert same(whole[0] / "lora.safetensors", whole[0] / "lora-000006.safetensors")
+    assert not same(whole[0] / "lora.safetensors", whole[0] / "lora-000004.safetensors")
+
+
+def test_all_weights_are_saved_as_a_checkpoint_of_averages_in_which_the_unet_alone_has_changed(tiny):
+    works(train, SHORT + "--lora none --objective fm --ema 0.9 --out run")
+    before, after, state = (load_file(path) for path in (tiny, "run/model.safetensors", "run/state.safetensors"))
+    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("model.diffusion_model.") for name in changed)
+    name = "input_blocks.1.0.in_layers.2.weight"
+    assert torch.equal(after["model.diffusion_model." + name], state["average/" + name].half())
+    assert not torch.equal(state["average/" + name].half(), state["parameter/" + name].half())
+    assert load_checkpoint("run/model.safetensors").metadata["objective"] == "fm"
+
+
+def test_a_lora_says_what_it_was_trained_for(whole, tiny):
+    told = metadata(whole[0] / "lora.safetensors")
+    assert told == {"format": "pt", "objective": "diff2flow", "style": "outline", "prediction": "v", "preset": "base",
+                    "task": "text-to-image", "schedule": "scaled_linear", "base": tiny.name, "resolution": "32 32"}
+
+
+def test_a_new_run_does_not_mix_with_an_old_one_in_its_folder(whole):
+    assert f"--resume {whole[0]}" in refusal(train, f"{SHORT} --out {whole[0]}")
+
+
+# ------------------------------------------------------------------ killed and resumed
+
+def test_a_killed_and_resumed_run_leaves_the_files_of_one_that_was_not(whole):
+    kill(WHOLE + "run", 3)
+    assert metadata("run/state.safetensors")["step"] == "2"
+    with open("run/metrics.jsonl", "a") as file:
+        file.write('{"step": 3}\n')                     # as longer runs do between two checkpoints
+    works(train, "--resume run")
+    for path in whole[0].iterdir():
+        if path.suffix == ".safetensors":
+            assert same(path, f"run/{path.name}"), path.name
+        elif path.name == "metrics.jsonl":
+            here, there = ([{**row, "img_s": 0} for row in rows_of(folder / path.name)]
+                           for folder in (whole[0], Path("run")))
+            assert here == there
+        else:
+            assert path.read_bytes() == Path("run", path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("words", ["--lora none --data photos", "--task reflow --data pairs", "--task depth"])
+def test_a_killed_and_resumed_run_ends_bit_for_bit_like_one_that_was_not(words):
+    save_photos("photos")
+    words = RESUMABLE + words + " --out "
+    if "reflow" in words:
+        make_pairs()
+        words = words.replace("--size 32", "")
+    works(train, words + "whole")
+    kill(words + "killed", 3)
+    works(train, "--resume killed")
+    name = "lora.safetensors" if "reflow" in words else "model.safetensors"
+    assert same("whole/state.safetensors", "killed/state.safetensors") and same(f"whole/{name}", f"killed/{name}")
+    assert Path("whole/result.json").read_text() == Path("killed/result.json").read_text()
+
+
+def test_a_run_killed_while_it_saves_its_last_weights_still_gets_them(whole, monkeypatch):
+    plain = train.save_weights
+
+    def deadly(args, out, sd, metadata, step):
+        if step == 6:
+            raise Killed
+        plain(args, out, sd, metadata, step)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_weights", deadly)
+        call(train, WHOLE + "run")
+    works(train, "--resume run")
+    assert same(whole[0] / "lora.safetensors", "run/lora.safetensors")
+
+
+def test_resuming_a_finished_run_changes_nothing(whole):
+    shutil.copytree(whole[0], "run")
+    works(train, "--resume run")
+    assert all(path.read_bytes() == Path("run", path.name).read_bytes() for path in whole[0].iterdir())
+
+
+def test_the_state_of_another_model_is_refused(whole):
+    shutil.copytree(whole[0], "run")
+    state, told = load_file("run/state.safetensors"), metadata("run/state.safetensors")
+    del state[next(name for name in state if name.startswith("parameter/"))]
+    save_file(state, "run/state.safetensors", told)
+    assert "the state of another model" in refusal(train, "--resume run")
+
+
+def test_an_interrupt_says_how_to_go_on():
+    result = kill(SHORT + "--save-every 1 --out 'my run'", 3, KeyboardInterrupt)
+    assert result.code == 130 and result.err.splitlines()[-1] == "interrupted" and "Traceback" not in result.err
+    python, script, *words = shlex.split(result.out.split("go on with: ")[1])
+    assert (python, script) == ("python", "train.py")
+    works(train, shlex.join(words))
+    assert metadata("my run/state.safetensors")["step"] == "4"
+
+
+# ------------------------------------------------------------------ a step
+
+def test_the_learning_rate_rises_and_then_stays_or_falls_by_half_a_cosine_to_a_hundredth():
+    args = Namespace(lr=2.0, warmup=4, steps=24, decay="cosine")
+    rates = {step: train.learning_rate(step, args) for step in (0, 3, 4, 14, 24)}
+    assert rates == pytest.approx({0: 0.5, 3: 2.0, 4: 2.0, 14: 1.01, 24: 0.02})
+    args.decay = "constant"
+    assert [train.learning_rate(step, args) for step in (0, 4, 24)] == [0.5, 2.0, 2.0]
+
+
+def test_a_step_is_adams_with_the_clipped_gradient_at_the_learning_rate_of_that_step():
+    works(train, SHORT + "--steps 1 --warmup 4 --clip 0.01 --lora 2 --out run")
+    state = load_file("run/state.safetensors")
+    gradient = torch.cat([state[name].flatten() / 0.1 for name in state if name.startswith("adam/exp_avg/")])
+    assert gradient.norm().item() == pytest.approx(0.01, rel=1e-4)
+    assert rows_of("run/metrics.jsonl")[0]["grad"] > 0.1
+    change = max(state[name].abs().max().item() for name in state                   # an up is 0 before the first step
+                 if re.fullmatch(r"parameter/middle_block.*\.up", name))
+    assert change == pytest.approx(1e-3 / 4, rel=1e-2)
+
+
+def test_two_accumulated_half_batches_are_one_batch(monkeypatch):
+    plain = Diff2Flow.loss
+    monkeypatch.setattr(Diff2Flow, "loss", lambda self, x1, context, *_: plain(     # the noise would be another one
+        self, x1, context, -x1.roll(1, -1), torch.full((len(x1),), 0.5)))
+    for name, split in ("one", "--batch 4"), ("two", "--batch 2 --grad-accum 2"):
+        works(train, f"{SHORT} --steps 1 --lora 2 --clip 1e6 --caption-dropout 0 {split} --out {name}")
+    one, two = load_file("one/state.safetensors"), load_file("two/state.safetensors")
+    names = [name for name in one if name.startswith("adam/exp_avg/")]
+    assert names and all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-6) for name in names)
+    assert rows_of("one/metrics.jsonl")[0]["loss"] == pytest.approx(rows_of("two/metrics.jsonl")[0]["loss"], rel=1e-4)
+
+
+def test_the_average_forgets_by_its_decay_and_in_the_first_steps_faster():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    ema = train.EMA({"weight": weight})
+    weight.data += 1
+    averages = []
+    for step, decay in (0, 0.999), (8, 0.999), (10**6, 0.99), (0, 0.0):             # of the old: 0.1, 0.5, 0.99, 0
+        ema.update(step, decay)
+        averages.append(ema.average["weight"][0].item())
+        weight.data += 1
+    assert averages == pytest.approx([0.9, 0.5 * 0.9 + 0.5 * 2, 0.99 * 1.45 + 0.01 * 3, 4])
+
+
+def test_the_parameters_hold_their_average_inside_with_and_come_back_after_an_error():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    ema = train.EMA({"weight": weight})
+    weight.data += 1
+    with pytest.raises(Killed), ema.in_place():
+        assert weight.item() == 0 and ema.average["weight"].item() == 1
+        raise Killed
+    assert weight.item() == 1 and ema.average["weight"].item() == 0
+
+
+def test_dropped_captions_are_the_empty_one_and_the_share_is_as_asked():
+    torch.manual_seed(0)
+    captions = [f"caption {i}" for i in range(4000)]
+    dropped = train.drop_captions(captions, 0.1)
+    assert all(new in ("", old) for new, old in zip(dropped, captions)) and 320 < dropped.count("") < 480
+    assert train.drop_captions(captions, 0.0) == captions and set(train.drop_captions(captions, 1.0)) == {""}
+
+
+def test_logit_normal_times_crowd_the_middle():
+    torch.manual_seed(0)
+    times = train.draw_times(4000, "logit-normal", "cpu")
+    assert 0 < times.min() and times.max() < 1 and train.draw_times(4000, "uniform", "cpu") is None
+    assert ((times > 0.25) & (times < 0.75)).float().mean().item() == pytest.approx(0.728, abs=0.03)
+    assert times.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_loss_sees_dropped_captions_times_as_asked_and_noise_of_its_own_in_each_batch(tiny):
+    calls = loss_calls(SHORT + "--grad-accum 2 --caption-dropout 1 --t-sampling logit-normal --lora 2 --out run")
+    empty = load_checkpoint(tiny).encode_text(["", ""])
+    assert len(calls) == 8 and all(torch.allclose(call.context, empty, atol=1e-5) for call in calls)
+    assert len({call.t_fm[0].item() for call in calls}) == len({call.drawn for call in calls}) == 8
+    calls = loss_calls(SHORT + "--caption-dropout 0 --lora 2 --steps 1 --out other")
+    assert calls[0].t_fm is None and not torch.allclose(calls[0].context, empty, atol=1e-2)
+
+
+def test_scenes_are_encoded_once_each():
+    images, _ = encoded(SHORT + "--steps 6 --batch 3 --lora 2 --out run")
+    scenes = [Scenes(8, 32, 32, "outline", 0)[i]["image"] for i in range(8)]
+    assert len(images) == 8 and all(any(torch.equal(image, scene) for image in images) for scene in scenes)
+
+
+def test_photographs_are_encoded_anew_with_new_crops_and_trained_with_their_captions():
+    save_photos("photos")
+    images, prompts = encoded(SHORT + "--steps 6 --size 32 48 --caption-dropout 0 --lora 2 --data photos --out run")
+    assert len(images) == 12 and images[0].shape == (3, 32, 48)
+    assert not any(torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
+    assert prompts >= {"a red boat", "a tall tree", "a roof"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_is_kept(monkeypatch):
+    plain, calls = Diff2Flow.loss, count(1)
+    monkeypatch.setattr(Diff2Flow, "loss", lambda *args: plain(*args) * (math.nan if next(calls) == 3 else 1))
+    line = refusal(train, SHORT + "--save-every 2 --lora 2 --out run")
+    assert "the loss is nan, its gradient nan at step 4: stopped" in line and "lower --lr than 0.001" in line
+    assert metadata("run/state.safetensors")["step"] == "2"
+    assert all(tensor.isfinite().all() for tensor in load_file("run/lora.safetensors").values())
+
+
+def test_recomputed_activations_are_a_flag_and_a_frozen_base_is_read_as_bf16_with_a_float32_lora():
+    args = settings(SHORT + "--checkpointing --precision bf16 --lora 2")
+    sd, _, trained = train.load_trainable(args, torch.device("cpu"))
+    assert sd.unet.checkpointing and sd.unet.out[2].base.weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    args = settings(SHORT + "--precision bf16 --lora none")
+    sd, _, trained = train.load_trainable(args, torch.device("cpu"))
+    assert not sd.unet.checkpointing and {parameter.dtype for parameter in trained.values()} == {torch.float32}
+
+
+def test_bf16_trains_on_a_cpu_and_stays_near_float32():
+    for precision in "fp32", "bf16":
+        works(train, f"{SHORT} --steps 2 --lora 2 --precision {precision} --out {precision}")
+    (fp32,), (bf16,) = rows_of("fp32/metrics.jsonl"), rows_of("bf16/metrics.jsonl")
+    assert bf16["loss"] == pytest.approx(fp32["loss"], rel=0.05) and bf16["loss"] != fp32["loss"]
+
+
+# ------------------------------------------------------------------ validation
+
+def test_the_velocity_error_is_the_mean_over_the_held_out_pictures_whatever_the_batch():
+    args = settings(SHORT + "--validation 3")
+    args.precision = "fp32"
+    sd, flow, _ = train.load_trainable(args, torch.device("cpu"))
+    _, items, _, _ = train.open_data(args, sd)
+    assert [item["caption"] for item in items] == [Scenes(3, 32, 32, "outline", 1)[i]["caption"] for i in range(3)]
+    errors = []
+    for args.batch in 3, 2:
+        validation = train.Validation(args, Path("run"), sd, flow, train.text_to_image, items)
+        errors.append(validation.velocity_error())
+    with torch.no_grad():
+        x1 = sd.encode(torch.stack([item["image"] for item in items]))
+        x0, t_fm = validation.noise, torch.tensor([0.5, 0.118034, 0.736068]).view(3, 1, 1, 1)
+        context = sd.encode_text([item["caption"] for item in items])
+        u = flow(t_fm * x1 + (1 - t_fm) * x0, t_fm.flatten(), context)
+        expected = (u - (x1 - x0)).square().mean().item()
+    assert errors == pytest.approx([expected, expected], rel=1e-4)
+
+
+def test_hardware_that_makes_a_command_hopeless_is_told_what_it_will_take(monkeypatch, capsys, whole):
+    card = Namespace(batch=4, grad_accum=16, steps=20_000)                          # 3 x 64 forward passes a step
+    train.say_if_hopeless(card, 0.1)
+    assert capsys.readouterr().out == "" and "warning" not in whole[1]
+    train.say_if_hopeless(card, 1.0)
+    assert "a step takes about 3 minutes and 20,000 steps about 44 days" in capsys.readouterr().out
+    train.say_if_hopeless(Namespace(batch=1, grad_accum=1, steps=1), 300.0)
+    assert "a step takes about 15 minutes and 1 steps about 0 days" in capsys.readouterr().out
+    clock = count(0, 1000)                                                          # seconds; 2 held-out pictures
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock)))
+    out = works(train, SHORT + "--steps 1 --lora 2 --out run")
+    assert out.index("before training: ") < out.index("a step takes about 50 minutes") < out.index("weights: ")
+
+
+# ------------------------------------------------------------------ Reflow, depth, and Stable Diffusion's own layout
+
+def test_reflow_trains_on_each_pairs_own_noise_and_is_sampled_without_guidance():
+    make_pairs()
+    pairs = [read_pairs(f"pairs/pairs-00000{i}.safetensors") for i in (0, 1)]
+    noise, latent = (torch.cat([file[name] for file in pairs]).float() for name in ("noise", "latent"))
+    words = SHORT.replace("--size 32", "") + "--task reflow --data pairs --steps 5 --out run"
+    seen = []
+    for batch in loss_calls(words):
+        for x1, x0 in zip(batch.x1, batch.x0):
+            number = (noise == x0).all((1, 2, 3)).nonzero().item()
+            assert torch.equal(latent[number], x1)
+            seen.append(number)
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4]                  # pairs 5 and 6 are held out
+    assert metadata("run/lora.safetensors")["cfg"] == "1.0"
+    assert "cfg 1," in works(sample, FEW + "--n 1 --lora run/lora.safetensors")
+
+
+def test_the_velocity_error_of_reflow_is_measured_with_the_held_out_pairs_own_noise():
+    make_pairs()
+    args = settings(SHORT.replace("--size 32", "") + "--task reflow --data pairs")
+    args.precision = "fp32"
+    sd, flow, _ = train.load_trainable(args, torch.device("cpu"))
+    _, items, size, _ = train.open_data(args, sd)
+    validation = train.Validation(args, Path("run"), sd, flow, train.reflow, items)
+    pairs = read_pairs("pairs/pairs-000001.safetensors")
+    assert torch.equal(validation.noise, pairs["noise"][1:].float()) and size == [32, 32]
+    assert torch.equal(validation.latents["x1"], pairs["latent"][1:].float())
+
+
+def test_a_latent_counts_only_if_all_its_pixels_have_depth():
+    fake = SimpleNamespace(device=torch.device("cpu"), factor=4, encode=lambda images: images[:, :1, ::4, ::4])
+    torch.manual_seed(0)
+    depth_values, valid = torch.randn(1, 1, 16, 24), torch.ones(1, 1, 16, 24, dtype=torch.bool)
+    valid[0, 0, 7, 8] = False                           # the lower left corner of latent (1, 2)
+    batch = {"image": torch.randn(1, 3, 16, 24), "depth": depth_values, "valid": valid, "caption": [""]}
+    x1, x0, context, mask = train.EXAMPLES["depth"](fake, train.to_latents(fake, batch))
+    assert (mask == 0).nonzero().tolist() == [[0, 0, 1, 2]] and mask.sum() == 23 and x0 is None
+    assert torch.equal(x1, depth_values[:, :, ::4, ::4]) and torch.equal(context, batch["image"][:, :1, ::4, ::4])
+    flow = Diff2Flow(lambda x_dm, t_dm, context: 0 * x_dm, torch.tensor([0.9, 0.1]), torch.tensor([0.4359, 0.9950]))
+
+    def loss(x1):
+        return flow.loss(x1, context, torch.zeros_like(x1), torch.tensor([0.4]), mask).item()
+    outside, inside = x1.clone(), x1.clone()
+    outside[0, 0, 1, 2], inside[0, 0, 1, 3] = 100, 100
+    assert loss(outside) == loss(x1) and loss(inside) > 10 * loss(x1)
+
+
+def test_depth_trains_on_folders_with_holes_by_their_weights_and_its_next_command_predicts():
+    save_depth_photos("a")
+    save_depth_photos("b")
+    words = SHORT.replace("--size 32", "--size 32 48") + "--lora 2 --task depth --data a b --weights 9 1 --out run"
+    for batch in loss_calls(words):
+        assert (batch.mask[:, 0].sum(2) == 9).all() and batch.context.shape == batch.x1.shape == (2, 4, 8, 12)
+    assert metadata("run/lora.safetensors")["task"] == "depth"
+    shutil.copy("a/0.png", "photo.jpg")
+    works(depth, "photo.jpg --steps 1 --lora run/lora.safetensors --device cpu")    # as train.py says
+    assert np.load("depth/photo.npy").shape == (32, 48)
+
+
+def test_the_cards_command_trains_a_lora_on_photographs_from_a_file_of_stable_diffusions_layout(files):
+    save_photos("photos")
+    Path("photos/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a picture")
+    result = call(train, f"--ckpt {files['sd21']} --data photos --size 64 --steps 2 --batch 2 --grad-accum 1 "
+                         "--validation 2 --previews 1 --device cpu --out run")
+    assert result.code == 0 and "1 of 4 images unreadable and skipped, first photos/broken.jpg" in result.err
+    assert "(LoRA base)" in result.out and "3 pictures in photos, 64x64" in result.out
+    assert load_file("run/lora.safetensors").keys() > {"lora_unet_conv_in.lora_up.weight"}
+    words = result.out.split("next: python sample.py ")[1].strip()
+    assert str(files["sd21"]) in words
+    works(sample, f"{words} --steps 1 --n 1 --size 64 --device cpu")
+
+
+# ------------------------------------------------------------------ recipes
+
+PAPER = {  # Appendix A: --task and more -> what it sets
+    "": dict(steps=20_000, batch=4, grad_accum=16, lr=1e-5, decay="constant", caption_dropout=0.02, size=None),
+    "--task reflow --data pairs": dict(steps=60_000, grad_accum=32, lr=2e-5, decay="cosine", caption_dropout=0.0),
+    "--task depth": dict(steps=20_000, batch=4, grad_accum=8, lr=3e-5, decay="cosine", size=[384, 512])}
+LORA = {"": "base", "--task reflow --data pairs": "small", "--task depth": "base"}
+
+
+@pytest.mark.parametrize("words", PAPER)
+def test_a_checkpoint_of_your_own_gets_the_papers_recipe_with_a_lora(words):
+    args = vars(settings(f"--ckpt sd21.safetensors {words}"))
+    assert {name: args[name] for name in PAPER[words]} == PAPER[words] and args["lora"] == LORA[words]
+
+
+def test_a_bundled_prior_gets_a_recipe_of_minutes_and_a_flag_of_yours_wins_even_if_it_is_zero(tiny):
+    for words in "", f"--ckpt {tiny.parent}/other.safetensors":
+        args = settings(words)
+        assert (args.steps, args.batch, args.grad_accum, args.lora, args.style) == (300, 32, 1, "base", "outline")
+    assert settings("--task depth").lora == "none" and settings("--task depth").style == "solid"
+    args = settings("--warmup 0 --caption-dropout 0 --lora none --steps 7")
+    assert (args.warmup, args.caption_dropout, args.lora, args.steps, args.batch) == (0, 0, "none", 7, 32)
+
+
+def test_the_help_of_every_flag_of_the_recipes_names_its_default_in_each_task():
+    result = call(train, "--help")
+    text = " ".join(result.out.split())
+    for name, row in train.RECIPES.items():
+        if name == "size":                              # the checkpoint's own, but for depth
+            assert "64 for the bundled priors, else 512; depth on your checkpoint: 384 512)" in text
+            continue
+        row = ["none" if value is None else str(value) for value in row]
+        shown = re.search(rf"--{name.replace('_', '-')} [^()]*\(default: ([^)]*)\)", text)[1]
+        halves = shown.split("; on a bundled prior: ")
+        if len(halves) == 1:
+            assert set(row) == {shown}
+        else:
+            assert [half.split(", ") for half in halves] == [
+                [f"{value} {task}" for value, task in zip(row[i:i + 3], train.TASKS)] for i in (0, 3)]
+
+
+# ------------------------------------------------------------------ what is refused
+
+@pytest.fixture(scope="module")
+def bad(tiny, tmp_path_factory):
+    """A folder of what cannot be used."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "truncated.safetensors").write_bytes(tiny.read_bytes()[:100_000])
+    for name, content in ("truncated", tiny.read_bytes()[:1000]), ("zeros", bytes(100)):
+        with replacing(folder / name / "state.safetensors") as temporary:
+            temporary.write_bytes(content)
+    (folder / "foreign").mkdir()
+    save_file({"weight": torch.ones(2)}, folder / "foreign/state.safetensors")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("")
+    sd = load_checkpoint(tiny)
+    sd.add_picture_input()
+    sd.save(folder / "depth.safetensors", torch.float16)
+    return folder
+
+
+REFUSED = {
+    "--ckpt {}/none.safetensors": "no such checkpoint file", "--ckpt {}/truncated.safetensors": "truncated",
+    "--ckpt {}/depth.safetensors": "only --task depth trains", "--use-ema": "no EMA weights",
+    "--size 65": "65x65", "--size 64 64 64": "3 numbers", "--steps 0": "--steps 0", "--grad-accum 0": "--grad-accum 0",
+    "--lr nan": "--lr nan", "--caption-dropout 2": "--caption-dropout 2", "--seed -1": "--seed -1",
+    "--lora foo": "--lora foo", "--lora 0": "--lora 0", "--weights 1": "--weights", "--data a b": "one folder",
+    "--data {}/none": "not there", "--data {}/empty": "no readable image",
+    "--task reflow": "--pairs N", "--task reflow --data {}/empty --objective dm": "velocity field",
+    "--task reflow --data {}/empty": "no pairs-", "--task depth --data {}/empty": "no picture with a depth file",
+    "--task depth --data {}/empty --weights 1 2": "2 weights for 1 folders",
+    "--resume {}/none": "no such file", "--resume {}/truncated": "truncated", "--resume {}/zeros": "zeros/state",
+    "--resume {}/foreign": "not written by train.py", "--device nonsense": "--device nonsense",
+    "--out {}/file": "file", "--out {}/file/run": "file",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_trained_is_one_line_and_leaves_nothing_behind(bad, words, monkeypatch, tmp_path):
+    monkeypatch.setattr(train.Validation, "velocity_error", lambda _: pytest.fail("measured before it failed"))
+    before = sorted(bad.rglob("*"))
+    line = refusal(train, words.format(bad))
+    assert REFUSED[words] in line and sorted(bad.rglob("*")) == before and not list(tmp_path.iterdir())

@@ -236,7 +236,7 @@ def run_tests(tree, tests, timeout, mutation=None):
     return happened, failed[1] if failed else output[-2000:] if happened == "error" else ""
 
 
-def main(mutations, tree):
+def main(mutations=MUTATIONS, tree=Path(__file__).parent.parent):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of the names of the mutations to run (default: all)")
     parser.add_argument("--tree", default=tree, help=f"folder of the code (default: {tree})")
@@ -275,4 +275,4 @@ def main(mutations, tree):
 
 
 if __name__ == "__main__":
-    main(MUTATIONS, Path(__file__).parent.parent)
+    main()

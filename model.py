@@ -390,8 +390,10 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)
         for stage in self.down:
-            for layer in (*stage["block"], *([stage["downsample"]] if "downsample" in stage else [])):
-                x = layer(x)
+            for block in stage["block"]:
+                x = block(x)
+            if "downsample" in stage:
+                x = stage["downsample"](x)
         for layer in self.mid.values():
             x = layer(x)
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -423,8 +425,10 @@ class Decoder(nn.Module):
         for layer in self.mid.values():
             x = layer(x)
         for stage in reversed(self.up):
-            for layer in (*stage["block"], *([stage["upsample"]] if "upsample" in stage else [])):
-                x = layer(x)
+            for block in stage["block"]:
+                x = block(x)
+            if "upsample" in stage:
+                x = stage["upsample"](x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

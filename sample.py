@@ -96,9 +96,10 @@ def load_flow(ckpt=None, lora_file=None, *, device="cpu", dtype=torch.float32, t
     sd = load_checkpoint(ckpt, device, dtype, prediction, use_ema)
     if lora_file:
         print(f"LoRA {lora_file}")
-        sd.metadata |= lora.read_metadata(lora_file)
-        sd.prediction = prediction or sd.metadata.get("prediction", sd.prediction)
-        if sd.metadata.get("task") == "depth":
+        told = lora.read_metadata(lora_file)
+        sd.metadata |= told
+        sd.prediction = prediction or told.get("prediction", sd.prediction)
+        if told.get("task") == "depth":
             sd.add_picture_input()
         lora.load(lora_file, sd.unet)
         lora.merge(sd.unet)
@@ -166,7 +167,8 @@ def make_pairs(args, sd, flow, prompts, shape, settings, amp):
 
     A file is written anew after each batch, whole, so that an interrupted run goes on with the pair it was at.
     """
-    out, files = Path(args.out), range(*(args.shards or (0, math.ceil(args.pairs / PAIRS_A_FILE))))
+    out, (first, last) = Path(args.out), args.shards or (0, math.ceil(args.pairs / PAIRS_A_FILE))
+    files = range(first, last)
     total = min(files.stop * PAIRS_A_FILE, args.pairs) - files.start * PAIRS_A_FILE
     print(f"{total:,} pairs of {2 * 2 * math.prod(shape):,} bytes, {args.steps} steps, cfg {args.cfg:g}, into {out}/")
     with tqdm(total=total, unit="pair", dynamic_ncols=True) as bar:
@@ -247,6 +249,13 @@ def check(args):
         raise ValueError(f"--out {args.out}: it must be the name of a picture, such as samples.png")
 
 
+def output_folder(args):
+    """-> the folder that pairs, single pictures or the grid go into."""
+    if args.pairs:
+        return Path(args.out)
+    return Path(args.out).with_suffix("") if args.singles else Path(args.out).parent
+
+
 def read_prompts(args):
     """-> the prompts of --prompt, --prompts and --data, in this order; none if none is given."""
     prompts = list(args.prompt or [])
@@ -305,6 +314,7 @@ def main():
         args.cfg = float(sd.metadata.get("cfg", 4.0))
     height, width = sd.picture_size(args.size)
     shape = (sd.config.latent_channels, height // sd.factor, width // sd.factor)
+    output_folder(args).mkdir(parents=True, exist_ok=True)      # what cannot be written is an error before the work
     n = args.pairs or args.n or len(prompts) or 8
     prompts = prompts or scene_captions(n, sd.metadata.get("style", "solid"))
     if args.pairs:

@@ -523,11 +523,17 @@ def finish(args, out, validation, items, size, errors, before, after):
                "velocity_error_after": errors[1]}
     with replacing(out / "result.json") as temporary:
         temporary.write_text(json.dumps(result) + "\n")
-    weights = out / ("model.safetensors" if args.lora == "none" else "lora.safetensors")
-    command = ["python", *(["depth.py", "photo.jpg"] if args.task == "depth" else ["sample.py"]), "--steps", "4"]
-    command += ["--ckpt" if args.lora == "none" else "--lora", str(weights)]
-    if args.lora != "none" and args.ckpt:
-        command += ["--ckpt", args.ckpt] + (["--use-ema"] if args.use_ema else [])
+    command = ["python", "depth.py", "photo.jpg"] if args.task == "depth" else ["python", "sample.py"]
+    if args.lora == "none":
+        weights = out / "model.safetensors"
+        command += ["--steps", "4", "--ckpt", str(weights)]
+    else:
+        weights = out / "lora.safetensors"
+        command += ["--steps", "4", "--lora", str(weights)]
+        if args.ckpt:
+            command += ["--ckpt", args.ckpt]
+        if args.use_ema:
+            command += ["--use-ema"]
     print(f"validation velocity error |u - (x1 - x0)|^2: {errors[0]:.4f} before, {errors[1]:.4f} after\n"
           f"same noise before and after, 4 steps: {out}/before_after.png\n"
           f"weights: {weights}\nnext: {shlex.join(command)}")

@@ -160,7 +160,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("sample.py: noise from the seed alone", "seed_of(seed, i)", "seed_of(seed, 0)"),
         ("sample.py: guidance after Reflow", 'sd.metadata.get("cfg", 4.0)', "4.0"),
         ("sample.py: objective of the file ignored", 'trained_by if trained_by in ("fm", "fm-flip") else "', '"'),
-        ("sample.py: prediction of the LoRA ignored", 'sd.metadata.get("prediction", sd.prediction)', "sd.prediction"),
+        ("sample.py: prediction of the LoRA ignored", 'told.get("prediction", sd.prediction)', "sd.prediction"),
         ("sample.py: negative prompt ignored", "sd.encode_text([negative])", 'sd.encode_text([""])'),
         ("sample.py: the oldest run", "max(wanted, key=", "min(wanted, key="),
         ("sample.py: depth models sampled as pictures", "if task is not None and sd.", "if False and sd."),

@@ -4,6 +4,7 @@ import io
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +25,9 @@ FEW = "--steps 2 --size 32 --device cpu "
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The file of a random model of the bundled priors' shape, with no layer at zero, so that prompts matter."""
+    """The file of a random model, narrower than the bundled priors, with no layer at zero, so that prompts matter."""
     torch.manual_seed(0)
-    sd = StableDiffusion(TINY, "v")
+    sd = StableDiffusion(replace(TINY, unet_widths=(32, 64), vae_widths=(32, 32, 32)), "v")
     for parameter in sd.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
@@ -74,9 +75,8 @@ def works(module, words):
 def refusal(module, words):
     """-> the one line of a command that must fail."""
     result = call(module, words)
-    *bars, line = result.err.splitlines()
+    line = result.err.splitlines()[-1]                  # above it there may be bars and warnings
     assert result.code == 2 and line.startswith("error: ") and "Traceback" not in result.err, result.err
-    assert not any(bar.startswith("error") for bar in bars)
     return line
 
 
@@ -96,7 +96,7 @@ def same(a, b):
 
 
 def save_photo(path, height=48, width=64, seed=0):
-    """A smooth random picture, so that neighbouring crops differ little but surely."""
+    """A smooth random picture."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)

@@ -3,8 +3,6 @@ back."""
 import json
 import os
 import shutil
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_image, seed_of
+from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_image
 from files import save_tensors
 from tests.runs import save_photo, save_photos
 
@@ -45,10 +43,6 @@ def test_any_start_and_any_stride_give_the_keys_of_one_walk():
     for start, stride in (0, 1), (4, 1), (13, 1), (2, 3), (11, 8):
         keys = Keys(5, 3, start, 33, stride)
         assert list(keys) == whole[start::stride] and len(keys) == len(whole[start::stride])
-
-
-def test_random_streams_of_neighbouring_seeds_do_not_meet():
-    assert len({seed_of(seed, i) for seed in range(3) for i in range(50_000)}) == 150_000
 
 
 def test_what_is_kept_is_prepared_once_an_item_and_comes_back_in_every_epoch():
@@ -88,7 +82,7 @@ def test_missing_captions_are_empty_and_counted_in_one_line(photos, capsys):
     assert error.count("\n") == 1 and "1 of 3 images without a caption" in error and "roof.jpg" in error
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a.jpg"}', '{"file_name": "a.jpg", "text": 3}'])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a.jpg"}'])
 def test_a_broken_line_of_metadata_is_named(photos, line):
     with open(photos / "metadata.jsonl", "a") as file:
         file.write(line)
@@ -112,14 +106,11 @@ def test_a_picture_damaged_behind_its_header_gives_way_to_the_next_and_is_said_o
     images = ImageFolder(photos, 16, 16)
     assert len(images) == 3 and images[0]["caption"] == images[3]["caption"] == "a roof"
     error = capsys.readouterr().err
-    assert error.count("cannot decode") == 1 and "boat.jpg" in error and "1 of 3 so far" in error
-
-
-def test_a_folder_of_damaged_pictures_alone_is_refused(photos):
-    for path in photos.glob("*.jpg"):
-        damage(path)
+    assert error.count("boat.jpg: cannot be read as a picture") == 1 and "1 of 3 so far" in error
+    damage(photos / "tree.jpg")
+    damage(photos / "roof.jpg")
     with pytest.raises(ValueError, match="none of the 3 images can be decoded"):
-        ImageFolder(photos, 16, 16)[0]
+        images[0]
 
 
 def test_a_folder_that_is_missing_a_file_or_empty_is_refused(tmp_path):
@@ -183,26 +174,11 @@ def test_alpha_is_composited_on_white(tmp_path):
     assert pixel(tmp_path, palette, transparency=3) == [255, 255, 255]
 
 
-def test_greyscale_one_bit_and_cmyk_become_rgb(tmp_path):
+def test_grey_16_bit_grey_and_cmyk_become_rgb_of_the_same_tones(tmp_path):
     assert pixel(tmp_path, Image.new("L", (16, 16), 77)) == [77, 77, 77]
-    assert pixel(tmp_path, Image.new("1", (16, 16), 1)) == [255, 255, 255]
+    assert pixel(tmp_path, Image.fromarray(np.full((16, 16), 200 * 257, np.uint16))) == [200, 200, 200]
     cyan = pixel(tmp_path, Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "image.jpg", quality=95)
     assert cyan[0] < 10 and cyan[1] > 245 and cyan[2] > 245
-
-
-def test_a_16_bit_grey_picture_keeps_its_tones(tmp_path):
-    assert pixel(tmp_path, Image.fromarray(np.full((16, 16), 100 * 257, np.uint16))) == [100, 100, 100]
-
-
-def test_a_16_bit_colour_picture_keeps_its_tones(tmp_path):
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))        # Pillow itself writes none
-    rows = (b"\0" + struct.pack(">3H", 10 * 257, 100 * 257, 200 * 257) * 16) * 16
-    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
-    image = ImageFolder(tmp_path, 8, 8)[0]["image"][:, 4, 4]
-    assert ((image + 1) * 127.5).round().int().tolist() == [10, 100, 200]
 
 
 def test_the_exif_orientation_is_obeyed(tmp_path):

@@ -3,6 +3,7 @@ import math
 import os
 import stat
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -71,15 +72,9 @@ def test_a_number_is_within_its_range_ends_included_or_it_is_named_as_its_flag()
         check_range(args, 0, 0.5, "ema")
 
 
-class Damaged(torch.utils.data.Dataset):
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, key):
-        try:
-            raise ValueError("the cause")
-        except ValueError as error:
-            raise ValueError("a.png cannot be read:\n it is damaged") from error
+class Damaged(list):
+    def __getitem__(self, i):
+        raise super().__getitem__(i) from KeyError("the cause")
 
 
 def exit_of(action, capsys):
@@ -97,8 +92,10 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys):
 
 
 def test_an_error_in_a_data_loaders_process_is_its_own_line_without_the_traceback(capsys):
-    expected = 2, "error: a.png cannot be read: it is damaged\n"
-    assert exit_of(lambda: list(DataLoader(Damaged(), num_workers=1)), capsys) == expected
+    for error, says in ((ValueError("a.png cannot be read:\n it is damaged"), "a.png cannot be read: it is damaged"),
+                        (FileNotFoundError(2, "No such file", "a.png"), "[Errno 2] No such file: 'a.png'")):
+        loader = DataLoader(Damaged([error]), num_workers=1)
+        assert exit_of(partial(list, loader), capsys) == (2, f"error: {says}\n")
 
 
 def test_an_interrupt_is_one_word_and_exit_code_130_and_a_bug_keeps_its_traceback(capsys):

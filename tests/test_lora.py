@@ -106,9 +106,10 @@ def test_the_ratio_rule_rounds_up_and_takes_the_larger_side():
     assert len(unet.output_blocks[0][0].in_layers[2].down) == 26    # 64 + 64 -> 64: 25.6
 
 
-def test_a_layer_at_its_full_rank_is_trained_in_full_with_its_smaller_side_fixed_at_the_identity():
+@pytest.mark.parametrize("preset", ["base", 2])
+def test_the_first_and_last_conv_are_trained_in_full_with_their_smaller_side_fixed_at_the_identity(preset):
     unet = random_unet(TINY)
-    lora.inject(unet, "base")
+    lora.inject(unet, preset)
     first, last = unet.input_blocks[0][0], unet.out[2]
     assert torch.equal(first.down.flatten(1), torch.eye(36)) and torch.equal(last.up.flatten(1), torch.eye(4))
     trained = [p.numel() for layer in (first, last) for p in (layer.down, layer.up) if p.requires_grad]

@@ -202,14 +202,16 @@ def test_a_lora_is_judged_on_its_base_by_its_own_objective_prediction_and_guidan
     assert rows[2]["straightness"] < 1e-9 < rows[3]["straightness"]             # one step always is a line
 
 
-def test_the_path_of_ddim_starts_at_the_point_from_which_it_is_sampled(run, checkpoint, monkeypatch):
+def test_paths_start_where_ddim_does_and_each_picture_counts_the_same(run, checkpoint, monkeypatch):
     paths = []
-    monkeypatch.setattr(judge, "straightness", lambda points, grid: paths.append((points, grid)) or 0.0)
-    run("captions", checkpoint, "--n", 2, "--steps", 2, "--objective", "dm", "--cfg", 1)
-    (points, grid), = paths
-    x0 = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(judge, "straightness", lambda points, grid: paths.append(points) or float(len(points[0])))
+    run("captions", checkpoint, *SHORT, "--objective", "dm", "--cfg", 1)
+    x0 = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     alpha, sigma = (level[-1].item() for level in sd_schedule())
-    assert len(points) == len(grid) == 3 and torch.allclose(points[0], x0 / (alpha + sigma), atol=1e-5)
+    assert [len(points) for points in paths] == [3, 3]                  # two steps have three points, in two batches
+    assert torch.allclose(torch.cat([points[0] for points in paths]), x0 / (alpha + sigma), atol=1e-5)
+    row, = rows_of("runs/captions/captions.jsonl")
+    assert row["straightness"] == pytest.approx((2 * 2 + 1 * 1) / 3)
 
 
 def test_samples_are_compared_with_other_scenes_and_the_classifier_saw_neither(run, checkpoint, seeds, monkeypatch):

@@ -71,13 +71,14 @@ def settings(words):
 
 
 def loss_calls(words):
-    """Train -> what each training batch gave to the loss, and a number that the loss could draw there."""
+    """Train -> what each training batch gave to the loss, a number that it could draw there, and if it ran in bf16."""
     plain, calls = Diff2Flow.loss, []
 
     def spied(self, x1, context, x0=None, t_fm=None, mask=None):
         with torch.random.fork_rng():
             drawn = torch.rand(()).item()
-        calls.append(SimpleNamespace(x1=x1, context=context, x0=x0, t_fm=t_fm, mask=mask, drawn=drawn))
+        calls.append(SimpleNamespace(x1=x1, context=context, x0=x0, t_fm=t_fm, mask=mask, drawn=drawn,
+                                     bf16=torch.is_autocast_enabled("cpu")))
         return plain(self, x1, context, x0, t_fm, mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Diff2Flow, "loss", spied)
@@ -95,11 +96,11 @@ def encoded(words):
     return images[2:], prompts                          # the first two are held out
 
 
-def make_pairs(words=""):
+def make_pairs():
     """pairs/: seven pairs in files of four."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "PAIRS_A_FILE", 4)
-        works(sample, FEW + "--pairs 7 --batch 4 --steps 1 --cfg 3 --out pairs " + words)
+        works(sample, FEW + "--pairs 7 --batch 4 --steps 1 --cfg 3 --out pairs")
 
 
 def save_depth_photos(folder):
@@ -113,7 +114,7 @@ def save_depth_photos(folder):
 
 # ------------------------------------------------------------------ what a run leaves behind
 
-def test_train_alone_leaves_a_run_and_its_next_command_samples_from_it():
+def test_train_alone_leaves_a_run_and_says_what_to_do_next():
     out = works(train, "--steps 10 --batch 2 --validation 2 --previews 2 --scenes 8 --size 32")
     folder, = Path("runs").iterdir()
     assert {path.name for path in folder.iterdir()} == {"lora.safetensors", "state.safetensors", "metrics.jsonl",
@@ -124,9 +125,7 @@ def test_train_alone_leaves_a_run_and_its_next_command_samples_from_it():
     result = json.loads((folder / "result.json").read_text())
     assert f"{result['velocity_error_before']:.4f} before, {result['velocity_error_after']:.4f} after" in out
     assert f"{folder}/before_after.png" in out and f"weights: {folder}/lora.safetensors" in out
-    python, script, *words = shlex.split(out.split("next: ")[1])
-    assert (python, script) == ("python", "sample.py")
-    assert f"{folder}/lora.safetensors" in works(sample, shlex.join(words)) and Path("samples.png").exists()
+    assert out.endswith(f"next: python sample.py --steps 4 --lora {folder}/lora.safetensors\n")
 
 
 def test_as_real_commands_training_and_the_next_command_that_it_prints_work(tiny):
@@ -321,13 +320,15 @@ def test_logit_normal_times_crowd_the_middle():
     assert times.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_loss_sees_dropped_captions_times_as_asked_and_noise_of_its_own_in_each_batch(tiny):
-    calls = loss_calls(SHORT + "--grad-accum 2 --caption-dropout 1 --t-sampling logit-normal --lora 2 --out run")
+def test_the_loss_sees_captions_times_and_precision_as_asked_and_noise_of_its_own_in_each_batch(tiny):
+    words = SHORT + "--steps 2 --lora 2 --validation 1 --previews 1 --grad-accum 2 "
+    calls = loss_calls(words + "--caption-dropout 1 --t-sampling logit-normal --precision bf16 --out run")
     empty = load_checkpoint(tiny).encode_text(["", ""])
-    assert len(calls) == 8 and all(torch.allclose(call.context, empty, atol=1e-5) for call in calls)
-    assert len({call.t_fm[0].item() for call in calls}) == len({call.drawn for call in calls}) == 8
-    calls = loss_calls(SHORT + "--caption-dropout 0 --lora 2 --steps 1 --out other")
-    assert calls[0].t_fm is None and not torch.allclose(calls[0].context, empty, atol=1e-2)
+    assert len(calls) == 4 and all(torch.allclose(call.context.float(), empty, atol=0.1) for call in calls)
+    assert len({call.t_fm[0].item() for call in calls}) == len({call.drawn for call in calls}) == 4
+    assert all(call.bf16 for call in calls) and all(math.isfinite(row["loss"]) for row in rows_of("run/metrics.jsonl"))
+    call = loss_calls(words + "--caption-dropout 0 --out other")[0]
+    assert call.t_fm is None and not call.bf16 and not torch.allclose(call.context, empty, atol=0.5)
 
 
 def test_scenes_are_encoded_once_each():
@@ -361,13 +362,6 @@ def test_recomputed_activations_are_a_flag_and_a_frozen_base_is_read_as_bf16_wit
     args = settings(SHORT + "--precision bf16 --lora none")
     sd, _, trained = train.load_trainable(args, torch.device("cpu"))
     assert not sd.unet.checkpointing and {parameter.dtype for parameter in trained.values()} == {torch.float32}
-
-
-def test_bf16_trains_on_a_cpu_and_stays_near_float32():
-    for precision in "fp32", "bf16":
-        works(train, f"{SHORT} --steps 2 --lora 2 --precision {precision} --out {precision}")
-    (fp32,), (bf16,) = rows_of("fp32/metrics.jsonl"), rows_of("bf16/metrics.jsonl")
-    assert bf16["loss"] == pytest.approx(fp32["loss"], rel=0.05) and bf16["loss"] != fp32["loss"]
 
 
 # ------------------------------------------------------------------ validation
@@ -481,16 +475,15 @@ def test_the_cards_command_trains_a_lora_on_photographs_from_a_file_of_stable_di
 # ------------------------------------------------------------------ recipes
 
 PAPER = {  # Appendix A: --task and more -> what it sets
-    "": dict(steps=20_000, batch=4, grad_accum=16, lr=1e-5, decay="constant", caption_dropout=0.02, size=None),
-    "--task reflow --data pairs": dict(steps=60_000, grad_accum=32, lr=2e-5, decay="cosine", caption_dropout=0.0),
-    "--task depth": dict(steps=20_000, batch=4, grad_accum=8, lr=3e-5, decay="cosine", size=[384, 512])}
-LORA = {"": "base", "--task reflow --data pairs": "small", "--task depth": "base"}
+    "": dict(lora="base", steps=20_000, grad_accum=16, lr=1e-5, decay="constant", caption_dropout=0.02, size=None),
+    "--task reflow --data pairs": dict(lora="small", steps=60_000, grad_accum=32, lr=2e-5, caption_dropout=0.0),
+    "--task depth": dict(lora="base", steps=20_000, batch=4, grad_accum=8, lr=3e-5, decay="cosine", size=[384, 512])}
 
 
 @pytest.mark.parametrize("words", PAPER)
 def test_a_checkpoint_of_your_own_gets_the_papers_recipe_with_a_lora(words):
     args = vars(settings(f"--ckpt sd21.safetensors {words}"))
-    assert {name: args[name] for name in PAPER[words]} == PAPER[words] and args["lora"] == LORA[words]
+    assert {name: args[name] for name in PAPER[words]} == PAPER[words]
 
 
 def test_a_bundled_prior_gets_a_recipe_of_minutes_and_a_flag_of_yours_wins_even_if_it_is_zero(tiny):
@@ -502,9 +495,9 @@ def test_a_bundled_prior_gets_a_recipe_of_minutes_and_a_flag_of_yours_wins_even_
     assert (args.warmup, args.caption_dropout, args.lora, args.steps, args.batch) == (0, 0, "none", 7, 32)
 
 
-def test_the_help_of_every_flag_of_the_recipes_names_its_default_in_each_task():
-    result = call(train, "--help")
-    text = " ".join(result.out.split())
+def test_the_help_of_every_flag_of_the_recipes_names_its_default_in_each_task(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")               # else lines break within words
+    text = " ".join(call(train, "--help").out.split())
     for name, row in train.RECIPES.items():
         if name == "size":                              # the checkpoint's own, but for depth
             assert "64 for the bundled priors, else 512; depth on your checkpoint: 384 512)" in text

@@ -62,11 +62,11 @@ def recipe(task, bundled):
 
 def defaults(name):
     """A flag's row of RECIPES in words, for its help."""
-    row = ["none" if value is None else value for value in RECIPES[name]]
-    if len(set(map(str, row))) == 1:
-        return f"(default: {row[0]})"
-    paper, bundled = (", ".join(f"{value} {task}" for value, task in zip(half, TASKS)) for half in (row[:3], row[3:]))
-    return f"(default: {paper}; on a bundled prior: {bundled})"
+    row = ["-" if value is None else str(value) for value in RECIPES[name]]
+    paper, bundled = row[:len(TASKS)], row[len(TASKS):]
+    by_task = ", ".join(f"{task} {value}" for task, value in zip(TASKS, paper))
+    on_bundled = "" if bundled == paper else f"; on a bundled prior {', '.join(bundled)}"
+    return f"(default: {by_task}{on_bundled})"
 
 
 def arguments():
@@ -83,7 +83,8 @@ def arguments():
     add("--scenes", type=int, help=f"number of different scenes {defaults('scenes')}")
     add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: the checkpoint's own, which "
         "is 64 for the bundled priors, else 512; depth on your checkpoint: 384 512)")
-    add("--objective", choices=list(OBJECTIVES), default="diff2flow", help="or a baseline (default: diff2flow)")
+    add("--objective", choices=list(OBJECTIVES), default="diff2flow",
+        help="the method, or a baseline of the paper (default: diff2flow)")
     add("--t-sampling", choices=["uniform", "logit-normal"], default="uniform",
         help="distribution of the times t_fm (default: uniform)")
     add("--lora", help=f"base, small, a rank such as 16, or none for all weights {defaults('lora')}")

@@ -119,8 +119,9 @@ def test_the_callers_word_wins_then_the_metadata_then_sd1_is_eps(files, tmp_path
 
 
 def test_the_metadata_may_be_in_the_words_of_the_modelspec_standard(files, tmp_path):
-    save_file(load_file(files["sd21"]), tmp_path / "spec.safetensors", metadata={"modelspec.prediction_type": "epsilon"})
-    assert load_checkpoint(tmp_path / "spec.safetensors").prediction == "eps"
+    path = tmp_path / "spec.safetensors"
+    save_file(load_file(files["sd21"]), path, metadata={"modelspec.prediction_type": "epsilon"})
+    assert load_checkpoint(path).prediction == "eps"
 
 
 @pytest.mark.parametrize("std, prediction", [(0.0901, "v"), (0.0899, "eps")])

@@ -110,7 +110,10 @@ def arguments():
     add("--resume", help="folder of a run to go on with; its own settings apply")
     args = parser.parse_args()
     if args.resume:
-        return argparse.Namespace(**{**saved_settings(args.resume), "resume": args.resume})
+        settings = saved_settings(args.resume)
+        if settings["task"] not in TASKS:
+            raise ValueError(f"--resume {args.resume}: a run of toy.make_prior, whose own --resume goes on with it")
+        return argparse.Namespace(**{**settings, "resume": args.resume})
     bundled = args.ckpt is None or Path(args.ckpt).resolve().parent == BUNDLED_PRIOR.parent
     for name, value in recipe(args.task, bundled).items():
         if getattr(args, name) is None:

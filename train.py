@@ -188,7 +188,8 @@ def open_data(args, sd):
 def to_latents(sd, batch):
     """A batch of pictures, of pictures with depth, or of pairs -> the latents x1, and by task x0, picture, mask. Scenes
     that were encoded before come as latents already."""
-    batch = {name: value.to(sd.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    batch = {name: value if name == "caption" else value.to(sd.device, non_blocking=True)
+             for name, value in batch.items()}
     if "latent" in batch:
         return {"x1": batch["latent"], "x0": batch["noise"], "caption": batch["caption"]}
     if "valid" in batch:
@@ -442,7 +443,10 @@ def restore(path, ema, optimizer):
 def save_weights(args, out, sd, metadata, step):
     """Write the file that other tools load: the LoRA, or the whole checkpoint. --keep writes one with the step too."""
     name = "model" if args.lora == "none" else "lora"
-    for path in [out / f"{name}.safetensors"] + ([out / f"{name}-{step:06d}.safetensors"] if args.keep else []):
+    paths = [out / f"{name}.safetensors"]
+    if args.keep:
+        paths.append(out / f"{name}-{step:06d}.safetensors")
+    for path in paths:
         if args.lora == "none":
             sd.save(path, torch.float16, **metadata)
         else:

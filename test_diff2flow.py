@@ -456,7 +456,10 @@ def test_a_masked_loss_is_the_mean_over_the_masked_latents_and_its_gradient_reac
     loss = ours.loss(X1, CONTEXT, X0, t_fm, mask)
     cropped = ours.loss(X1[1:2], CONTEXT[1:2], X0[1:2], t_fm[1:2], mask[1:2])
     assert loss.item() == pytest.approx(cropped.item(), rel=1e-6)
-    assert abs(loss.item() / ours.loss(X1, CONTEXT, X0, t_fm).item() - 1) > 0.01      # the mask made a difference
+    unmasked = ours.loss(X1, CONTEXT, X0, t_fm).item()
+    assert abs(loss.item() / unmasked - 1) > 0.01
+    assert ours.loss(X1, CONTEXT, X0, t_fm, torch.ones_like(mask)).item() == pytest.approx(unmasked, rel=1e-6)
+    assert ours.loss(X1, CONTEXT, X0, t_fm, 0 * mask).item() == 0               # not 0 / 0
     loss.backward()
     assert net.weight.grad.isfinite().all() and net.weight.grad.abs().max() > 0
 

@@ -20,7 +20,7 @@ def cli(main):
     try:
         main()
     except (ValueError, OSError) as error:
-        message = re.split(r"\n\w+Error: ", str(error))[-1]     # a DataLoader's worker sends its traceback before it
+        message = re.split(r"\n[\w.]+Error: ", str(error))[-1]     # a DataLoader's worker sends its traceback before it
         print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

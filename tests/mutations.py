@@ -88,7 +88,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("fm-flip: sign", "return -super()", "return super()"),
         ("fm: time runs backwards", "self.net(x_fm.float(), t_fm.float()", "self.net(x_fm.float(), 1 - t_fm.float()"),
     ]),
-    "files.py": ("tests/test_data.py", [
+    "files.py": ("tests/test_files.py tests/test_data.py", [
         ("atomic write of tensors", "yield temporary\n        os.replace(temporary, path)", "yield path"),
         ("cli: exit code of an error", "sys.exit(2)", "sys.exit(1)"),
         ("files: temporary left behind", "        temporary.unlink(missing_ok=True)", "        pass"),

@@ -119,7 +119,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("lora: kohya index", "{(number - 1) // blocks_per_level}", "{number // blocks_per_level}"),
         ("lora: merge sign", "(weight + change)", "(weight - change)"),
     ]),
-    "data.py": ("tests/test_data.py tests/test_train.py", [
+    "data.py": ("tests/test_data.py tests/test_train.py tests/test_files.py", [
         ("data: metadata before the text file", 'read_text(text).strip() if text.is_file() else metadata.get(path, "")',
          'metadata.get(path) or (read_text(text).strip() if text.is_file() else "")'),
         ("data: never flipped", "ImageOps.mirror(image) if flip else image", "image"),

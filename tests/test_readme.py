@@ -114,7 +114,8 @@ def test_the_printed_sigmas_are_those_of_four_steps():
 
 def test_the_line_for_coco_takes_the_first_caption_of_each_picture(tmp_path):
     """The file lists annotations in no order of pictures, with spaces and line ends in some captions."""
-    command = re.search(r"^    python (-c .*) > captions.txt$", README, re.MULTILINE)[1]
+    page = (ROOT / "claims/README.md").read_text()
+    command = re.search(r"^    python (-c .*) > captions.txt$", page, re.MULTILINE)[1]
     annotations = [{"image_id": i, "id": n, "caption": caption} for n, (i, caption) in enumerate(
         [(9, "a dog "), (2, "two\nboats"), (9, "a second"), (40, "a red bus"), (2, "x")])]
     (tmp_path / "annotations").mkdir()

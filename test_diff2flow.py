@@ -511,6 +511,11 @@ def test_bfloat16_latents_lose_nothing_more_in_the_loss(name):
     assert loss.dtype == torch.float32 and loss < 1e-9            # x1 - x0 in bfloat16 would leave 1e-5
 
 
+def test_an_unknown_prediction_is_refused():
+    with pytest.raises(ValueError, match="'x0'"):
+        wrap(None, "x0")
+
+
 def test_an_eps_network_without_a_signal_at_its_last_level_is_refused():
     with pytest.raises(ValueError, match="zero_snr"):
         wrap(None, "eps", zero_snr=True)

@@ -412,6 +412,11 @@ def test_guidance_on_the_velocity_is_guidance_on_the_networks_output(prediction,
     assert not torch.allclose(ours, wrap(net, prediction, kind).sample(X0, CONTEXT, 4), atol=0.1)
 
 
+def test_guidance_0_ignores_the_prompt():
+    ours = wrap(Arbitrary())
+    assert torch.allclose(ours.sample(X0, CONTEXT, 3, uncond=UNCOND, cfg=0.0), ours.sample(X0, UNCOND, 3), atol=1e-5)
+
+
 def test_guidance_costs_one_call_of_two_batches_a_step_and_none_costs_one_call_of_one():
     spy = Spy()
     wrap(spy).sample(X0, CONTEXT, 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from toy import scenes
-from toy.scenes import LABELS, Scene, Scenes, Thing, random_scene, render
+from toy.scenes import COLOURS, LABELS, Scene, Scenes, Thing, random_scene, render
 
 both_styles = pytest.mark.parametrize("style", ["solid", "outline"])
 
@@ -172,3 +172,23 @@ def test_a_shape_has_its_corners_on_its_circle_and_its_distance_is_exact(shape, 
 def test_an_unknown_style_is_refused():
     with pytest.raises(ValueError, match="'sketch'.*solid, outline"):
         Scenes(4, 8, 8, "sketch", 0)
+
+
+def test_left_is_left_and_top_is_top_in_the_picture():
+    where = {"left": lambda x, y: x < -0.3, "right": lambda x, y: x > 0.3, "top": lambda x, y: y < -0.3,
+             "bottom": lambda x, y: y > 0.3, "centre": lambda x, y: max(abs(x), abs(y)) < 0.3}
+    scenes = [random_scene(np.random.default_rng((7, i)), "solid") for i in range(300)]
+    alone = [scene for scene in scenes if scene.place]
+    assert {scene.place for scene in alone} == set(where)
+    for scene in alone:
+        colour = np.array(COLOURS[scene.things[0].colour])
+        rows, columns = np.nonzero(np.abs(render(scene, 64, 64)[0] - colour).sum(-1) < 40)
+        assert where[scene.place](columns.mean() / 31.5 - 1, rows.mean() / 31.5 - 1), scene
+
+
+def test_labels_name_the_first_thing_first():
+    scene = Scene("solid", "grey", (Thing("star", "red", "small", 0.25, -0.5, 0.0),
+                                    Thing("circle", "blue", "large", 0.4, 0.4, 0.0)), relation="left of")
+    labels = {head: LABELS[head][i] for head, i in scene.labels().items() if i >= 0}
+    assert (labels["shape1"], labels["colour1"], labels["size1"]) == ("star", "red", "small")
+    assert (labels["shape2"], labels["colour2"], labels["size2"]) == ("circle", "blue", "large")

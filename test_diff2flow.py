@@ -516,6 +516,12 @@ def test_bfloat16_latents_lose_nothing_more_in_the_loss(name):
     assert loss.dtype == torch.float32 and loss < 1e-9            # x1 - x0 in bfloat16 would leave 1e-5
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_sampling_from_bfloat16_noise_loses_nothing_more(name):
+    ours = OBJECTIVES[name](Arbitrary(), ALPHA, SIGMA)
+    assert torch.equal(ours.sample(X0.bfloat16(), CONTEXT, 2), ours.sample(X0.bfloat16().float(), CONTEXT, 2))
+
+
 def test_an_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="'x0'"):
         wrap(None, "x0")

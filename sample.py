@@ -60,8 +60,8 @@ def read_result(weights):
 def newest_weights(task):
     """-> the model or LoRA file of the newest finished run in runs/ for that task, or None."""
     files = [path for name in ("model", "lora") for path in Path("runs").glob(f"*/{name}.safetensors")]
-    wanted = [path for path in files
-              if read_result(path) and (read_result(path)["task"] == "depth") == (task == "depth")]
+    results = [(path, read_result(path)) for path in files]
+    wanted = [path for path, result in results if result and (result["task"] == "depth") == (task == "depth")]
     return max(wanted, key=lambda path: path.stat().st_mtime, default=None)
 
 

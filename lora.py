@@ -10,7 +10,6 @@ A file has kohya's keys: `lora_unet_`, the layer's path in diffusers with `_` fo
 `.lora_up.weight`. It has no `.alpha`, so every reader's scale is 1.
 """
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,6 @@ PRESETS = {  # name -> how the paths of the adapted Linears end
     "base": ("to_q", "to_k", "to_v"),
     "small": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
 }
-OUTER = {"input_blocks.0.0": "conv_in", "out.2": "conv_out",  # the checkpoint's path -> diffusers'
-         "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
-INNER = {"in_layers.2": "resnets.{}.conv1", "emb_layers.1": "resnets.{}.time_emb_proj", "op": "downsamplers.0.conv",
-         "out_layers.3": "resnets.{}.conv2", "skip_connection": "resnets.{}.conv_shortcut", "conv": "upsamplers.0.conv"}
 BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the context
 
 
@@ -126,30 +121,9 @@ def unmerge(unet):
     del unet.merged
 
 
-def diffusers_path(path, blocks_per_level):
-    """A layer's path in the checkpoint -> in diffusers: input_blocks.4.1.proj_in -> down_blocks.1.attentions.0.proj_in.
-
-    The checkpoint numbers its blocks in one row, `blocks_per_level` at each resolution. Input block 0 is the first
-    conv, so the input levels start at 1; the output levels start at 0.
-    """
-    if path in OUTER:
-        return OUTER[path]
-    stage, number, inner = re.fullmatch(r"(\w+)\.(\d+)\.(?:\d+\.)?(.+)", path).groups()
-    number = int(number)
-    if stage == "middle_block":                         # ResBlock 0, transformer 1, ResBlock 2
-        level, position = "mid_block", number // 2
-    elif stage == "input_blocks":
-        level, position = f"down_blocks.{(number - 1) // blocks_per_level}", (number - 1) % blocks_per_level
-    else:
-        level, position = f"up_blocks.{number // blocks_per_level}", number % blocks_per_level
-    return f"{level}.{INNER.get(inner, 'attentions.{}.' + inner).format(position)}"
-
-
 def kohya_names(unet, paths):
     """{path: its name in a file}, as input_blocks.4.1.proj_in: lora_unet_down_blocks_1_attentions_0_proj_in."""
-    downsamplers = [int(path.split(".")[1]) for path, _ in unet.named_modules() if path.endswith(".op")]
-    blocks_per_level = min(downsamplers, default=len(unet.input_blocks))     # a level ends with its downsampler
-    return {path: "lora_unet_" + diffusers_path(path, blocks_per_level).replace(".", "_") for path in paths}
+    return {path: "lora_unet_" + unet.diffusers_path(path).replace(".", "_") for path in paths}
 
 
 def save(unet, path, metadata):

@@ -10,11 +10,14 @@ and its tokenizer are open_clip's. First come the blocks, then the networks, the
 start with load_checkpoint, at the end.
 """
 import functools
+import hashlib
 import itertools
+import json
 import math
 import re
 import zipfile
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -22,11 +25,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files import open_tensors, save_tensors
+from files import open_tensors, read_text, save_tensors
 
 LATENT_SCALE = 0.18215  # latents have unit variance after this factor
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-OPEN_CLIP, HF_CLIP = "cond_stage_model.model.", "cond_stage_model.transformer.text_model."
+OPEN_CLIP, HF_CLIP = "cond_stage_model.model.", "cond_stage_model.transformer.text_model."   # SD 2.x, SD 1.x
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,25 @@ class Config:
     open_clip: bool = True             # OpenCLIP's penultimate layer (SD 2.x), else CLIP's last (SD 1.x)
     text_width: int = 1024
     text_layers: int = 24
+    text_projection: bool = True       # a matrix that no one uses; SD 2.x files have it, unless diffusers wrote them
     vocabulary: int = 49408
 
     @property
     def version(self):
         return 2 if self.open_clip else 1
 
+    @property
+    def text_layers_used(self):
+        """Of OpenCLIP's 24 layers SD 2.x leaves out the last. A tower of 23, as diffusers has it, lost it already."""
+        return self.text_layers - (self.open_clip and self.text_layers != 23)
+
     def heads(self, channels):
         return max(1, channels // 64) if self.linear_projection else 8
 
 
 SD21 = Config()
-SD15 = Config(context_width=768, linear_projection=False, open_clip=False, text_width=768, text_layers=12)
+SD15 = Config(context_width=768, linear_projection=False, open_clip=False, text_width=768, text_layers=12,
+              text_projection=False)
 TINY = Config(unet_widths=(96, 64), unet_res_blocks=1, attention=(False, True), context_width=32,
               linear_projection=False, vae_widths=(64, 64, 64), vae_res_blocks=1, text_width=32, text_layers=4)
 
@@ -302,6 +312,10 @@ class UNet(nn.Module):
             h = self.run(layers, torch.cat([h, skips.pop()], dim=1), embedding, context)
         return self.out(h)
 
+    def diffusers_path(self, path):
+        """A layer's path here -> in diffusers' UNet: what LoRA files call it."""
+        return unet_path(path, self.config.unet_res_blocks + 1)
+
 
 class DepthUNet(nn.Module):
     """x_dm (B, z, h, w), t_dm (B,), the picture's latents (B, z, h, w) -> (B, z, h, w): image to depth (Sec. 4.3).
@@ -457,7 +471,7 @@ def text_tower(config):
     from open_clip.transformer import QuickGELU, TextTransformer
     tower = TextTransformer(
         width=config.text_width, layers=config.text_layers, heads=max(1, config.text_width // 64),
-        vocab_size=config.vocabulary, output_dim=config.text_width if config.open_clip else None,
+        vocab_size=config.vocabulary, output_dim=config.text_width if config.text_projection else None,
         act_layer=nn.GELU if config.open_clip else QuickGELU)
     if config.text_width < 64:  # initialised for widths of hundreds: at 32 the words would all but vanish
         nn.init.normal_(tower.token_embedding.weight, std=0.5)
@@ -480,7 +494,9 @@ def tokenize(prompts, pad_token):
     return ids
 
 
-HF_NAMES = [  # open_clip's name, the Hugging Face name of SD 1.x files; q, k and v are one matrix in the former
+# ------------------------------------------------------------------ what files and diffusers call these modules
+
+HF_NAMES = [  # open_clip's name, the Hugging Face name, as in SD 1.x; q, k and v are one matrix in the former
     (r"^token_embedding\.weight$", "embeddings.token_embedding.weight"),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
     (r"^ln_final\.", "final_layer_norm."),
@@ -490,18 +506,74 @@ HF_NAMES = [  # open_clip's name, the Hugging Face name of SD 1.x files; q, k an
     (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"encoder.layers.\1.self_attn.out_proj."),
     (r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"encoder.layers.\1.self_attn.{}_proj."),
 ]
+UNET_OUTER = {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
+              "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
+UNET_INNER = {"in_layers.0": "resnets.{}.norm1", "in_layers.2": "resnets.{}.conv1",
+              "emb_layers.1": "resnets.{}.time_emb_proj", "out_layers.0": "resnets.{}.norm2",
+              "out_layers.3": "resnets.{}.conv2", "skip_connection": "resnets.{}.conv_shortcut",
+              "op": "downsamplers.0.conv", "conv": "upsamplers.0.conv"}
+VAE_NAMES = {  # replaced in this order
+    "down.": "down_blocks.", "up.": "up_blocks.", ".block.": ".resnets.", ".downsample.": ".downsamplers.0.",
+    ".upsample.": ".upsamplers.0.", "mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1",
+    "mid.attn_1": "mid_block.attentions.0", "attentions.0.norm": "attentions.0.group_norm", ".q.": ".to_q.",
+    ".k.": ".to_k.", ".v.": ".to_v.", "proj_out": "to_out.0", "nin_shortcut": "conv_shortcut",
+    "norm_out": "conv_norm_out"}
 
 
-def file_keys(key):
-    """A parameter of StableDiffusion -> the tensors of the file that make it up: one, or three to stack (q, k, v)."""
-    if not key.startswith(HF_CLIP):
-        return [key]
-    name = key.removeprefix(HF_CLIP)
+def hf_names(name):
+    """A parameter of open_clip's text tower -> its Hugging Face names: one, or three to stack (q, k, v)."""
     for pattern, replacement in HF_NAMES:
         if re.match(pattern, name):
             name = re.sub(pattern, replacement, name)
-            return [HF_CLIP + name.format(x) for x in "qkv"] if "{}" in name else [HF_CLIP + name]
-    raise AssertionError(key)
+            return [name.format(x) for x in "qkv"] if "{}" in name else [name]
+    raise AssertionError(name)
+
+
+def unet_path(path, blocks_per_level):
+    """A layer's path in our UNet -> in diffusers': input_blocks.4.1.proj_in -> down_blocks.1.attentions.0.proj_in.
+
+    Ours numbers its blocks in one row, `blocks_per_level` at each resolution. Input block 0 is the first conv, so the
+    input levels start at 1; the output levels start at 0.
+    """
+    if path in UNET_OUTER:
+        return UNET_OUTER[path]
+    stage, number, inner = re.fullmatch(r"(\w+)\.(\d+)\.(?:\d+\.)?(.+)", path).groups()
+    number = int(number)
+    if stage == "middle_block":                         # ResBlock 0, transformer 1, ResBlock 2
+        level, position = "mid_block", number // 2
+    elif stage == "input_blocks":
+        level, position = f"down_blocks.{(number - 1) // blocks_per_level}", (number - 1) % blocks_per_level
+    else:
+        level, position = f"up_blocks.{number // blocks_per_level}", number % blocks_per_level
+    return f"{level}.{UNET_INNER.get(inner, 'attentions.{}.' + inner).format(position)}"
+
+
+def vae_name(name, levels):
+    """A parameter of our autoencoder -> in diffusers', whose decoder counts its levels from the other end."""
+    name = re.sub(r"(?<=decoder\.up\.)\d+", lambda match: str(levels - 1 - int(match[0])), name)
+    for ours, theirs in VAE_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def file_names(parameter, text_prefix):
+    """A parameter of StableDiffusion -> the tensors of a single file that make it up."""
+    if parameter.startswith(OPEN_CLIP):
+        return [text_prefix + parameter.removeprefix(OPEN_CLIP)]
+    if parameter.startswith(HF_CLIP):
+        return [text_prefix + name for name in hf_names(parameter.removeprefix(HF_CLIP))]
+    return [parameter]
+
+
+def folder_names(parameter, config):
+    """A parameter of StableDiffusion -> the tensors of a diffusers folder that make it up, as unet/conv_in.weight."""
+    if parameter.startswith(UNET):
+        path, _, kind = parameter.removeprefix(UNET).rpartition(".")
+        return [f"unet/{unet_path(path, config.unet_res_blocks + 1)}.{kind}"]
+    if parameter.startswith(VAE):
+        return ["vae/" + vae_name(parameter.removeprefix(VAE), len(config.vae_widths))]
+    prefix = OPEN_CLIP if config.open_clip else HF_CLIP
+    return ["text_encoder/" + name for name in hf_names(parameter.removeprefix(prefix))]
 
 
 # ------------------------------------------------------------------ the whole
@@ -511,7 +583,9 @@ class StableDiffusion(nn.Module):
 
     def __init__(self, config, prediction):
         super().__init__()
-        self.config, self.prediction, self.metadata, self.extra = config, prediction, {}, {}
+        self.config, self.prediction, self.zero_snr = config, prediction, False
+        self.text_prefix = OPEN_CLIP if config.open_clip else HF_CLIP
+        self.metadata, self.extra, self.dtypes, self.unet_hash = {}, {}, {}, None   # what the file says, has, is
         self.model = nn.ModuleDict({"diffusion_model": UNet(config)})
         self.first_stage_model = AutoencoderKL(config)
         tower = text_tower(config)
@@ -584,53 +658,89 @@ class StableDiffusion(nn.Module):
         tower = self.text_encoder
         ids = tokenize(prompts, pad_token=0 if self.config.open_clip else 49407).to(self.device)
         x = tower.token_embedding(ids) + tower.positional_embedding
-        blocks = tower.transformer.resblocks
-        for block in blocks[:-1] if self.config.open_clip else blocks:
+        for block in tower.transformer.resblocks[:self.config.text_layers_used]:
             x = block(x, attn_mask=tower.attn_mask)
         return tower.ln_final(x)
 
+    def modelspec(self, title, size, kind=""):
+        """What tools look for in a file's metadata (the ModelSpec standard). size: [height, width] in pixels; kind:
+        "/lora" for a LoRA file. The license is the user's to add."""
+        depth = "-depth" if self.is_depth_model else ""
+        name = {1: "v1", 2: "v2-768-v" if self.prediction == "v" else "v2-512"}[self.config.version]
+        return {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"stable-diffusion-{name}{depth}{kind}",
+                "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+                "modelspec.title": title, "modelspec.date": f"{datetime.now():%Y-%m-%dT%H:%M:%S}",
+                "modelspec.resolution": f"{size[1]}x{size[0]}",
+                "modelspec.prediction_type": "v" if self.prediction == "v" else "epsilon"}
+
     def save(self, path, dtype=None, **metadata):
-        """Write one .safetensors file in the layout that was read, floats as dtype (None: as they are in memory)."""
+        """Write one .safetensors file in the layout that was read, its networks as dtype (None: as in that file)."""
         tensors = dict(self.extra)
         for key, value in self.state_dict().items():
-            names = file_keys(key)
+            names = file_names(key, self.text_prefix)
+            value = value.to(dtype or self.dtypes.get(key, value.dtype))
             tensors.update(zip(names, value.chunk(len(names))))
-        tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
-        save_tensors(path, tensors, {**self.metadata, "prediction": self.prediction, **metadata})
+        about = {"prediction": self.prediction} | ({"zero_snr": "true"} if self.zero_snr else {})
+        save_tensors(path, tensors, {**self.metadata, **about, **metadata})
 
 
 # ------------------------------------------------------------------ the file
 
-KNOWN_EXTRA = re.compile(
+TEXT_PREFIXES = {  # where single files keep the text encoder -> the first tensor of it
+    OPEN_CLIP: "token_embedding.weight",
+    "conditioner.embedders.0.model.": "token_embedding.weight",                     # SD 2.x in Stability's newer code
+    HF_CLIP: "embeddings.token_embedding.weight",
+    "cond_stage_model.transformer.": "embeddings.token_embedding.weight",           # SD 1.x, older merges
+}
+PARTS = {"UNet": UNET, "autoencoder": VAE, "text encoder": ("cond_stage_model.", "conditioner.")}
+NETWORK = re.compile(  # a tensor here must be one that we load; all others are kept as they are
+    r"model\.diffusion_model\.|first_stage_model\.(encoder|decoder|(post_)?quant_conv)\."
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.(model|transformer(\.text_model)?)\."
+    r"(token_embedding|positional_embedding|transformer\.resblocks|ln_final|embeddings|encoder|final_layer_norm)\b"
+    r"|unet/|vae/|text_encoder/(embeddings|encoder|final_layer_norm)")
+USUAL_EXTRA = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|logvar|lvlb_weights"
-    r"|cond_stage_model\.(model\.)?logit_scale|cond_stage_model\.transformer\.text_model\.embeddings\.position_ids"
-    r"|cond_stage_model\.model\.attn_mask|model_ema\.(decay|num_updates)")
+    r"|.*(logit_scale|position_ids|attn_mask)|model_ema\.(decay|num_updates)")
+OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def read_batches(path, names):
+    """Yield (name, tensor) of a .safetensors file, mapped anew every few tensors, so that pages read are let go."""
+    names = iter(names)
+    while batch := list(itertools.islice(names, 64)):
+        with open_tensors(path) as file:
+            yield from ((name, file.get_tensor(name)) for name in batch)
 
 
 class CheckpointFile:
-    """A checkpoint's tensors by name: .shapes, .metadata, and .tensors(names), read one by one from the mapped file."""
+    """A single file's tensors: .shapes by name, .metadata, .names(parameter), and .tensors(names) one by one."""
 
     def __init__(self, path):
         self.path, self.metadata, self.pickled = Path(path), {}, None
-        if not self.path.is_file():
-            raise ValueError(f"{path}: no such checkpoint file" + (" (a folder)" if self.path.is_dir() else ""))
         if self.path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth"):
-            raise ValueError(f"{path}: expected a .safetensors or .ckpt file")
+            raise ValueError(f"{path}: expected a .safetensors or .ckpt file, or a diffusers folder")
         if self.path.suffix == ".safetensors":
             with open_tensors(self.path) as file:
                 self.metadata = file.metadata() or {}
                 self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            return
+        else:
+            self.shapes = self.read_pickle()
+        try:
+            self.text_prefix, self.config = find_text(self.shapes), read_config(self.shapes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def read_pickle(self):
         try:
             content = self.unpickle()
         except Exception as error:  # damaged bytes can raise anything in a parser
             if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
-                raise ValueError(f"{path}: refused, since it holds {foreign[1]}, which could run code; "
+                raise ValueError(f"{self.path}: refused, since it holds {foreign[1]}, which could run code; "
                                  "look for a .safetensors version") from error
-            raise ValueError(f"{path}: cannot be read; truncated or not a checkpoint? "
+            raise ValueError(f"{self.path}: cannot be read; truncated or not a checkpoint? "
                              f"({type(error).__name__})") from error
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in content.items()}
         self.pickled = None if zipfile.is_zipfile(self.path) else content  # older pickles cannot be mapped
+        return {name: tuple(tensor.shape) for name, tensor in content.items()}
 
     def unpickle(self):
         """weights_only=True, with Lightning's callback class, which old files name, as an inert stub."""
@@ -642,38 +752,146 @@ class CheckpointFile:
         return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
     def tensors(self, names):
-        """Yield (name, tensor). The file is mapped anew every few tensors, so that pages read and cast are let go."""
+        if self.path.suffix == ".safetensors":
+            yield from read_batches(self.path, names)
+            return
         names = iter(names)
         while batch := list(itertools.islice(names, 64)):
-            if self.path.suffix == ".safetensors":
-                with open_tensors(self.path) as file:
-                    yield from ((name, file.get_tensor(name)) for name in batch)
-            else:
-                content = self.pickled or self.unpickle()
-                yield from ((name, content[name]) for name in batch)
+            content = self.pickled or self.unpickle()
+            yield from ((name, content[name]) for name in batch)
+
+    def names(self, parameter):
+        return file_names(parameter, self.text_prefix)
+
+
+class DiffusersFolder:
+    """The same of a folder that diffusers wrote: model_index.json, unet/, vae/, text_encoder/, scheduler/."""
+
+    def __init__(self, path):
+        self.path, self.shapes, self.places = Path(path), {}, {}
+        pipeline = self.json("model_index.json").get("_class_name")
+        if not re.fullmatch(r"StableDiffusion(Img2Img|Inpaint)?Pipeline", str(pipeline)):
+            raise ValueError(f"{path}: a folder of {pipeline}; Stable Diffusion 1.x or 2.x is needed")
+        for part in ("unet", "vae", "text_encoder"):
+            for file in self.weight_files(part):
+                self.read_names(part, file)
+        try:
+            self.config, scheduler = self.read_config(), self.json("scheduler/scheduler_config.json")
+            self.metadata = {"prediction_type": scheduler["prediction_type"],
+                             "zero_snr": str(scheduler.get("rescale_betas_zero_snr", False)).lower()}
+            betas = scheduler["beta_schedule"], scheduler["beta_start"], scheduler["beta_end"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: a config.json or scheduler_config.json in it lacks {error}") from error
+        if betas != ("scaled_linear", 0.00085, 0.012):
+            raise ValueError(f"{path}: the noise schedule of its scheduler is {betas}, not Stable Diffusion's")
+
+    def json(self, name):
+        try:
+            return json.loads(read_text(self.path / name))
+        except (FileNotFoundError, json.JSONDecodeError) as error:
+            raise ValueError(f"{self.path / name}: missing or damaged ({type(error).__name__})") from error
+
+    def weight_files(self, part):
+        """-> the files of one variant, in one piece or many: of the plain one if there is one, else of fp16."""
+        variants = {}
+        for file in sorted((self.path / part).glob("*.safetensors")):
+            stem = re.sub(r"-\d+-of-\d+", "", file.stem)
+            variants.setdefault(stem.partition(".")[2], []).append(file)
+        if not variants:
+            raise ValueError(f"{self.path}: {part}/ is missing or has no .safetensors file (.bin files are not read)")
+        return variants[min(variants)]
+
+    def read_names(self, part, path):
+        with open_tensors(path) as file:
+            for stored in file.keys():
+                name = f"{part}/{stored.removeprefix('text_model.')}"
+                for old, new in OLD_VAE_NAMES.items():
+                    name = name.replace(old, new)
+                self.places[name], self.shapes[name] = (path, stored), tuple(file.get_slice(stored).get_shape())
+
+    def read_config(self):
+        unet, vae, text = (self.json(f"{part}/config.json") for part in ("unet", "vae", "text_encoder"))
+        config = Config(
+            unet_widths=tuple(unet["block_out_channels"]), unet_res_blocks=unet["layers_per_block"],
+            attention=tuple("CrossAttn" in block for block in unet["down_block_types"]),
+            context_width=unet["cross_attention_dim"], linear_projection=unet.get("use_linear_projection", False),
+            in_channels=unet["in_channels"], out_channels=unet["out_channels"],
+            vae_widths=tuple(vae["block_out_channels"]), vae_res_blocks=vae["layers_per_block"],
+            latent_channels=vae["latent_channels"], open_clip=text["hidden_act"] == "gelu",
+            text_width=text["hidden_size"], text_layers=text["num_hidden_layers"], text_projection=False,
+            vocabulary=text["vocab_size"])
+        heads = unet["attention_head_dim"]
+        heads = heads if isinstance(heads, list) else [heads] * len(config.unet_widths)
+        if heads != [config.heads(width) for width in config.unet_widths]:
+            raise ValueError(f"{self.path}: {heads} attention heads are not those of Stable Diffusion 1.x or 2.x")
+        if config.text_layers_used < config.text_layers:
+            raise ValueError(f"{self.path}: a text encoder of {config.text_layers} layers, where SD 2.x has 23")
+        return config
+
+    def tensors(self, names):
+        names = sorted(names, key=self.places.get)
+        for path, group in itertools.groupby(names, lambda name: self.places[name][0]):
+            name_of = {self.places[name][1]: name for name in group}
+            yield from ((name_of[stored], tensor) for stored, tensor in read_batches(path, name_of))
+
+    def names(self, parameter):
+        return folder_names(parameter, self.config)
+
+
+def open_checkpoint(path):
+    """-> CheckpointFile or DiffusersFolder, or a ValueError that says what to give instead."""
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        return DiffusersFolder(path)
+    if path.is_dir():
+        above = "; give the folder above it" if (path.parent / "model_index.json").is_file() else ""
+        raise ValueError(f"{path}: a folder without model_index.json, so none of diffusers' pipelines{above}")
+    if path.is_file():
+        return CheckpointFile(path)
+    if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and path.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"{path}: no such checkpoint file or folder. If it is a model's name on the Hugging Face hub, "
+                         f"download it first: hf download {path} --local-dir {path.name}; then --ckpt {path.name}")
+    raise ValueError(f"{path}: no such checkpoint file")
 
 
 def looks_like(shapes):
-    """What a file that is no Stable Diffusion 1.x or 2.x checkpoint seems to be."""
+    """What a file without the parts of Stable Diffusion seems to be."""
     hints = {
-        "conditioner.embedders.": "an SDXL checkpoint", UNET + "label_emb": "an SDXL or unCLIP checkpoint",
         "lora_": "a LoRA file: give it to --lora, with the checkpoint it was made for",
-        "down_blocks.": "one part of a diffusers folder; a single-file checkpoint is needed",
-        "joint_blocks": "Stable Diffusion 3", "double_blocks": "Flux", "encoder.down": "an autoencoder alone",
-        "text_model.": "a text encoder alone", "control_model.": "a ControlNet", UNET: "an incomplete checkpoint",
+        "down_blocks.": "one part of a diffusers folder: give the whole folder",
+        "double_blocks": "Flux", "control_model.": "a ControlNet", "encoder.down": "an autoencoder alone",
+        "input_blocks.": "a UNet alone, without autoencoder and text encoder", "text_model.": "a text encoder alone",
+        "resblocks.": "a text encoder alone",
     }
-    names = [key for key in shapes if not key.startswith((VAE, "cond_stage_model."))]
-    found = (what for hint, what in hints.items() if any(hint in name for name in names))
+    found = (what for hint, what in hints.items() if any(hint in name for name in shapes))
     return next(found, f"an unknown file of {len(shapes)} tensors")
 
 
+def check_parts(shapes):
+    """ValueError that says what a single file is, or which part of Stable Diffusion 1.x or 2.x it lacks."""
+    needed = "Stable Diffusion 1.x or 2.x is needed"
+    if any(re.search(r"label_emb|conditioner\.embedders\.(1|0\.transformer)\.", name) for name in shapes):
+        raise ValueError(f"this looks like an SDXL or unCLIP checkpoint; {needed}")
+    if any(UNET + "joint_blocks" in name for name in shapes):
+        raise ValueError(f"this looks like Stable Diffusion 3; {needed}")
+    missing = [part for part, prefix in PARTS.items() if not any(name.startswith(prefix) for name in shapes)]
+    if len(missing) == len(PARTS):
+        raise ValueError(f"this looks like {looks_like(shapes)}; {needed}")
+    if missing:
+        raise ValueError(f"it has no {' and no '.join(missing)}; a whole checkpoint of {needed}")
+
+
+def find_text(shapes):
+    """-> the prefix of the text encoder's tensors in a single file."""
+    return next((prefix for prefix, first in TEXT_PREFIXES.items() if prefix + first in shapes), HF_CLIP)
+
+
 def read_config(shapes):
-    """{key: shape} of a checkpoint -> Config. ValueError that says what the file looks like if it is none of ours."""
+    """{key: shape} of a single file -> Config. ValueError that says what the file looks like if it is none of ours."""
     def count(pattern):
         return len({match[0] for key in shapes if (match := re.match(pattern, key))})
 
-    if any("conditioner." in key or "label_emb" in key for key in shapes):
-        raise ValueError(f"this looks like {looks_like(shapes)}; Stable Diffusion 1.x or 2.x is needed")
+    check_parts(shapes)
     try:
         widths, attention, downsamplers = [], [], []
         blocks = count(re.escape(UNET) + r"input_blocks\.\d+\.")
@@ -684,9 +902,8 @@ def read_config(shapes):
             elif len(widths) == len(downsamplers):  # the first block of a level
                 widths.append(shapes[block + "0.in_layers.2.weight"][0])
                 attention.append(block + "1.norm.weight" in shapes)
-        open_clip = OPEN_CLIP + "ln_final.weight" in shapes
-        embedding = shapes[OPEN_CLIP + "token_embedding.weight" if open_clip
-                           else HF_CLIP + "embeddings.token_embedding.weight"]
+        prefix = find_text(shapes)
+        open_clip, embedding = prefix.endswith(".model."), shapes[prefix + TEXT_PREFIXES[prefix]]
         projection = shapes[UNET + "middle_block.1.proj_in.weight"]
         levels = count(re.escape(VAE) + r"encoder\.down\.\d+\.")
         return Config(
@@ -698,21 +915,29 @@ def read_config(shapes):
             vae_res_blocks=count(re.escape(VAE) + r"encoder\.down\.0\.block\.\d+\."),
             latent_channels=shapes[VAE + "quant_conv.weight"][0] // 2,
             open_clip=open_clip, text_width=embedding[1], vocabulary=embedding[0],
-            text_layers=count(re.escape(OPEN_CLIP) + r"transformer\.resblocks\.\d+\." if open_clip
-                              else re.escape(HF_CLIP) + r"encoder\.layers\.\d+\."))
+            text_projection=open_clip and prefix + "text_projection" in shapes,
+            text_layers=count(re.escape(prefix) + (r"transformer\.resblocks\.\d+\." if open_clip
+                                                   else r"encoder\.layers\.\d+\.")))
     except (KeyError, IndexError) as error:
-        raise ValueError(f"this looks like {looks_like(shapes)}; Stable Diffusion 1.x or 2.x is needed "
+        raise ValueError("this looks like an incomplete checkpoint; Stable Diffusion 1.x or 2.x is needed "
                          f"(no tensor {error})") from error
 
 
+def prediction_of(metadata):
+    """-> what a file's metadata calls its prediction, of diffusers' words "v" and "eps" made; and which entry says so."""
+    words = {"v_prediction": "v", "epsilon": "eps"}
+    names = "prediction", "modelspec.prediction_type", "modelspec.predict_key", "prediction_type"
+    return next(((words.get(metadata[name], metadata[name]), name) for name in names if name in metadata), (None, None))
+
+
 def guess_prediction(file, config, prediction):
-    """-> ("v" or "eps", why): the caller's word, then the file's metadata, then what the weights give away."""
+    """-> ("v" or "eps", why): the caller's word, then the file's, then what the weights give away."""
     asked, why = prediction, "as asked"
-    for name in ("prediction", "modelspec.prediction_type"):
-        if asked is None and name in file.metadata:
-            asked, why = file.metadata[name], f"from the file's {name}"
-    if asked == "epsilon":
-        asked = "eps"
+    if asked is None:
+        asked, name = prediction_of(file.metadata)
+        why = f"from the file's {name}"
+    if asked is None and "v_pred" in file.shapes:       # an empty tensor, in the v-models that ComfyUI saves
+        asked, why = "v", "from the file's tensor v_pred"
     if asked not in (None, "v", "eps"):
         raise ValueError(f"{file.path}: prediction {asked!r} ({why}) is neither 'v' nor 'eps'")
     if asked is not None:
@@ -731,17 +956,16 @@ def guess_prediction(file, config, prediction):
 
 
 def read_architecture(file):
-    """A CheckpointFile -> Config, or a ValueError that says why its tensors make no model of ours."""
-    try:
-        config = read_config(file.shapes)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from error
+    """-> Config, or a ValueError that says why it is no model of ours."""
+    config = file.config
     if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
         raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels: an inpainting, depth or "
                          "upscaling variant, which is not supported")
     if config.vocabulary < 49408 or config.text_width != config.context_width:
         raise ValueError(f"{file.path}: a text encoder of {config.vocabulary} words and width {config.text_width} does "
                          f"not fit the tokenizer's 49408 and the UNet's context width {config.context_width}")
+    if config.linear_projection and not config.open_clip:
+        raise ValueError(f"{file.path}: the UNet is an SD 2.x, the text encoder has the names of an SD 1.x")
     return config
 
 
@@ -761,17 +985,18 @@ def averaged_name(name):
 
 
 def find_tensors(file, sd, use_ema):
-    """-> {parameter of `sd`: the file's tensors that make it up}. ValueError if one is missing, unknown, misshapen."""
+    """-> {parameter of `sd`: the file's tensors that make it up}, and the names of what else is in the file.
+    ValueError if a tensor is missing, misshapen, or unknown in one of the networks that we load."""
     averaged = {averaged_name(name) for name in sd.state_dict() if name.startswith(UNET)}
     if use_ema and not averaged & file.shapes.keys():
         raise ValueError(f"{file.path}: holds no EMA weights; leave --use-ema out")
-    plain = {parameter: file_keys(parameter) for parameter in sd.state_dict()}
+    plain = {parameter: file.names(parameter) for parameter in sd.state_dict()}
     stored = {parameter: [averaged_name(name) if use_ema and name.startswith(UNET) else name for name in names]
               for parameter, names in plain.items()}
     wanted = {name for names in stored.values() for name in names}
     known = wanted | averaged | {name for names in plain.values() for name in names}
-    missing = sorted(wanted - file.shapes.keys())
-    unknown = sorted(name for name in file.shapes.keys() - known if not KNOWN_EXTRA.fullmatch(name))
+    missing, others = sorted(wanted - file.shapes.keys()), sorted(file.shapes.keys() - known)
+    unknown = [name for name in others if NETWORK.match(name) and not USUAL_EXTRA.fullmatch(name)]
     if missing or unknown:
         raise ValueError(f"{file.path}: not quite a Stable Diffusion {sd.config.version}.x checkpoint: "
                          f"{len(missing)} tensors missing{', first ' + missing[0] if missing else ''}; "
@@ -779,45 +1004,58 @@ def find_tensors(file, sd, use_ema):
     for parameter, tensor in sd.state_dict().items():
         expected = (len(tensor) // len(stored[parameter]), *tensor.shape[1:])
         for name in stored[parameter]:
-            if file.shapes[name] != expected:
+            if file.shapes[name] != expected and file.shapes[name] + (1, 1) != expected:   # diffusers: no 1x1 convs
                 raise ValueError(f"{file.path}: {name} is {file.shapes[name]}, "
                                  f"expected {expected} from the other tensors")
-    return stored
+    return stored, others
 
 
 def read_weights(file, sd, stored, device, dtype):
-    """Fill `sd` with the file's tensors, read one by one."""
+    """Fill `sd` with the file's tensors, read one by one. The hash of the UNet is of its tensors as float16, so that
+    a float32 and a float16 file of one model have the same."""
     parameter_of = {name: parameter for parameter, names in stored.items() for name in names}
-    parts, state = {parameter: [] for parameter in stored}, {}
+    parts, state, hashes = {parameter: [] for parameter in stored}, {}, {}
     for name, tensor in file.tensors(parameter_of):
-        parts[parameter_of[name]].append(tensor.to(device=device, dtype=dtype))
-    for parameter in stored:
+        parameter = parameter_of[name]
+        sd.dtypes[parameter] = tensor.dtype
+        if parameter.startswith(UNET):
+            hashes[parameter] = hashlib.sha256(tensor.half().contiguous().numpy()).hexdigest()
+        parts[parameter].append(tensor.to(device=device, dtype=dtype))
+    for parameter, empty in sd.state_dict().items():
         tensors = parts.pop(parameter)                              # q, k and v of SD 1.x become one matrix
-        state[parameter] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        state[parameter] = tensor.view(empty.shape)
     sd.load_state_dict(state, assign=True)
+    sd.unet_hash = hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
     sd.unet.time_embed.to(torch.promote_types(dtype, torch.float32))  # small, and times bear no rounding
     sd.text_encoder.attn_mask = torch.full((77, 77), float("-inf"), device=device).triu(1)
-    sd.extra = dict(file.tensors([name for name in file.shapes if KNOWN_EXTRA.fullmatch(name)]))
-    sd.metadata = {name: value for name, value in file.metadata.items() if name != "format"}
 
 
-def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, use_ema=False):
-    """Read a Stable Diffusion 1.x or 2.x single-file checkpoint (.safetensors or .ckpt) -> StableDiffusion.
+def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, use_ema=False, zero_snr=False):
+    """Read Stable Diffusion 1.x or 2.x, a single file (.safetensors or .ckpt) or a diffusers folder -> StableDiffusion.
 
     prediction: "v" or "eps" where the file's own word or the guess is wrong; use_ema: take the UNet's EMA weights,
-    which non-pruned files carry. Prints what was assumed. ValueError for a file that is missing, damaged or of another
-    kind.
+    which non-pruned files carry; zero_snr: take the schedule of zero terminal SNR, though the file does not ask for it.
+    Prints what was assumed. ValueError for a file that is missing, damaged or of another kind.
     """
-    file = CheckpointFile(path)
+    file = open_checkpoint(path)
     config = read_architecture(file)
     prediction, why = guess_prediction(file, config, prediction)
     sd = build_empty(file, config, prediction)
-    stored = find_tensors(file, sd, use_ema)
+    stored, others = find_tensors(file, sd, use_ema)
     read_weights(file, sd, stored, device, dtype)
+    sd.zero_snr = zero_snr or "ztsnr" in file.shapes or file.metadata.get("zero_snr") == "true"
+    if isinstance(file, CheckpointFile):        # what it is saved with again; of a folder a plain single file is made
+        sd.text_prefix, sd.extra = file.text_prefix, dict(file.tensors(others))
+        sd.metadata = {name: value for name, value in file.metadata.items() if name != "format"}
     weights = ""
     if any(name.startswith("model_ema.diffusion_model") for name in file.shapes):
         weights = ", EMA weights" if use_ema else ", non-EMA weights (--use-ema takes the others)"
     print(f"{path}: Stable Diffusion {config.version}.x layout, {len(file.shapes)} tensors, "
           f"{sum(p.numel() for p in sd.parameters()) / 1e6:.1f}M parameters as {str(dtype).removeprefix('torch.')}"
-          f"{weights}; {prediction}-prediction ({why})")
+          f"{weights}; {prediction}-prediction ({why}){', zero terminal SNR' if sd.zero_snr else ''}")
+    unusual = [name for name in others if not USUAL_EXTRA.fullmatch(name)]
+    if unusual:
+        print(f"{path}: {len(unusual)} tensors belong to none of the networks and are only kept: "
+              f"{', '.join(unusual[:3])}{' ...' if len(unusual) > 3 else ''}")
     return sd.requires_grad_(False).eval()

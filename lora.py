@@ -7,21 +7,40 @@ An int is `small` with that rank. The first and the last conv are trained in ful
 whose smaller side is a fixed identity. Unlike in the paper their biases stay frozen: a LoRA file has no place for one.
 
 A file has kohya's keys: `lora_unet_`, the layer's path in diffusers with `_` for `.`, then `.lora_down.weight` or
-`.lora_up.weight`. It has no `.alpha`, so every reader's scale is 1.
+`.lora_up.weight`. It has no `.alpha`, so every reader's scale is 1. For tools that read no such file, one whole
+checkpoint, in the layout of the one that the LoRA was trained on:
+
+    python lora.py --merge runs/NAME/lora.safetensors --ckpt sd21.safetensors --out merged.safetensors --dtype fp16
 """
+import argparse
 import math
+import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import open_tensors, save_tensors
+from files import cli, open_tensors, save_tensors
 
 PRESETS = {  # name -> how the paths of the adapted Linears end
     "base": ("to_q", "to_k", "to_v"),
     "small": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
 }
 BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the context
+DIFFUSERS = ("diffusers merges it: pipe.load_lora_weights(FILE), pipe.fuse_lora(), pipe.save_pretrained(FOLDER); then "
+             "give FOLDER as --ckpt")
+COMFYUI = "ComfyUI merges it: its nodes Load LoRA and Save Checkpoint; then give the saved file as --ckpt"
+FOREIGN = [  # what keys of other kinds of adapters look like, the kind, and what reads it
+    (r"dora_scale|lora_magnitude_vector", "a DoRA", DIFFUSERS),
+    (r"\.hada_", "a LoHa", COMFYUI),
+    (r"\.lokr_", "a LoKr", COMFYUI),
+    (r"\.lora_mid\.", "a LoRA with a third matrix, lora_mid", COMFYUI),
+    (r"^lora_te|^(text_encoder|te\d?)\.", "a LoRA of the text encoder too", DIFFUSERS),
+    (r"^lora_unet_(input_blocks|middle_block|output_blocks)_", "a LoRA with CompVis' names of the layers", COMFYUI),
+    (r"\.lora_[AB]\.", "a LoRA with PEFT's names", DIFFUSERS),
+    (r"[._]lora\.(down|up)\.|\.processor\.", "a LoRA with the names of older diffusers", DIFFUSERS),
+]
 
 
 class LoRA(nn.Module):
@@ -130,6 +149,7 @@ def save(unet, path, metadata):
     """Write the adapters and `metadata` (str -> str) to the file `path`, whole or not at all."""
     loras = adapters(unet)
     assert loras, "nothing to save"
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": "Dynamic", **metadata}  # ranks differ
     save_tensors(path, {f"{name}.lora_{side}.weight": getattr(loras[layer], side).data.cpu()
                         for layer, name in kohya_names(unet, loras).items() for side in ("down", "up")}, metadata)
 
@@ -146,17 +166,34 @@ def read_metadata(path):
         return {name: value for name, value in (file.metadata() or {}).items() if name != "format"}
 
 
+def read_tensors(path):
+    """-> the tensors of a LoRA file with kohya's keys. ValueError that names another kind of file, and a way out."""
+    if Path(path).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ValueError(f"{path}: a pickle; make a .safetensors file of it: python -c 'import torch, "
+                         f"safetensors.torch; safetensors.torch.save_file(torch.load(\"{path}\", weights_only=True), "
+                         f"\"{path}.safetensors\")'")
+    with open_tensors(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    for key, tensor in tensors.items():
+        if key.endswith((".lora_down.weight", ".lora_up.weight")) and (tensor.ndim < 2 or not tensor.numel()):
+            raise ValueError(f"{path}: {key} has the shape {list(tensor.shape)}, which is no matrix: a damaged file")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity: its training failed")
+        if key.endswith("attn2_to_k.lora_down.weight") and BASES.get(tensor.shape[1]) == "SDXL":
+            raise ValueError(f"{path}: made for another base (SDXL)")
+    for pattern, kind, way_out in FOREIGN:
+        if any(re.search(pattern, key) for key in tensors):
+            raise ValueError(f"{path}: {kind}, which is not read here; {way_out}")
+    return tensors
+
+
 @torch.no_grad()
 def load(path, unet):
     """Adapt `unet` with the LoRA file at `path` -> its metadata. Another tool's `.alpha` / rank is folded into up.
 
-    ValueError, in one line: not a LoRA file, incomplete, for another base; or `unet` is adapted already.
+    ValueError, in one line: no LoRA, of another kind, incomplete, for another base; or `unet` is adapted already.
     """
-    layers, loras = plain_layers(unet), {}
-    with open_tensors(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-    if any(key.startswith("lora_te") for key in tensors):
-        raise ValueError(f"{path}: carries text-encoder adapters, which are not supported; only the UNet is adapted")
+    layers, loras, tensors = plain_layers(unet), {}, read_tensors(path)
     contexts = [tensor.shape[-1] for key, tensor in tensors.items() if key.endswith("attn2_to_k.lora_down.weight")]
     base = BASES.get(max(contexts, default=0), "unknown")
     for layer, name in kohya_names(unet, layers).items():
@@ -175,3 +212,26 @@ def load(path, unet):
                          f"{len(tensors)} keys do not fit, the first is {min(tensors, default='')!r}")
     attach(unet, loras)
     return read_metadata(path)
+
+
+# ------------------------------------------------------------------ one whole checkpoint
+
+def main():
+    from sample import load_flow  # it knows how a model is put together, and stands on this file
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--merge", required=True, metavar="LORA", help="LoRA file to fold into the weights")
+    add("--ckpt", required=True, help="Stable Diffusion checkpoint that the LoRA was trained on")
+    add("--out", required=True, help="the .safetensors file to write")
+    add("--dtype", choices=["fp16", "bf16", "fp32"], help="of the networks' tensors (default: the checkpoint's own)")
+    args = parser.parse_args()
+    if not args.out.endswith(".safetensors"):
+        raise ValueError(f"--out {args.out}: it must end in .safetensors")
+    sd, _ = load_flow(args.ckpt, args.merge, task=None)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
+    sd.save(args.out, dtype, **sd.modelspec(Path(args.out).stem, sd.picture_size()))
+    print(f"{args.out}: {args.merge} merged into {args.ckpt}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -924,7 +924,7 @@ def read_config(shapes):
 
 
 def prediction_of(metadata):
-    """-> what a file's metadata calls its prediction, of diffusers' words "v" and "eps" made; and which entry says so."""
+    """-> a prediction by a file's metadata, "v" or "eps" or another word, and which entry says so; or None, None."""
     words = {"v_prediction": "v", "epsilon": "eps"}
     names = "prediction", "modelspec.prediction_type", "modelspec.predict_key", "prediction_type"
     return next(((words.get(metadata[name], metadata[name]), name) for name in names if name in metadata), (None, None))

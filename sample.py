@@ -20,7 +20,7 @@ import lora
 from data import SUFFIXES, ImageFolder, read_pairs, save_grid, save_image, seed_of
 from diff2flow import OBJECTIVES
 from files import check_range, cli, read_text, save_tensors
-from model import DepthUNet, load_checkpoint
+from model import DepthUNet, load_checkpoint, prediction_of
 from schedule import sd_schedule
 from toy.scenes import Scenes
 
@@ -65,6 +65,19 @@ def newest_weights(task):
     return max(wanted, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def find_base(lora_file):
+    """-> the checkpoint that a LoRA was trained from, by result.json beside it or by its own metadata, and whether it
+    was that one's EMA weights. ValueError if neither tells."""
+    result = read_result(lora_file)
+    if result:
+        return result.get("ckpt") or BUNDLED_PRIOR, result.get("use_ema", False)
+    name = lora.read_metadata(lora_file).get("base")
+    bundled = BUNDLED_PRIOR.with_name(name or "no name")
+    if not bundled.is_file():
+        raise ValueError(f"{lora_file}: trained on {name or 'a checkpoint that it does not name'}: give it by --ckpt")
+    return bundled, False
+
+
 def find_files(ckpt, lora_file, use_ema, task):
     """-> checkpoint, LoRA file or None, EMA weights or not: those that are given; without a checkpoint the one that the
     LoRA was trained from; without both the newest run's, else the bundled prior."""
@@ -73,19 +86,33 @@ def find_files(ckpt, lora_file, use_ema, task):
         if newest is None and task == "depth":
             raise ValueError("there is no depth model in runs/: train one by python train.py --task depth, or name one "
                              "by --lora or --ckpt")
-        if newest is not None and newest.name == "model.safetensors":
-            ckpt = newest
+        if newest is None or newest.name == "model.safetensors":
+            ckpt = newest or BUNDLED_PRIOR
         else:
             lora_file = newest
     if ckpt is None:
-        result = read_result(lora_file) if lora_file else {}
-        ckpt = result.get("ckpt") or BUNDLED_PRIOR
-        use_ema = use_ema or result.get("use_ema", False)
+        ckpt, of_ema = find_base(lora_file)
+        use_ema = use_ema or of_ema
     return Path(ckpt), lora_file, use_ema
 
 
+def check_base(lora_file, told, ckpt, sd, prediction):
+    """Compare what a LoRA's metadata tells of its base with the checkpoint it is put on: another UNet is a warning,
+    another kind of network, unless the caller names its prediction, a ValueError."""
+    theirs = told.get("base_hash")
+    if theirs == sd.unet_hash:
+        return
+    kind, _ = prediction_of(told)
+    if prediction is None and kind not in (None, sd.prediction):
+        raise ValueError(f"{lora_file}: trained on {told.get('base', 'a base')}, whose UNet predicts {kind}; {ckpt} "
+                         f"predicts {sd.prediction}: give the right --ckpt (or --prediction, if that is wrong)")
+    if theirs is not None:
+        print(f"warning: {lora_file} was trained on {told['base']} (UNet {theirs[:10]}); {ckpt} has another UNet "
+              f"({sd.unet_hash[:10]})")
+
+
 def load_flow(ckpt=None, lora_file=None, *, device="cpu", dtype=torch.float32, task="text-to-image", objective=None,
-              prediction=None, use_ema=False):
+              prediction=None, use_ema=False, zero_snr=False):
     """Checkpoint, and LoRA if there is one -> sd (StableDiffusion), flow (its velocity field). What is not given is
     found (find_files), or read from the files' metadata, which is in sd.metadata afterwards.
 
@@ -93,12 +120,14 @@ def load_flow(ckpt=None, lora_file=None, *, device="cpu", dtype=torch.float32, t
     model was trained for another one ("depth" or not); None accepts both. The LoRA is merged into the weights.
     """
     ckpt, lora_file, use_ema = find_files(ckpt, lora_file, use_ema, task)
-    sd = load_checkpoint(ckpt, device, dtype, prediction, use_ema)
+    sd = load_checkpoint(ckpt, device, dtype, prediction, use_ema, zero_snr)
     if lora_file:
         print(f"LoRA {lora_file}")
         told = lora.read_metadata(lora_file)
-        sd.metadata |= told
-        sd.prediction = prediction or told.get("prediction", sd.prediction)
+        check_base(lora_file, told, ckpt, sd, prediction)
+        sd.metadata |= {name: value for name, value in told.items() if not name.startswith(("ss_", "modelspec."))}
+        sd.prediction = prediction or prediction_of(told)[0] or sd.prediction
+        sd.zero_snr = sd.zero_snr or told.get("zero_snr") == "true"
         if told.get("task") == "depth":
             sd.add_picture_input()
         lora.load(lora_file, sd.unet)
@@ -116,7 +145,7 @@ def load_flow(ckpt=None, lora_file=None, *, device="cpu", dtype=torch.float32, t
 def make_flow(sd, objective):
     """-> the velocity field of `sd` by one of OBJECTIVES."""
     net = DepthUNet(sd.unet, sd.encode_text([""])) if sd.is_depth_model else sd.unet
-    return OBJECTIVES[objective](net, *sd_schedule(device=sd.device), sd.prediction)
+    return OBJECTIVES[objective](net, *sd_schedule(zero_snr=sd.zero_snr, device=sd.device), sd.prediction)
 
 
 def objective_of(flow):
@@ -197,8 +226,8 @@ def make_pairs(args, sd, flow, prompts, shape, settings, amp):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", help="Stable Diffusion 1.x or 2.x file (default: the one that --lora was trained from; without "
-                       "--lora the newest run's model, else the bundled prior)")
+    add("--ckpt", help="Stable Diffusion 1.x or 2.x, a file or a diffusers folder (default: the one that --lora was "
+                       "trained from; without --lora the newest run's model, else the bundled prior)")
     add("--use-ema", action="store_true", help="take the EMA weights of a non-pruned file")
     add("--lora", help="LoRA file of train.py (default: the newest run's, if --ckpt is not given)")
     add("--prompt", action="append", help="what to draw; repeat it for more pictures (default: captions of scenes)")
@@ -215,6 +244,8 @@ def arguments():
     add("--objective", choices=list(OBJECTIVES),
         help="how to sample (default: diff2flow, which is Algorithm 2; models of fm and fm-flip as they were trained)")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
+    add("--zero-snr", action="store_true",
+        help="the network's noise schedule ends at zero terminal SNR (default: as the file says)")
     add("--batch", type=int, default=8, help="pictures at a time (default: 8)")
     add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: bf16 on CUDA, fp32 on CPU)")
     add("--seed", type=int, default=0, help="seed of the noise; a picture does not depend on --batch (default: 0)")
@@ -275,8 +306,9 @@ def scene_captions(n, style):
 
 
 def sigma_grid(flow, steps):
-    """The same Euler steps for k-diffusion tools, sigma = (1 - t_fm) / t_fm, from the first trained level to 0."""
-    t_fm = torch.linspace(flow.f_table[-1].item(), 1, steps + 1, dtype=torch.float64)
+    """The same Euler steps for k-diffusion tools, sigma = (1 - t_fm) / t_fm, from the first trained level to 0. Where
+    that level is pure noise (zero terminal SNR), its sigma is 4096, as in diffusers."""
+    t_fm = torch.linspace(max(flow.f_table[-1].item(), 1 / 4097), 1, steps + 1, dtype=torch.float64)
     return ((1 - t_fm) / t_fm).tolist()
 
 
@@ -306,9 +338,10 @@ def main():
     precision, amp = pick_precision(args.precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     sd, flow = load_flow(args.ckpt, args.lora, device=device, dtype=dtype, objective=args.objective,
-                         prediction=args.prediction, use_ema=args.use_ema)
+                         prediction=args.prediction, use_ema=args.use_ema, zero_snr=args.zero_snr)
     if args.print_sigmas:
-        print(" ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, args.steps)))
+        sigmas = ", ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, args.steps))
+        print(f"ComfyUI, ManualSigmas: {sigmas}\ndiffusers: sigmas=[{sigmas}]")
         return
     if args.cfg is None:
         args.cfg = float(sd.metadata.get("cfg", 4.0))

@@ -73,8 +73,11 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", choices=TASKS, default="text-to-image", help="what to train (default: text-to-image)")
-    add("--ckpt", help="Stable Diffusion 1.x or 2.x file, .safetensors or .ckpt (default: the bundled v-prior)")
+    add("--ckpt", help="Stable Diffusion 1.x or 2.x, a .safetensors or .ckpt file or a diffusers folder (default: the "
+                       "bundled v-prior)")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
+    add("--zero-snr", action="store_true",
+        help="the network's noise schedule ends at zero terminal SNR (default: as the file says)")
     add("--use-ema", action="store_true", help="start from the EMA weights of a non-pruned file")
     add("--data", nargs="+", help="folder of images with captions, .txt or metadata.jsonl; of the task reflow the "
         "folder of pairs that sample.py made; of the task depth one or more with depth (default: procedural scenes)")
@@ -113,7 +116,7 @@ def arguments():
         settings = saved_settings(args.resume)
         if settings["task"] not in TASKS:
             raise ValueError(f"--resume {args.resume}: a run of toy.make_prior, whose own --resume goes on with it")
-        return argparse.Namespace(**{**settings, "resume": args.resume})
+        return argparse.Namespace(**{**vars(args), **settings, "resume": args.resume})
     bundled = args.ckpt is None or Path(args.ckpt).resolve().parent == BUNDLED_PRIOR.parent
     for name, value in recipe(args.task, bundled).items():
         if getattr(args, name) is None:
@@ -146,7 +149,7 @@ def check(args):
 def load_trainable(args, device):
     """-> sd, flow, {name: parameter} of what is trained: the UNet's LoRA, or all of it."""
     frozen = torch.bfloat16 if args.precision == "bf16" and args.lora != "none" else torch.float32
-    sd = load_checkpoint(args.ckpt or BUNDLED_PRIOR, device, frozen, args.prediction, args.use_ema)
+    sd = load_checkpoint(args.ckpt or BUNDLED_PRIOR, device, frozen, args.prediction, args.use_ema, args.zero_snr)
     if args.task == "depth":
         sd.add_picture_input()
     elif sd.is_depth_model:
@@ -506,14 +509,20 @@ def run_folder(args):
     return out
 
 
-def metadata_of(args, sd, size):
-    """-> what the file of weights says of itself."""
+def metadata_of(args, out, sd, size):
+    """-> what the file of weights says of itself: in our words, in ModelSpec's, and a LoRA in kohya's too. base_hash is
+    of the base's UNet (model.read_weights); cfg is 1 where nothing is to be guided by, or the pairs hold it."""
     metadata = {"objective": args.objective, "style": args.style or "solid", "prediction": sd.prediction,
                 "task": args.task, "schedule": "scaled_linear", "preset": args.lora,
-                "base": Path(args.ckpt or BUNDLED_PRIOR).name, "resolution": " ".join(map(str, size))}
-    if args.task != "text-to-image":  # depth has no caption to guide by; Reflow's pairs hold their guidance
-        metadata["cfg"] = "1.0"
-    return metadata
+                "base": Path(args.ckpt or BUNDLED_PRIOR).name, "base_hash": sd.unet_hash,
+                "resolution": " ".join(map(str, size)), "cfg": "4.0" if args.task == "text-to-image" else "1.0"}
+    if sd.zero_snr:
+        metadata["zero_snr"] = "true"
+    if args.lora == "none":
+        return metadata | sd.modelspec(out.name, size)
+    version = f"sd_v{sd.config.version}{'_v' if sd.prediction == 'v' else ''}"
+    return metadata | sd.modelspec(out.name, size, "/lora") | {
+        "ss_base_model_version": version, "ss_v2": str(sd.config.version == 2)}
 
 
 def finish(args, out, validation, items, size, errors, before, after):
@@ -570,7 +579,7 @@ def main():
     if not args.resume:
         validation.write(0, error_before)
     try:
-        ema = train(args, out, amp, sd, flow, example, trained, dataset, validation, metadata_of(args, sd, size))
+        ema = train(args, out, amp, sd, flow, example, trained, dataset, validation, metadata_of(args, out, sd, size))
     except KeyboardInterrupt:
         if (out / "state.safetensors").exists():
             print(f"go on with: {shlex.join(['python', 'train.py', '--resume', str(out)])}")

@@ -1014,17 +1014,16 @@ def read_weights(file, sd, stored, device, dtype):
     """Fill `sd` with the file's tensors, read one by one. The hash of the UNet is of its tensors as float16, so that
     a float32 and a float16 file of one model have the same."""
     parameter_of = {name: parameter for parameter, names in stored.items() for name in names}
-    parts, state, hashes = {parameter: [] for parameter in stored}, {}, {}
+    read, state, hashes = {}, {}, {}
     for name, tensor in file.tensors(parameter_of):
         parameter = parameter_of[name]
         sd.dtypes[parameter] = tensor.dtype
         if parameter.startswith(UNET):
             hashes[parameter] = hashlib.sha256(tensor.half().contiguous().numpy()).hexdigest()
-        parts[parameter].append(tensor.to(device=device, dtype=dtype))
+        read[name] = tensor.to(device=device, dtype=dtype)
     for parameter, empty in sd.state_dict().items():
-        tensors = parts.pop(parameter)                              # q, k and v of SD 1.x become one matrix
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        state[parameter] = tensor.view(empty.shape)
+        tensors = [read.pop(name) for name in stored[parameter]]    # q, k and v of SD 1.x become one matrix
+        state[parameter] = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).view(empty.shape)
     sd.load_state_dict(state, assign=True)
     sd.unet_hash = hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
     sd.unet.time_embed.to(torch.promote_types(dtype, torch.float32))  # small, and times bear no rounding

@@ -145,12 +145,31 @@ def references(config, tensors):
 
 def clip_ids(prompts, pad_token):
     """Token ids (B, 77) by transformers' CLIP tokenizer, from the vocabulary that open_clip ships."""
+    ids = clip_tokenizer()(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ended = (ids == 49407).cumsum(1) - (ids == 49407).int() > 0  # the places after the first end token
+    return ids.masked_fill(ended, pad_token)
+
+
+def clip_tokenizer(pad_token=49407):
+    """transformers' CLIP tokenizer, from the vocabulary that open_clip ships."""
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
     own = SimpleTokenizer()
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocabulary = {names.get(token, token): i for token, i in own.encoder.items()}
-    theirs = CLIPTokenizer(vocab=vocabulary, merges=list(own.bpe_ranks))
-    ids = theirs(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    ended = (ids == 49407).cumsum(1) - (ids == 49407).int() > 0  # the places after the first end token
-    return ids.masked_fill(ended, pad_token)
+    pad = next(token for token, i in vocabulary.items() if i == pad_token)
+    return CLIPTokenizer(vocab=vocabulary, merges=list(own.bpe_ranks), pad_token=pad, model_max_length=77)
+
+
+def full_pipeline(config, tensors, prediction="eps", **scheduler):
+    """StableDiffusionPipeline of a checkpoint's tensors, with a scheduler as the real ones have it."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+    theirs = references(config, tensors)
+    theirs.unet.register_to_config(sample_size=8)
+    kind = {"eps": "epsilon", "v": "v_prediction"}[prediction]
+    return StableDiffusionPipeline(
+        vae=theirs.vae, text_encoder=theirs.text, unet=theirs.unet,
+        tokenizer=clip_tokenizer(0 if config.open_clip else 49407),
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                         steps_offset=1, prediction_type=kind, **scheduler),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)

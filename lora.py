@@ -28,15 +28,15 @@ PRESETS = {  # name -> how the paths of the adapted Linears end
     "small": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
 }
 BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the context
-DIFFUSERS = ("diffusers merges it: pipe.load_lora_weights(FILE), pipe.fuse_lora(), pipe.save_pretrained(FOLDER); then "
-             "give FOLDER as --ckpt")
+DIFFUSERS = ("diffusers merges it: pipe.load_lora_weights(FILE), pipe.fuse_lora(), pipe.unload_lora_weights(), "
+             "pipe.save_pretrained(FOLDER); then give FOLDER as --ckpt")
 COMFYUI = "ComfyUI merges it: its nodes Load LoRA and Save Checkpoint; then give the saved file as --ckpt"
 FOREIGN = [  # what keys of other kinds of adapters look like, the kind, and what reads it
-    (r"dora_scale|lora_magnitude_vector", "a DoRA", DIFFUSERS),
+    (r"^lora_te|^text_encoder", "a LoRA of the text encoder too", COMFYUI),
+    (r"dora_scale|lora_magnitude_vector", "a DoRA", COMFYUI),
     (r"\.hada_", "a LoHa", COMFYUI),
     (r"\.lokr_", "a LoKr", COMFYUI),
     (r"\.lora_mid\.", "a LoRA with a third matrix, lora_mid", COMFYUI),
-    (r"^lora_te|^(text_encoder|te\d?)\.", "a LoRA of the text encoder too", DIFFUSERS),
     (r"^lora_unet_(input_blocks|middle_block|output_blocks)_", "a LoRA with CompVis' names of the layers", COMFYUI),
     (r"\.lora_[AB]\.", "a LoRA with PEFT's names", DIFFUSERS),
     (r"[._]lora\.(down|up)\.|\.processor\.", "a LoRA with the names of older diffusers", DIFFUSERS),

@@ -1,6 +1,9 @@
 """load_checkpoint reads the files that people have, writes them back bit for bit, and refuses others in one line."""
 import builtins
+import json
 import os
+import re
+import shutil
 import sys
 import types
 
@@ -10,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import TINY, StableDiffusion, load_checkpoint, read_config
-from tests.checkpoints import CONFIGS, NARROW, TEXT, UNET, VAE, hollow_checkpoint, manifest, same
+from tests import checkpoints
+from tests.checkpoints import CONFIGS, NARROW, PROMPTS, TEXT, UNET, VAE, hollow_checkpoint, manifest, relative, same
 
 NORM1_BIAS = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"  # tells v from eps
 
@@ -204,11 +208,6 @@ def test_a_missing_tensor_is_named(tmp_path, name, key):
     assert key in message and "alone" not in message
 
 
-def test_an_unknown_tensor_is_named(tmp_path):
-    novelty = UNET + "input_blocks.1.0.novelty"
-    assert novelty in refusal_of({**hollow_checkpoint("sd21"), novelty: torch.ones(1)}, tmp_path)
-
-
 @pytest.mark.parametrize("key, shape, says", [
     (UNET + "input_blocks.4.0.in_layers.0.weight", (641,), r"in_layers.0.weight is (641,), expected (320,)"),
     (UNET + "middle_block.1.norm.weight", (), "is (), expected (1280,)"),
@@ -240,3 +239,219 @@ OTHER_FILES = {
 def test_another_kind_of_model_is_refused_by_its_name(tmp_path, what):
     save_file({key: torch.ones(1) for key in OTHER_FILES[what]}, tmp_path / "other.safetensors")
     assert what in refusal(tmp_path / "other.safetensors")
+
+
+# ------------------------------------------------------------------ layouts that people have
+
+def write(tensors, folder, metadata=None):
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "layout.safetensors", metadata)
+    return folder / "layout.safetensors"
+
+
+def answers(sd):
+    x, context, images = checkpoints.randn(1, 4, 8, 8).float(), checkpoints.randn(1, 77, 128).float(), checkpoints.randn(1, 3, 16, 16).float()
+    return sd.unet(x, torch.tensor([500.0]), context), sd.encode(images), sd.decode(x), sd.encode_text(PROMPTS[:3])
+
+
+def equal(ours, theirs):
+    """Two models give the same answers. Where a tensor lies in memory can change the last bits: 1e-7."""
+    return all(relative(a, b) < 2e-6 for a, b in zip(answers(ours), answers(theirs)))
+
+
+OTHERS = {"embedding_manager.initial_embeddings": torch.ones(2), "first_stage_model.loss.logvar": torch.ones(1),
+          "scale_factor": torch.tensor(0.18215), "control_model.out.weight": torch.ones(3),
+          "cond_stage_model.transformer.text_projection.weight": torch.ones(2, 2)}
+
+
+def test_tensors_of_no_network_are_named_in_a_line_and_kept_when_the_file_is_saved_again(files, tmp_path, capsys):
+    tensors = load_file(files["sd15"]) | OTHERS
+    sd = load_checkpoint(write(tensors, tmp_path))
+    assert ("5 tensors belong to none of the networks and are only kept: cond_stage_model.transformer.text_projection."
+            "weight, control_model.out.weight, embedding_manager.initial_embeddings ...\n") in capsys.readouterr().out
+    sd.save(tmp_path / "again.safetensors", torch.float16)
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == tensors.keys() and same({name: again[name] for name in OTHERS}, OTHERS)
+    load_checkpoint(files["sd15"])
+    assert "none of the networks" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("novelty", [
+    UNET + "input_blocks.1.0.novelty", VAE + "encoder.novelty", VAE + "decoder.novelty", VAE + "quant_conv.novelty",
+    VAE + "post_quant_conv.novelty", TEXT + "transformer.text_model.encoder.layers.0.novelty",
+    TEXT + "transformer.text_model.embeddings.novelty", TEXT + "transformer.text_model.final_layer_norm.novelty"])
+def test_an_unknown_tensor_of_a_network_that_is_loaded_is_refused(files, tmp_path, novelty):
+    message = refusal(write(load_file(files["sd15"]) | {novelty: torch.ones(1)}, tmp_path))
+    assert f"0 tensors missing; 1 unknown, first {novelty}" in message
+
+
+def test_what_comfyui_writes_into_its_files_tells_the_prediction_and_the_schedule(files, tmp_path, capsys):
+    tensors = load_file(files["sd15"])
+    sd = load_checkpoint(write(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path))
+    assert sd.prediction == "v" and sd.zero_snr
+    assert "v-prediction (from the file's tensor v_pred), zero terminal SNR" in capsys.readouterr().out
+    sd.save(tmp_path / "again.safetensors")
+    assert load_file(tmp_path / "again.safetensors").keys() >= {"v_pred", "ztsnr"}
+    assert load_checkpoint(write(tensors, tmp_path, {"modelspec.predict_key": "v"})).prediction == "v"
+    sd = load_checkpoint(write(tensors, tmp_path, {"zero_snr": "true", "prediction": "v"}))
+    assert sd.zero_snr and not load_checkpoint(files["sd15"]).zero_snr
+    sd.save(tmp_path / "again.safetensors")
+    assert load_checkpoint(tmp_path / "again.safetensors").zero_snr
+
+
+@pytest.mark.parametrize("name, usual, other", [
+    ("sd15", "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
+    ("sd21", "cond_stage_model.model.", "conditioner.embedders.0.model.")])
+def test_the_text_encoder_may_have_its_other_name_which_the_saved_file_has_too(files, tmp_path, name, usual, other):
+    tensors = {key.replace(usual, other): value for key, value in load_file(files[name]).items()}
+    assert tensors.keys() != load_file(files[name]).keys()
+    sd = load_checkpoint(write(tensors, tmp_path))
+    assert equal(sd, load_checkpoint(files[name]))
+    sd.save(tmp_path / "again.safetensors")
+    assert same(load_file(tmp_path / "again.safetensors"), tensors)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_text_encoder_of_23_layers_from_diffusers_gives_what_the_24_layers_give(files, tmp_path, projection):
+    tensors = {key: value for key, value in load_file(files["sd21"]).items()
+               if ".resblocks.23." not in key and (projection or "text_projection" not in key)}
+    sd = load_checkpoint(write(tensors, tmp_path))
+    assert sd.config.text_layers == 23 and equal(sd, load_checkpoint(files["sd21"]))
+    sd.save(tmp_path / "again.safetensors")
+    assert same(load_file(tmp_path / "again.safetensors"), tensors)
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-8), (torch.float8_e4m3fn, 2**-3)])
+def test_files_of_lower_precision_load_and_are_saved_as_they_were(files, tmp_path, dtype, rounding):
+    before = {key: value.to(dtype) if value.is_floating_point() else value
+              for key, value in load_file(files["sd15"]).items()}
+    sd, exact = load_checkpoint(write(before, tmp_path)), load_checkpoint(files["sd15"])
+    assert all(relative(a, b) < rounding for a, b in zip(sd.parameters(), exact.parameters()))
+    sd.save(tmp_path / "again.safetensors")
+    assert all(a.dtype == b.dtype and torch.equal(a.float(), b.float())
+               for a, b in zip(before.values(), (load_file(tmp_path / "again.safetensors")[key] for key in before)))
+
+
+@pytest.mark.parametrize("prefixes, lacks", [
+    ((VAE,), "no autoencoder"), ((UNET,), "no UNet"), ((TEXT,), "no text encoder"),
+    ((VAE, TEXT), "no autoencoder and no text encoder")])
+def test_the_part_that_a_file_lacks_is_named(files, tmp_path, prefixes, lacks):
+    tensors = {key: value for key, value in load_file(files["sd21"]).items() if not key.startswith(prefixes)}
+    assert f"it has {lacks}; a whole checkpoint of Stable Diffusion 1.x or 2.x is needed" in refusal(
+        write(tensors, tmp_path))
+
+
+def test_a_text_encoder_under_the_names_of_the_other_version_is_refused(files, tmp_path):
+    both = load_file(files["sd15"]), load_file(files["sd21"])
+    tensors = {key: value for key, value in both[0].items() if key.startswith(TEXT)} | {
+        key: value for key, value in both[1].items() if not key.startswith(TEXT)}
+    assert "the UNet is an SD 2.x, the text encoder has the names of an SD 1.x" in refusal(write(tensors, tmp_path))
+
+
+# ------------------------------------------------------------------ a diffusers folder
+
+@pytest.fixture(scope="module", params=["sd15", "sd21"])
+def folder(request, files, tmp_path_factory):
+    """A narrow pipeline as diffusers saves it; its name is that of the file with the same weights. To be read only."""
+    path = tmp_path_factory.mktemp("folder") / request.param
+    prediction = {"sd15": "eps", "sd21": "v"}[request.param]
+    checkpoints.full_pipeline(NARROW[request.param], load_file(files[request.param]), prediction).save_pretrained(path)
+    return path
+
+
+def change(folder, where, renames=None, variant="", shards=1, dtype=None):
+    """Rewrite one part's file of weights: other names, another variant, several shards."""
+    path, = (folder / where).glob("*.safetensors")
+    tensors = {(renames or (lambda name: name))(name): value.to(dtype or value.dtype)
+               for name, value in load_file(path).items()}
+    path.unlink()
+    for i in range(shards):
+        part = f"-{i + 1:05d}-of-{shards:05d}" if shards > 1 else ""
+        shard = {name: tensors[name] for name in list(tensors)[i::shards]}
+        save_file(shard, path.with_name(f"{path.stem}{variant}{part}.safetensors"))
+
+
+def old_names(name):
+    for new, old in ("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn"):
+        name = name.replace(f"attentions.0.{new}", f"attentions.0.{old}")
+    return name
+
+
+def test_a_folder_gives_what_the_single_file_gives_and_is_saved_as_one(folder, files, tmp_path, capsys):
+    sd, single = load_checkpoint(folder), load_checkpoint(files[folder.name])
+    assert equal(sd, single) and sd.unet_hash == single.unet_hash
+    assert f"{sd.prediction}-prediction (from the file's prediction_type)" in capsys.readouterr().out
+    assert sd.prediction == {"sd15": "eps", "sd21": "v"}[folder.name] and not sd.zero_snr
+    sd.save(tmp_path / "one.safetensors")
+    one, before = load_file(tmp_path / "one.safetensors"), load_file(files[folder.name])
+    assert one.keys() <= before.keys() and all(torch.equal(one[key], before[key]) for key in one)
+    again = load_checkpoint(tmp_path / "one.safetensors")
+    assert equal(again, single) and again.prediction == sd.prediction
+
+
+CHANGES = {
+    "the old names of the autoencoder's attention": lambda folder: change(folder, "vae", old_names),
+    "text_model. in the names": lambda folder: change(folder, "text_encoder", lambda name: "text_model." + name),
+    "shards": lambda folder: [change(folder, part, shards=3) for part in ("unet", "text_encoder")],
+    "an fp16 variant in shards": lambda folder: [
+        change(folder, part, variant=".fp16", shards=2) for part in ("unet", "vae")],
+    "a damaged variant beside the plain one": lambda folder: (
+        folder / "unet/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"x"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_folder_may_have(folder, files, tmp_path, what):
+    shutil.copytree(folder, tmp_path / "folder")
+    CHANGES[what](tmp_path / "folder")
+    assert equal(load_checkpoint(tmp_path / "folder"), load_checkpoint(files[folder.name]))
+
+
+def edit_json(folder, name, **changes):
+    content = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_a_folders_scheduler_tells_the_prediction_and_the_zero_snr_schedule(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "folder")
+    edit_json(tmp_path / "folder", "scheduler/scheduler_config.json", prediction_type="v_prediction",
+              rescale_betas_zero_snr=True)
+    sd = load_checkpoint(tmp_path / "folder")
+    assert sd.prediction == "v" and sd.zero_snr
+    assert load_checkpoint(tmp_path / "folder", prediction="eps").prediction == "eps"
+    edit_json(tmp_path / "folder", "scheduler/scheduler_config.json", prediction_type="sample")
+    assert "prediction 'sample'" in refusal(tmp_path / "folder")
+
+
+SPOILED = {
+    "a folder of StableDiffusionXLPipeline": lambda folder: edit_json(
+        folder, "model_index.json", _class_name="StableDiffusionXLPipeline"),
+    "vae/ is missing or has no .safetensors file (.bin files are not read)": lambda folder: next(
+        (folder / "vae").glob("*.safetensors")).rename(folder / "vae" / "diffusion_pytorch_model.bin"),
+    "text_encoder/ is missing": lambda folder: shutil.rmtree(folder / "text_encoder"),
+    "unet/config.json: missing or damaged": lambda folder: (folder / "unet/config.json").write_text("{"),
+    "scheduler_config.json: missing": lambda folder: shutil.rmtree(folder / "scheduler"),
+    "lacks 'block_out_channels'": lambda folder: (folder / "vae/config.json").write_text("{}"),
+    "noise schedule of its scheduler is ('linear', 0.00085, 0.012)": lambda folder: edit_json(
+        folder, "scheduler/scheduler_config.json", beta_schedule="linear"),
+    "[2, 4, 8, 8] attention heads": lambda folder: edit_json(
+        folder, "unet/config.json", attention_head_dim=[2, 4, 8, 8]),
+    "takes 9 channels: an inpainting": lambda folder: edit_json(folder, "unet/config.json", in_channels=9),
+    "first unet/down_blocks.0.attentions.1": lambda folder: change(
+        folder, "unet", lambda name: name.replace("down_blocks.0.attentions.1", "novelty")),
+    "without model_index.json": lambda folder: (folder / "model_index.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("says", SPOILED)
+def test_a_folder_that_does_not_load_is_refused_in_one_line(folder, tmp_path, says):
+    shutil.copytree(folder, tmp_path / "folder")
+    SPOILED[says](tmp_path / "folder")
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        load_checkpoint(tmp_path / "folder")
+    assert str(caught.value).startswith(str(tmp_path / "folder")) and "\n" not in str(caught.value)
+
+
+def test_a_part_of_a_folder_and_a_name_on_the_hub_get_the_way_out(folder):
+    assert "give the folder above it" in refusal(folder / "unet")
+    assert "hf download someone/model-2-1 --local-dir model-2-1; then --ckpt model-2-1" in refusal("someone/model-2-1")
+    assert "hub" not in refusal("someone/model.safetensors")

@@ -172,7 +172,8 @@ def test_saving_and_loading_is_exact_to_the_bit_and_keeps_the_metadata(tmp_path,
     unet, path = adapted_unet(config, preset), tmp_path / "adapter.safetensors"
     lora.save(unet, path, {"preset": str(preset), "prediction": "v"})
     again = random_unet(config)
-    assert lora.is_lora_file(path) and lora.load(path, again) == {"preset": str(preset), "prediction": "v"}
+    told = lora.load(path, again)
+    assert lora.is_lora_file(path) and told["preset"] == str(preset) and told["prediction"] == "v"
     assert same(again.state_dict(), unet.state_dict())
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in unet.parameters()]
 
@@ -241,11 +242,8 @@ def test_a_rank_above_the_layers_full_rank_loads(tmp_path):
 
 FIRST = "lora_unet_conv_in.lora_down.weight"
 MISFITS = {  # what is added to, or with None removed from, a LoRA file that fits; what the error says
-    "text encoder": ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(1)},
-                     "carries text-encoder adapters, which are not supported"),
     "half an adapter": ({FIRST: None}, "incomplete.* 1 keys do not fit, the first is 'lora_unet_conv_in.lora_up.wei"),
-    "unknown layer": ({"lora_unet_double_blocks_0.lora_up.weight": torch.zeros(1)}, "do not fit.*double_blocks_0"),
-    "DoRA": ({"lora_unet_conv_in.dora_scale": torch.zeros(4)}, "not a LoRA.*dora_scale"),
+    "unknown layer": ({"lora_unet_double_blocks_0.lora_up.weight": torch.zeros(1, 1)}, "do not fit.*double_blocks_0"),
     "SDXL": ({"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.zeros(4, 2048)},
              r"made for another base \(SDXL\)"),
     "wrong shape": ({FIRST: torch.zeros(4, 3, 3, 3)},

@@ -41,7 +41,7 @@ def test_each_equation_stands_on_the_line_that_the_readme_names():
 
 def test_the_dozen_lines_run_as_printed_and_diffusers_unet_gives_the_velocity_that_its_own_output_means(tmp_path):
     from diffusers import UNet2DConditionModel
-    ours, theirs = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    ours, theirs, _ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)    # test_tools runs it
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     names = {"images": images, "captions": ["a red image", "a blue image"], "folder": tmp_path}
     exec(ours, names)
@@ -108,8 +108,9 @@ def test_every_link_leads_to_a_file(page):
 
 def test_the_printed_sigmas_are_those_of_four_steps():
     sigmas = [f"{sigma:.4f}" for sigma in sample.sigma_grid(Diff2Flow(None, *sd_schedule()), 4)]
-    for before, after in ("ManualSigmas: ", "\n"), ("diffusers: sigmas=[", "]"), ("prompt, sigmas=[", "]"):
-        shown = re.search(re.escape(before) + "([^\n]*?)" + re.escape(after), README)
+    assert f"    ComfyUI, ManualSigmas: {', '.join(sigmas)}\n" in README
+    assert f"    diffusers: sigmas=[{', '.join(sigmas)}]\n" in README
+    assert f"sigmas=[{', '.join(sigmas[:-1])}, 0.0], guidance_scale" in README
 
 
 def test_the_line_for_coco_takes_the_first_caption_of_each_picture(tmp_path):

@@ -112,7 +112,11 @@ def test_a_picture_has_the_size_asked_for_and_else_the_checkpoints():
 
 def test_the_sigmas_for_other_tools_are_the_documented_ones():
     out = works(sample, "--steps 4 --print-sigmas --device cpu")
-    assert out.splitlines()[-1] == "14.6146 2.3553 0.8796 0.3055 0.0000" and not Path("samples.png").exists()
+    assert out.splitlines()[-2:] == ["ComfyUI, ManualSigmas: 14.6146, 2.3553, 0.8796, 0.3055, 0.0000",
+                                     "diffusers: sigmas=[14.6146, 2.3553, 0.8796, 0.3055, 0.0000]"]
+    assert not Path("samples.png").exists()
+    out = works(sample, "--steps 2 --print-sigmas --device cpu --zero-snr")         # its first level is infinite
+    assert out.splitlines()[-1] == "diffusers: sigmas=[4096.0000, 0.9995, 0.0000]"
 
 
 # ------------------------------------------------------------------ which model, and how it is sampled
@@ -156,7 +160,7 @@ def test_a_lora_is_its_merged_model_and_brings_its_guidance(tiny):
 def test_a_lora_remembers_the_prediction_that_it_was_trained_with(tiny):
     save_file(load_file(tiny), "silent.safetensors")                                # guessed as v
     assert load_flow("silent.safetensors")[1].prediction == "v"
-    write_lora("lora.safetensors", tiny, prediction="eps")
+    write_lora("lora.safetensors", tiny, prediction="eps", base_hash=load_checkpoint(tiny).unet_hash)
     sd, flow = load_flow("silent.safetensors", "lora.safetensors")
     assert sd.prediction == flow.prediction == "eps"
     assert load_flow("silent.safetensors", "lora.safetensors", prediction="v")[1].prediction == "v"
@@ -188,6 +192,48 @@ def test_what_is_named_is_taken_and_a_lora_alone_is_on_its_own_base(tiny):
     assert find_files(None, moved, False, "text-to-image") == (Path("other.safetensors"), moved, True)
     assert find_files("own.safetensors", moved, False, "text-to-image") == (Path("own.safetensors"), moved, False)
     assert find_files("own.safetensors", None, True, "text-to-image") == (Path("own.safetensors"), None, True)
+
+
+def test_a_lora_without_its_run_names_its_base_and_is_put_on_no_other(tiny, monkeypatch, capsys):
+    for name in "v", "eps":
+        sd = load_checkpoint(tiny)
+        sd.unet.out[2].bias += 1 + (name == "eps")
+        sd.prediction = name
+        sd.save(f"toy/tiny-{name}.safetensors")
+    monkeypatch.setattr(sample, "BUNDLED_PRIOR", Path("toy/tiny-v.safetensors"))
+    hashes = {name: load_checkpoint(f"toy/tiny-{name}.safetensors").unet_hash for name in ("v", "eps")}
+    eps = write_lora("lora.safetensors", tiny, base="tiny-eps.safetensors", base_hash=hashes["eps"], prediction="eps")
+    capsys.readouterr()
+    sd, _ = load_flow(lora_file=eps)
+    assert sd.prediction == "eps" and "toy/tiny-eps.safetensors: Stable" in (out := capsys.readouterr().out)
+    assert "warning" not in out
+    says = "trained on tiny-eps.safetensors, whose UNet predicts eps; toy/tiny-v.safetensors predicts v: give the right"
+    with pytest.raises(ValueError, match=says):
+        load_flow("toy/tiny-v.safetensors", eps)
+    assert load_flow("toy/tiny-v.safetensors", eps, prediction="eps")[0].prediction == "eps"
+    capsys.readouterr()
+    v = write_lora("lora.safetensors", tiny, base="sd21.safetensors", base_hash="0123456789abcdef", prediction="v")
+    load_flow("toy/tiny-v.safetensors", v)
+    warning = capsys.readouterr().out
+    assert "warning: lora.safetensors was trained on sd21.safetensors (UNet 0123456789); toy/tiny-v" in warning
+    assert f"has another UNet ({hashes['v'][:10]})" in warning
+    assert "trained on sd21.safetensors: give it by --ckpt" in refusal(sample, f"{FEW} --lora {v}")
+    foreign = write_lora("lora.safetensors", tiny)
+    assert "a checkpoint that it does not name: give it by --ckpt" in refusal(sample, f"{FEW} --lora {foreign}")
+
+
+def test_the_hash_of_a_base_is_of_the_unet_alone_whatever_the_precision_of_the_file_or_in_memory(tiny):
+    sd = load_checkpoint(tiny)                                                      # a float16 file
+    sd.save("float32.safetensors", torch.float32)
+    sd.first_stage_model.quant_conv.bias += 1
+    sd.save("other-vae.safetensors")
+    assert load_file("float32.safetensors")["model.diffusion_model.out.2.bias"].dtype == torch.float32
+    files = tiny, "float32.safetensors", "other-vae.safetensors"
+    assert {load_checkpoint(file, dtype=dtype).unet_hash
+            for file in files for dtype in (torch.float32, torch.bfloat16)} == {sd.unet_hash}
+    sd.unet.out[2].bias[0] += 0.1
+    sd.save("other.safetensors")
+    assert load_checkpoint("other.safetensors").unet_hash != sd.unet_hash
 
 
 def test_a_depth_model_and_a_picture_model_are_not_taken_for_each_other(tiny):
@@ -270,7 +316,8 @@ def test_pairs_of_other_settings_are_not_mixed(small_files):
 
 REFUSED = {
     "--ckpt {}/none.safetensors": "no such checkpoint file", "--lora {}/none.safetensors": "none.safetensors",
-    "--lora {}/cut.safetensors": "cut.safetensors", "--lora {}/model.safetensors": "not a LoRA",
+    "--lora {}/cut.safetensors": "cut.safetensors", "--lora {}/model.safetensors": "does not name",
+    "--ckpt {0}/model.safetensors --lora {0}/model.safetensors": "not a LoRA",
     "--size 65": "65x65", "--size 64 64 64": "3 numbers", "--steps 0": "--steps 0", "--batch 0": "--batch 0",
     "--n 0": "--n 0", "--pairs 0": "--pairs 0", "--seed -1": "--seed -1", "--cfg nan": "--cfg nan",
     "--shards 0 1": "--shards 0 1", "--pairs 300 --shards 1 3": "--shards 1 3", "--pairs 2 --out {}/file": "file",

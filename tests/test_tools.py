@@ -10,14 +10,14 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import lora
-from diff2flow import Diff2Flow
 from model import load_checkpoint
-from sample import load_flow, make_flow
-from tests.checkpoints import NARROW, PROMPTS, full_pipeline, randn, relative, same
+from sample import load_flow
+from tests.checkpoints import NARROW, full_pipeline, randn, relative, same
 from tests.runs import metadata, refusal, works
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-RECIPE = next(code for code in re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL) if "sigmas" in code)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+RECIPE, = (code for code in BLOCKS if "sigmas" in code)
 PREDICTIONS = pytest.mark.parametrize("name, prediction", [("sd15", "eps"), ("sd21", "v"), ("sd21", "eps")])
 
 
@@ -83,3 +83,179 @@ def test_diffusers_gives_our_latents_by_the_readmes_lines_as_printed(base, name,
     assert relative(theirs, ours) < 1e-4                            # a printed sigma is rounded to 1e-4 for both
     without_last = euler(sd, flow, called["sigmas"][:-1], noise, called["prompt"], called["guidance_scale"])
     assert relative(without_last, ours) > 0.02
+
+
+LAYOUTS = {  # what people have: the precision, names and further tensors of the base
+    "sd15": lambda tensors: {key: value.half() if value.is_floating_point() else value
+                             for key, value in tensors.items()},
+    "sd21": lambda tensors: tensors | {"v_pred": torch.zeros(0), "first_stage_model.loss.logvar": torch.ones(1)},
+    "old": lambda tensors: {key.replace("text_model.", ""): value for key, value in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_merged_file_has_the_bases_names_precision_and_further_tensors_and_gives_what_base_and_lora_give(
+        files, tmp_path, layout):
+    base, merged = tmp_path / "base.safetensors", tmp_path / "merged.safetensors"
+    save_file(before := LAYOUTS[layout](load_file(files["sd21" if layout == "sd21" else "sd15"])), base)
+    adapter = write_lora(tmp_path / "lora.safetensors", base)
+    works(lora, f"--merge {adapter} --ckpt {base} --out {merged}")
+    after = load_file(merged)
+    assert {key: (value.shape, value.dtype) for key, value in after.items()} == {
+        key: (value.shape, value.dtype) for key, value in before.items()}
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(key.startswith("model.diffusion_model.") for key in changed)
+    both, one = load_flow(base, adapter)[0], load_checkpoint(merged)
+    tolerance = 1e-3 if layout == "sd15" else 0                     # float16 keeps 11 bits: 5e-4 a weight
+    assert all(relative(a, b) <= tolerance for a, b in zip(one.parameters(), both.parameters()))
+    assert one.prediction == both.prediction and load_flow(merged)[0].metadata["base"] == "base.safetensors"
+    works(lora, f"--merge {adapter} --ckpt {base} --out {merged} --dtype bf16")
+    assert load_file(merged)["model.diffusion_model.out.2.weight"].dtype == torch.bfloat16
+
+
+@PREDICTIONS
+def test_diffusers_opens_a_merged_file_and_gives_what_our_base_and_lora_give(base, name, prediction, monkeypatch):
+    adapter = write_lora(base.with_name("lora.safetensors"), base)
+    works(lora, f"--merge {adapter} --ckpt {base} --out {base.with_name('merged.safetensors')}")
+    folder = base.with_name("config")                               # the real ones come from the hub
+    full_pipeline(NARROW[name], load_file(base), prediction).save_pretrained(folder)
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(base.with_name("merged.safetensors")), config=str(folder), local_files_only=True)
+    noise = randn(1, 4, 8, 8).float()
+    theirs, called = run_recipe(pipeline, None, noise, monkeypatch)
+    sd, flow = load_flow(base, adapter)
+    ours = euler(sd, flow, called["sigmas"], noise, called["prompt"], called["guidance_scale"])
+    plain, flow = load_flow(base)
+    unadapted = euler(plain, flow, called["sigmas"], noise, called["prompt"], called["guidance_scale"])
+    assert relative(theirs, ours) < 1e-4 and relative(unadapted, ours) > 0.05
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--merge {}/none.safetensors --ckpt {}/base.safetensors --out {}/x.safetensors", "none.safetensors: no such file"),
+    ("--merge {}/base.safetensors --ckpt {}/base.safetensors --out {}/x.safetensors", "not a LoRA with kohya's keys"),
+    ("--merge {}/base.safetensors --ckpt {}/base.safetensors --out {}/x.ckpt", "it must end in .safetensors")])
+def test_what_cannot_be_merged_is_one_line_and_writes_nothing(files, tmp_path, words, says):
+    save_file(load_file(files["sd15"]), tmp_path / "base.safetensors")
+    assert says in refusal(lora, words.format(*[tmp_path] * 3))
+    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+@pytest.mark.parametrize("name, prediction, depth, architecture", [
+    ("sd15", "eps", False, "stable-diffusion-v1"), ("sd21", "v", False, "stable-diffusion-v2-768-v"),
+    ("sd21", "eps", False, "stable-diffusion-v2-512"), ("sd21", "v", True, "stable-diffusion-v2-768-v-depth")])
+def test_modelspec_names_the_architecture_the_prediction_and_width_by_height(
+        files, name, prediction, depth, architecture):
+    sd = load_checkpoint(files[name], prediction=prediction)
+    if depth:
+        sd.add_picture_input()
+    spec = sd.modelspec("mine", [384, 512], "/lora")
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d", spec.pop("modelspec.date"))
+    assert spec == {
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.title": "mine",
+        "modelspec.architecture": architecture + "/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.resolution": "512x384", "modelspec.prediction_type": {"v": "v", "eps": "epsilon"}[prediction]}
+
+
+def test_a_merged_file_says_what_it_is_and_not_that_it_is_a_lora(files, tmp_path):
+    base, merged = files["sd21"], tmp_path / "merged.safetensors"
+    sd = load_checkpoint(base)
+    adapter = write_lora(tmp_path / "lora.safetensors", base, resolution="384 512", objective="diff2flow",
+                         **sd.modelspec("a LoRA", [384, 512], "/lora"))
+    works(lora, f"--merge {adapter} --ckpt {base} --out {merged}")
+    told = metadata(merged)
+    assert told["modelspec.architecture"] == "stable-diffusion-v2-768-v" and told["modelspec.title"] == "merged"
+    assert told["modelspec.resolution"] == "512x384" and told["objective"] == "diff2flow"
+    assert not any(name.startswith("ss_") for name in told)
+    told = metadata(adapter)
+    assert told["ss_network_module"] == "networks.lora" and told["ss_network_dim"] == "Dynamic"
+
+
+# ------------------------------------------------------------------ in: adapters of other kinds, merged by diffusers
+
+def peft_state(unet):
+    """Random adapters of diffusers' UNet -> PEFT's state of them. The UNet is left without."""
+    from peft import LoraConfig, get_peft_model_state_dict
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"]))
+    torch.manual_seed(3)
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    state = {key: value.clone() for key, value in get_peft_model_state_dict(unet).items()}
+    unet.unload_lora()
+    return state
+
+
+def peft_file(state):
+    return {f"unet.{key}": value for key, value in state.items()}
+
+
+def older_file(state):
+    """As diffusers wrote them until 0.21: unet.PATH.processor.to_q_lora.down.weight."""
+    sides = {"A": "down", "B": "up"}
+    return {"unet." + re.sub(r"\.(to_\w)\.lora_([AB])", lambda m: f".processor.{m[1]}_lora.{sides[m[2]]}", key): value
+            for key, value in state.items()}
+
+
+@pytest.mark.parametrize("kind, write", [
+    ("a LoRA with PEFT's names", peft_file), ("a LoRA with the names of older diffusers", older_file)])
+def test_another_kind_of_adapter_is_named_and_works_by_the_way_that_the_message_tells(
+        files, tmp_path, kind, write):
+    pipe = full_pipeline(NARROW["sd15"], load_file(files["sd15"]))
+    file = tmp_path / "other.safetensors"
+    save_file(write(peft_state(pipe.unet)), file)
+    message = refusal_of_lora(file, files["sd15"])
+    assert f": {kind}, which is not read here; diffusers merges it: " in message
+    steps = re.search(r"pipe\.load.*\(FOLDER\)", message)[0].split(", ")
+    names = {"pipe": pipe, "FILE": str(file), "FOLDER": str(tmp_path / "folder")}
+    plain = load_checkpoint(files["sd15"])
+    eval(steps[0], names)
+    context = torch.randn(1, 77, 128)
+    x, t_dm = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    with torch.no_grad():
+        theirs = pipe.unet(x, t_dm, context).sample
+    for step in steps[1:]:
+        eval(step, names)
+    ours = load_checkpoint(tmp_path / "folder")
+    assert relative(ours.unet(x, t_dm, context), theirs) < 1e-4 < 0.01 < relative(plain.unet(x, t_dm, context), theirs)
+
+
+def refusal_of_lora(file, base):
+    with pytest.raises(ValueError) as caught:
+        lora.load(file, load_checkpoint(base).unet)
+    assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key, kind", [
+    ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", "a LoRA of the text encoder too"),
+    ("lora_unet_conv_in.dora_scale", "a DoRA"), ("lora_unet_conv_in.hada_w1_a", "a LoHa"),
+    ("lora_unet_conv_in.lokr_w1", "a LoKr"),
+    ("lora_unet_conv_in.lora_mid.weight", "a LoRA with a third matrix, lora_mid"),
+    ("lora_unet_input_blocks_1_1_proj_in.lora_up.weight", "a LoRA with CompVis' names of the layers")])
+def test_an_adapter_that_comfyui_reads_is_named_with_the_way_over_comfyui(files, tmp_path, key, kind):
+    file = tmp_path / "other.safetensors"
+    save_file({key: torch.ones(4, 4, 1, 1)}, file)
+    assert f": {kind}, which is not read here; ComfyUI merges it: its nodes Load LoRA" in refusal_of_lora(
+        file, files["sd15"])
+
+
+def test_a_pickled_lora_becomes_a_readable_file_by_the_command_that_the_message_tells(files, tmp_path):
+    adapter = write_lora(tmp_path / "lora.safetensors", files["sd15"])
+    torch.save(load_file(adapter), tmp_path / "lora.pt")
+    command = refusal_of_lora(tmp_path / "lora.pt", files["sd15"]).split("make a .safetensors file of it: ")[1]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    assert same(load_file(tmp_path / "lora.pt.safetensors"), load_file(adapter))
+    lora.load(tmp_path / "lora.pt.safetensors", load_checkpoint(files["sd15"]).unet)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda down: torch.zeros(0, *down.shape[1:]), "no matrix"), (lambda down: torch.tensor(1.0), "no matrix"),
+    (lambda down: down * float("nan"), "NaN or infinity"), (lambda down: down / 0, "NaN or infinity")],
+    ids=["rank 0", "a number", "NaN", "infinite"])
+def test_a_lora_of_broken_tensors_is_refused(files, tmp_path, damage, says):
+    adapter = write_lora(tmp_path / "lora.safetensors", files["sd15"])
+    key = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
+    save_file({**(tensors := load_file(adapter)), key: damage(tensors[key])}, adapter)
+    message = refusal_of_lora(adapter, files["sd15"])
+    assert key in message and says in message

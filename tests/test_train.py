@@ -23,6 +23,7 @@ from data import read_pairs
 from diff2flow import Diff2Flow
 from files import replacing
 from model import StableDiffusion, load_checkpoint
+from sample import load_flow
 from tests import runs
 from tests.runs import FEW, SHORT, call, metadata, refusal, rows_of, same, save_photo, save_photos, working_in, works
 from toy.scenes import Scenes
@@ -169,9 +170,30 @@ def test_all_weights_are_saved_as_a_checkpoint_of_averages_in_which_the_unet_alo
 
 
 def test_a_lora_says_what_it_was_trained_for(whole, tiny):
-    told = metadata(whole[0] / "lora.safetensors")
-    assert told == {"format": "pt", "objective": "diff2flow", "style": "outline", "prediction": "v", "preset": "base",
-                    "task": "text-to-image", "schedule": "scaled_linear", "base": tiny.name, "resolution": "32 32"}
+    told, base = metadata(whole[0] / "lora.safetensors"), load_checkpoint(tiny)
+    spec = base.modelspec(whole[0].name, [32, 32], "/lora") | {"modelspec.date": told["modelspec.date"]}
+    assert told == spec | {
+        "format": "pt", "objective": "diff2flow", "style": "outline", "prediction": "v", "preset": "base",
+        "task": "text-to-image", "schedule": "scaled_linear", "base": tiny.name, "base_hash": base.unet_hash,
+        "resolution": "32 32", "cfg": "4.0", "ss_base_model_version": "sd_v2_v", "ss_v2": "True",
+        "ss_network_module": "networks.lora", "ss_network_dim": "Dynamic"}
+
+
+def test_the_zero_snr_schedule_is_remembered_and_sampled_with(tiny):
+    works(train, SHORT + "--steps 1 --zero-snr --lora 2 --preview-every 0 --out adapted")
+    works(train, SHORT + "--steps 1 --zero-snr --lora none --preview-every 0 --out full")
+    assert metadata("adapted/lora.safetensors")["zero_snr"] == metadata("full/model.safetensors")["zero_snr"] == "true"
+    for files in (tiny, "adapted/lora.safetensors"), ("full/model.safetensors", None):
+        assert load_flow(*files)[1].f_table[-1] == 0
+    assert load_flow(tiny)[1].f_table[-1] > 0.06 and load_flow(tiny, zero_snr=True)[1].f_table[-1] == 0
+    assert "an eps-network says nothing about x1" in refusal(train, SHORT + "--zero-snr --prediction eps")
+
+
+def test_a_full_models_file_says_what_it_is(tiny):
+    works(train, SHORT + "--steps 1 --lora none --preview-every 0 --out full")
+    told = metadata("full/model.safetensors")
+    assert told["modelspec.architecture"] == "stable-diffusion-v2-768-v" and told["modelspec.title"] == "full"
+    assert told["base_hash"] == load_checkpoint(tiny).unet_hash and not any(name.startswith("ss_") for name in told)
 
 
 def test_a_new_run_does_not_mix_with_an_old_one_in_its_folder(whole):

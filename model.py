@@ -1,13 +1,13 @@
-"""Stable Diffusion 1.x and 2.x from one checkpoint file: UNet, KL autoencoder, text encoder, and the loader.
+"""Stable Diffusion 1.x and 2.x from a checkpoint: UNet, KL autoencoder, text encoder, and the loader.
 
     images (B, 3, H, W) in [-1, 1]  --encode-->  latents (B, 4, H/f, W/f) * 0.18215  --decode-->  images
     prompts  --encode_text-->  context (B, 77, D)
     unet(x_dm (B, 4, h, w), t_dm (B,), context (B, 77, D))  ->  v or eps (B, 4, h, w)
 
-Module names are the checkpoint's own, so that loading is strict. Architecture: Rombach et al. (arXiv 2112.10752); every
+Module names are the single file's own: loading is strict. Architecture: Rombach et al. (arXiv 2112.10752); every
 width and depth is read from the tensors' shapes, so the bundled small models are files like any other. The text tower
-and its tokenizer are open_clip's. First come the blocks, then the networks, then the checkpoint file; to follow a call,
-start with load_checkpoint, at the end.
+and its tokenizer are open_clip's. First come the blocks, then the networks, then the names that files use, then the
+checkpoint: a single file, or a folder of diffusers'; to follow a call, start with load_checkpoint, at the end.
 """
 import functools
 import hashlib
@@ -787,8 +787,8 @@ class DiffusersFolder:
 
     def json(self, name):
         try:
-            return json.loads(read_text(self.path / name))
-        except (FileNotFoundError, json.JSONDecodeError) as error:
+            return dict(json.loads(read_text(self.path / name)))
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{self.path / name}: missing or damaged ({type(error).__name__})") from error
 
     def weight_files(self, part):
@@ -810,6 +810,7 @@ class DiffusersFolder:
                 self.places[name], self.shapes[name] = (path, stored), tuple(file.get_slice(stored).get_shape())
 
     def read_config(self):
+        """-> Config, by the folder's own config.json files."""
         unet, vae, text = (self.json(f"{part}/config.json") for part in ("unet", "vae", "text_encoder"))
         config = Config(
             unet_widths=tuple(unet["block_out_channels"]), unet_res_blocks=unet["layers_per_block"],
@@ -975,7 +976,7 @@ def build_empty(file, config, prediction):
     try:
         with torch.device("meta"):
             return StableDiffusion(config, prediction)
-    except (ValueError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"{file.path}: the widths of its tensors make no model: {error}") from error
 
 
@@ -1011,15 +1012,15 @@ def find_tensors(file, sd, use_ema):
 
 
 def read_weights(file, sd, stored, device, dtype):
-    """Fill `sd` with the file's tensors, read one by one. The hash of the UNet is of its tensors as float16, so that
-    a float32 and a float16 file of one model have the same."""
+    """Fill `sd` with the file's tensors, read one by one. The hash of the UNet is of the first 1024 numbers of each of
+    its tensors, as float16, so that a float32 and a float16 file of one model have the same."""
     parameter_of = {name: parameter for parameter, names in stored.items() for name in names}
     read, state, hashes = {}, {}, {}
     for name, tensor in file.tensors(parameter_of):
         parameter = parameter_of[name]
         sd.dtypes[parameter] = tensor.dtype
         if parameter.startswith(UNET):
-            hashes[parameter] = hashlib.sha256(tensor.half().contiguous().numpy()).hexdigest()
+            hashes[parameter] = hashlib.sha256(tensor.flatten()[:1024].half().numpy()).hexdigest()
         read[name] = tensor.to(device=device, dtype=dtype)
     for parameter, empty in sd.state_dict().items():
         tensors = [read.pop(name) for name in stored[parameter]]    # q, k and v of SD 1.x become one matrix

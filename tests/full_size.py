@@ -1,6 +1,6 @@
 """Full-size files, by hand: does a 4 GB checkpoint load, in how much memory, and do the commands train on it?
 
-    python -m tests.full_size sd15 sd21            read: peak memory, seconds, float32 parity with diffusers
+    python -m tests.full_size sd15 sd21            read: peak memory, seconds, float32 parity with diffusers, folders
     python -m tests.full_size sd15 sd21 --train    train two steps on photographs by each task, LoRA in diffusers
 
 Each file is random, in the real layout, written for the purpose (5 GB in the temporary folder), and deleted. Peak
@@ -101,8 +101,40 @@ def compare_lora(path, adapter):
           f"the LoRA's own change: {relative(plain, ours):.2f}")
 
 
+@torch.no_grad()
+def compare_folder(name, path):
+    """The same weights as a diffusers folder: read to the same parameters, bit for bit; then of a LoRA merged into the
+    single file, diffusers' from_single_file against our base and LoRA."""
+    from diffusers import StableDiffusionPipeline
+    folder, merged, sd = Path(path).with_suffix(""), Path(path).with_name("merged.safetensors"), load_checkpoint(path)
+    prediction = sd.prediction
+    checkpoints.full_pipeline(CONFIGS[name], load_file(path), prediction).save_pretrained(folder)
+    start = time.time()
+    read = load_checkpoint(folder)
+    seconds, theirs = time.time() - start, read.state_dict()
+    ours = {key: value for key, value in sd.state_dict().items() if key in theirs}
+    print(f"  diffusers folder: read in {seconds:.1f} s, {len(theirs)} parameters, "
+          f"{'the same as of the file' if checkpoints.same(ours, theirs) else 'OTHERS'}")
+    del read, theirs, ours
+    torch.manual_seed(1)
+    for parameter in lora.inject(sd.unet, 16):
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    adapter = Path(path).with_name("adapter.safetensors")
+    lora.save(sd.unet, adapter, {"prediction": prediction, "base": Path(path).name, "base_hash": sd.unet_hash})
+    run("lora.py", "--merge", adapter, "--ckpt", path, "--out", merged)
+    x, context, t_dm = torch.randn(1, 4, 32, 32), torch.randn(1, 77, sd.config.context_width), torch.tensor([500.0])
+    ours = sd.unet(x, t_dm, context)
+    del sd
+    pipeline = StableDiffusionPipeline.from_single_file(str(merged), config=str(folder), local_files_only=True)
+    print(f"  merged, in diffusers against ours: {relative(pipeline.unet(x, t_dm, context).sample, ours):.1e}")
+    merged.unlink()
+    shutil.rmtree(folder)
+
+
 def measure(what, name, path):
-    if what == "pickle":
+    if what == "folder":
+        compare_folder(name, path)
+    elif what == "pickle":
         torch.save({"state_dict": load_file(path)}, Path(path).with_suffix(".ckpt"))
     elif what == "lora":
         compare_lora(name, path)
@@ -119,7 +151,7 @@ def run(*words):
 
 
 def read(name, path):
-    for what in ("compare", "float32", "bfloat16", "pickle"):
+    for what in ("compare", "folder", "float32", "bfloat16", "pickle"):
         run("-m", "tests.full_size", "--measure", what, name, path)
     path.unlink()
     for what in ("float32", "bfloat16"):

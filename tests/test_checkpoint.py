@@ -249,7 +249,7 @@ def write(tensors, folder, metadata=None):
 
 
 def answers(sd):
-    x, context, images = checkpoints.randn(1, 4, 8, 8).float(), checkpoints.randn(1, 77, 128).float(), checkpoints.randn(1, 3, 16, 16).float()
+    x, context, images = (checkpoints.randn(*shape).float() for shape in ((1, 4, 8, 8), (1, 77, 128), (1, 3, 16, 16)))
     return sd.unet(x, torch.tensor([500.0]), context), sd.encode(images), sd.decode(x), sd.encode_text(PROMPTS[:3])
 
 
@@ -430,6 +430,9 @@ SPOILED = {
     "text_encoder/ is missing": lambda folder: shutil.rmtree(folder / "text_encoder"),
     "unet/config.json: missing or damaged": lambda folder: (folder / "unet/config.json").write_text("{"),
     "scheduler_config.json: missing": lambda folder: shutil.rmtree(folder / "scheduler"),
+    "unet/config.json: missing or damaged (TypeError)": lambda folder: (folder / "unet/config.json").write_text("5"),
+    "the widths of its tensors make no model": lambda folder: edit_json(
+        folder, "unet/config.json", layers_per_block=[2, 2]),
     "lacks 'block_out_channels'": lambda folder: (folder / "vae/config.json").write_text("{}"),
     "noise schedule of its scheduler is ('linear', 0.00085, 0.012)": lambda folder: edit_json(
         folder, "scheduler/scheduler_config.json", beta_schedule="linear"),

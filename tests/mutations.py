@@ -123,7 +123,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
          "{number // blocks_per_level}"),
         ("model: q, k, v as they come", "[read.pop(name) for name in stored[parameter]]",
          "[read.pop(name) for name in sorted(stored[parameter])]"),
-        ("model: hash of the whole file's precision", "tensor.flatten()[:1024].half()", "tensor.flatten()[:1024].float()"),
+        ("model: hash in the file's precision", "tensor.flatten()[:1024].half()", "tensor.flatten()[:1024].float()"),
         ("model: height by width", 'f"{size[1]}x{size[0]}"', 'f"{size[0]}x{size[1]}"'),
         ("model: picture input not halved", ".weight, conv.weight], dim=1) / 2", ".weight, conv.weight], dim=1)"),
         ("model: picture before the noise", "torch.cat([x_dm, picture]", "torch.cat([picture, x_dm]"),

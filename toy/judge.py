@@ -34,7 +34,6 @@ from data import save_grid
 from depth import align, depth_errors
 from diff2flow import OBJECTIVES, Diffusion, alpha_sigma
 from files import check_range, cli, open_tensors, replacing, save_tensors
-from model import CheckpointFile
 from sample import BUNDLED_PRIOR, draw, load_flow, objective_of, pick_device, pick_precision, read_result
 from schedule import sd_schedule
 from toy.scenes import LABELS, PLAIN, Scenes, render
@@ -177,11 +176,12 @@ def load_model(path, device, task, objective=None):
     objective: how to sample; None takes the one that the model was trained with, as its file says.
     """
     path = Path(path)
-    if objective is None:
-        objective = CheckpointFile(path).metadata.get("objective")
+    tells = path.suffix == ".safetensors"                           # a .ckpt has no metadata
+    if objective is None and tells:
+        objective = lora.read_metadata(path).get("objective")
     if objective not in (None, *OBJECTIVES):
         raise ValueError(f"{path}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
-    is_lora = path.suffix == ".safetensors" and lora.is_lora_file(path)
+    is_lora = tells and lora.is_lora_file(path)
     files = {"lora_file": path} if is_lora else {"ckpt": path}
     sd, flow = load_flow(**files, device=device, task=task, objective=objective)
     run, number = read_result(path), path.stem.rpartition("-")[2]

@@ -190,7 +190,7 @@ def test_the_command_trains_a_classifier_once_and_ends_with_one_line_of_json(run
 
 def test_a_lora_is_judged_on_its_base_by_its_own_objective_prediction_and_guidance(run, checkpoint, tmp_path):
     path = random_lora(tmp_path / "run/lora.safetensors", StableDiffusion(TINY, "v").unet,
-                       objective="dm", prediction="eps", cfg="1.0")
+                       objective="dm", prediction="eps", cfg="1.0", base_hash=load_checkpoint(checkpoint).unet_hash)
     result = {"task": "reflow", "ckpt": str(checkpoint), "objective": "dm", "steps": 70}
     (path.parent / "result.json").write_text(json.dumps(result))
     run("captions", checkpoint, path, "--n", 3, "--steps", 1, 3)

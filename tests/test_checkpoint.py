@@ -226,6 +226,7 @@ OTHER_FILES = {
              VAE + "encoder.conv_in.weight", UNET + "label_emb.0.0.weight", UNET + "input_blocks.0.0.weight"],
     "LoRA": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "lora_te_text_model_mlp_fc1.alpha"],
     "diffusers": ["down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight", "conv_in.weight"],
+    "a UNet alone": ["input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight", "out.2.weight"],
     "autoencoder": ["encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "quant_conv.weight"],
     "text encoder": ["text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"],
     "Stable Diffusion 3": [UNET + "joint_blocks.0.x_block.attn.qkv.weight", VAE + "encoder.conv_in.weight"],

@@ -29,26 +29,29 @@ def seed_of(seed, i):
 
 
 class Keys(Sampler):
-    """The keys at positions start, start + stride, ... below stop, in a data set of n items.
+    """The keys at positions from start to stop, in a data set of n items, in whole batches, of which the process `rank`
+    of `ranks` takes every ranks-th.
 
     A key is a function of (seed, position) alone, so a resumed run begins at another start, and several processes share
-    the work by a stride.
+    what one would do.
     """
 
-    def __init__(self, n, seed, start, stop, stride=1):
-        self.n, self.seed, self.positions = n, seed, range(start, stop, stride)
+    def __init__(self, n, seed, start, stop, batch=1, rank=0, ranks=1):
+        self.n, self.seed, self.batch = n, seed, batch
+        self.starts = range(start + rank * batch, stop, ranks * batch)
 
     def __len__(self):
-        return len(self.positions)
+        return len(self.starts) * self.batch
 
     def __iter__(self):
         order, order_epoch = None, None
-        for position in self.positions:
-            epoch, i = divmod(position, self.n)
-            if epoch != order_epoch:
-                generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-                order, order_epoch = torch.randperm(self.n, generator=generator).tolist(), epoch
-            yield epoch * self.n + order[i]
+        for start in self.starts:
+            for position in range(start, start + self.batch):
+                epoch, i = divmod(position, self.n)
+                if epoch != order_epoch:
+                    generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+                    order, order_epoch = torch.randperm(self.n, generator=generator).tolist(), epoch
+                yield epoch * self.n + order[i]
 
 
 class Kept(Dataset):
@@ -88,8 +91,9 @@ def open_rgb(path):
 
 
 def pictures_in(folder):
-    """-> the paths of the pictures under `folder`, sorted."""
-    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    """-> the paths of the pictures under `folder`, sorted, without those that a killed writer left half-written."""
+    return sorted(p for p in Path(folder).rglob("*")
+                  if p.suffix.lower() in SUFFIXES and ".partial" not in p.suffixes and p.is_file())
 
 
 def crop_box(image, height, width, right, down):

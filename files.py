@@ -39,12 +39,15 @@ def check_range(args, low, high, *names):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary path to write to. At the end it takes the place of `path`; on an error it is deleted."""
+    """Yields a temporary path to write to. At the end it takes the place of `path`, when it has reached the disk; on an
+    error it is deleted."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -54,7 +57,10 @@ def save_tensors(path, tensors, metadata=None):
     """Write {name: tensor} and metadata {str: str} as a .safetensors file, whole or not at all."""
     with replacing(path) as temporary:
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:        # a full disk, above all
+            raise OSError(f"{path}: could not be written, and is as it was ({error})") from error
         temporary.chmod(0o644)  # safetensors leaves it readable to its owner alone
 
 

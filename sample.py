@@ -10,6 +10,7 @@ for DDIM instead. What a file was trained for is read from its metadata. --print
 import argparse
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def pick_device(name=None):
     """The device that was asked for, else CUDA if there is one, else the CPU, which is said."""
     if name is None:
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))       # torchrun's number of a process
         print("no CUDA device: running on the CPU, which is slower")
         return torch.device("cpu")
     numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import lora
+import run
 from data import ImageFolder, Kept, Keys, Pairs, save_grid, seed_of
 from depth import DepthFolders, DepthScenes
 from diff2flow import OBJECTIVES, velocity_error
-from files import check_range, cli, open_tensors, replacing, save_tensors
+from files import check_range, cli, replacing
 from model import load_checkpoint
 from sample import BUNDLED_PRIOR, draw, make_flow, pick_device, pick_precision
 from toy.scenes import Scenes
@@ -105,18 +106,21 @@ def arguments():
     add("--validation", type=int, help=f"held-out pictures for the velocity error {defaults('validation')}")
     add("--previews", type=int, help=f"pictures in a preview {defaults('previews')}")
     add("--preview-every", type=int, default=1000, help="steps between previews, 0 for none (default: 1000)")
-    add("--save-every", type=int, default=1000, help="steps between saves (default: 1000)")
+    add("--save-every", type=int, default=1000, help="steps between saves, beside those at a signal (default: 1000)")
     add("--keep", action="store_true", help="keep the weights of every save, with its step in the name")
     add("--seed", type=int, default=0, help="seed of the scenes, the order, the noise and the times (default: 0)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", help="folder of the run (default: runs/, the task and the time)")
-    add("--resume", help="folder of a run to go on with; its own settings apply")
+    add("--resume", help="folder of a run to go on with; its own settings apply, but --steps, --lr, --save-every, "
+                         "--preview-every and --device may be others")
     args = parser.parse_args()
     if args.resume:
-        settings = saved_settings(args.resume)
+        settings = run.resumed_settings(args.resume, run.given_flags(parser))
         if settings["task"] not in TASKS:
             raise ValueError(f"--resume {args.resume}: a run of toy.make_prior, whose own --resume goes on with it")
-        return argparse.Namespace(**{**vars(args), **settings, "resume": args.resume})
+        return argparse.Namespace(**{**vars(args), **settings})
+    args.ckpt = args.ckpt and os.path.abspath(args.ckpt)            # a run may be resumed from another folder
+    args.data = args.data and [os.path.abspath(folder) for folder in args.data]
     bundled = args.ckpt is None or Path(args.ckpt).resolve().parent == BUNDLED_PRIOR.parent
     for name, value in recipe(args.task, bundled).items():
         if getattr(args, name) is None:
@@ -209,14 +213,16 @@ def encode_item(sd, item):
     return {name: value[0] for name, value in to_latents(sd, default_collate([item])).items()}
 
 
-def load_batches(args, sd, dataset, start):
-    """-> the batches from step `start` on. Photographs are read ahead by other processes; scenes are encoded once."""
+def load_batches(args, sd, dataset, start, ranks):
+    """-> this process's batches from step `start` on. Photographs are read ahead by other processes; scenes are encoded
+    once."""
     images_a_step = args.batch * args.grad_accum
-    keys = Keys(len(dataset), args.seed, start * images_a_step, args.steps * images_a_step)
+    keys = Keys(len(dataset), args.seed, start * images_a_step, args.steps * images_a_step, args.batch, ranks.rank,
+                ranks.count)
     if not args.data:
         return DataLoader(Kept(dataset, partial(encode_item, sd)), args.batch, sampler=keys)
     return DataLoader(dataset, args.batch, sampler=keys, num_workers=min(8, os.cpu_count()),
-                      pin_memory=sd.device.type == "cuda")
+                      pin_memory=sd.device.type == "cuda", worker_init_fn=run.ignore_interrupts)
 
 
 # ------------------------------------------------------------------ by task: a batch -> x1, x0, context, mask
@@ -297,20 +303,13 @@ class Validation:
 
     def write(self, step, error):
         path = self.out / "validation.jsonl"
-        lines = lines_before(path, step)
-        with replacing(path) as temporary:
-            temporary.write_text(lines + json.dumps({"step": step, "velocity_error": error}) + "\n")
+        run.trim_log(path, step - 1)
+        run.append_log(path, {"step": step, "velocity_error": error})
 
 
 def progress(items, title):
     """A bar that vanishes when it is full."""
     return tqdm(items, title, leave=False, dynamic_ncols=True)
-
-
-def lines_before(path, step):
-    """The lines of a .jsonl file before `step`. What a killed run wrote later, the resumed one writes again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return "".join(line for line in lines if json.loads(line)["step"] < step)
 
 
 def say_if_hopeless(args, seconds_a_picture):
@@ -369,79 +368,57 @@ class EMA:
 
 
 class Metrics:
-    """metrics.jsonl and the numbers beside the bar: every ten steps the means since the last line."""
+    """metrics.jsonl and the numbers beside the bar: every ten steps the means since the last line. out is the run's
+    folder, or None: then nothing is written. net: whose times t_dm to remember, for the message of a failed step."""
 
-    def __init__(self, args, out, start):
-        self.args, self.path = args, out / "metrics.jsonl"
-        self.path.write_text(lines_before(self.path, start + 1))
-        self.recent, self.clock = [], time.time()
+    def __init__(self, args, out, start, net=None):
+        self.args, self.out, self.recent, self.times, self.asked, self.clock = args, out, [], [], [], time.time()
+        if out:
+            run.trim_log(out / "metrics.jsonl", start)
+        if net is not None:
+            net.register_forward_pre_hook(self.remember)
+
+    def remember(self, net, inputs):
+        if torch.is_grad_enabled():
+            self.asked.append(inputs[1].detach())
 
     def add(self, step, loss, norm, bar, now=False):
         """loss and norm are scalars on the device, which are read only where a line is written."""
         self.recent.append(torch.stack([loss, norm]))
+        self.times.append(self.asked)
+        self.asked = []
         if step % 10 and not now:
             return
-        loss, norm = torch.stack(self.recent).mean(0).tolist()
-        images = len(self.recent) * self.args.batch * self.args.grad_accum
-        memory = torch.cuda.max_memory_allocated() / 2**30 if self.recent[0].is_cuda else 0.0
+        recent = torch.stack(self.recent)
+        loss, norm = recent.mean(0).tolist()
+        images = len(recent) * self.args.batch * self.args.grad_accum
+        memory = torch.cuda.max_memory_allocated() / 2**30 if recent.is_cuda else 0.0
         row = {"step": step, "loss": loss, "grad": norm, "lr": learning_rate(step - 1, self.args),
                "img_s": round(images / (time.time() - self.clock), 1), "mem_gb": round(memory, 2)}
         if not math.isfinite(loss + norm):
-            hint = ", or --precision fp32" if self.args.precision == "bf16" else ""
-            raise ValueError(f"the loss is {loss:g}, its gradient {norm:g} at step {step}: stopped, the last "
-                             f"checkpoint is kept; try a lower --lr than {self.args.lr:g}{hint}")
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            bad = (~recent.isfinite()).any(1).tolist().index(True)
+            self.fail(step - len(recent) + bad, *recent[bad].tolist(), self.times[bad])
+        if self.out:
+            run.append_log(self.out / "metrics.jsonl", row)
         bar.set_postfix_str(f"loss {loss:.4f} grad {norm:.2f} lr {row['lr']:.1e} {row['img_s']} img/s "
                             f"mem {row['mem_gb']} GB")
-        self.recent, self.clock = [], time.time()
+        self.recent, self.times, self.clock = [], [], time.time()
+
+    def fail(self, step, loss, norm, asked):
+        """Stop at a step whose loss or gradient is not finite. Neither it nor what came after it was saved."""
+        lr, times = learning_rate(step, self.args), ""
+        if asked:
+            t = torch.cat(asked)
+            times = f"the network was asked at t = {t.min():g} to {t.max():g}, "
+        resumable = self.out and (self.out / "state.safetensors").exists()
+        lower = f"--lr {self.args.lr / 3:.1g}"
+        way_out = f"go on from the last save by python train.py --resume {self.out} {lower}" if resumable else (
+            f"begin again with {lower}")
+        raise ValueError(f"the loss is {loss:g} and the gradient's norm {norm:g} at step {step + 1} ({times}learning "
+                         f"rate {lr:g}): stopped, and the step is not saved; {way_out}")
 
 
 # ------------------------------------------------------------------ a run's files
-
-def state_file(folder):
-    path = Path(folder) / "state.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; --resume takes the folder of a run that was saved")
-    return path
-
-
-def saved_settings(folder):
-    path = state_file(folder)
-    try:
-        with open_tensors(path) as file:
-            return json.loads(file.metadata()["args"])
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not written by train.py ({error})") from error
-
-
-def save_state(out, args, step, ema, optimizer):
-    """What a resumed run needs: parameters, their average, and Adam's state."""
-    tensors = {}
-    for name, parameter in ema.trained.items():
-        tensors[f"parameter/{name}"], tensors[f"average/{name}"] = parameter, ema.average[name]
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"adam/{key}/{name}"] = value
-    metadata = {"args": json.dumps(vars(args)), "step": str(step), "version": "1"}
-    save_tensors(out / "state.safetensors", tensors, metadata)
-
-
-def restore(path, ema, optimizer):
-    """-> the step to go on from. Fused Adam wants its averages in the parameter's own memory format."""
-    with open_tensors(path) as file, torch.no_grad():
-        stored = set(file.keys())
-        if {key for key in stored if key.startswith("parameter/")} != {f"parameter/{name}" for name in ema.trained}:
-            raise ValueError(f"{path}: the state of another model; was the checkpoint replaced?")
-        for name, parameter in ema.trained.items():
-            parameter.copy_(file.get_tensor(f"parameter/{name}"))
-            ema.average[name].copy_(file.get_tensor(f"average/{name}"))
-            if f"adam/step/{name}" in stored:  # not where no gradient arrives: the last layer of an OpenCLIP tower
-                state = {"step": file.get_tensor(f"adam/step/{name}").to(parameter.device)}
-                for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = torch.empty_like(parameter).copy_(file.get_tensor(f"adam/{key}/{name}"))
-                optimizer.state[parameter] = state
-        return int(file.metadata()["step"])
-
 
 def save_weights(args, out, sd, metadata, step):
     """Write the file that other tools load: the LoRA, or the whole checkpoint. --keep writes one with the step too."""
@@ -458,44 +435,55 @@ def save_weights(args, out, sd, metadata, step):
 
 # ------------------------------------------------------------------ the loop
 
-def train(args, out, amp, sd, flow, example, trained, dataset, validation, metadata):
+def train(args, job, amp, sd, flow, example, trained, dataset, validation, metadata):
     """Algorithm 1, step by step, with Adam -> the EMA of the weights. trained {name: parameter}; example is one of
-    EXAMPLES; metadata {str: str} goes into the file of weights."""
+    EXAMPLES; metadata {str: str} goes into the file of weights. Several processes share the batches of a step."""
+    out, ranks, about = job.out, job.ranks, {"base_hash": str(sd.unet_hash), "data": run.listing(args.data)}
     optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), EMA(trained)
-    start = restore(state_file(args.resume), ema, optimizer) if args.resume else 0
-    batches, metrics = iter(load_batches(args, sd, dataset, start)), Metrics(args, out, start)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", dynamic_ncols=True)
+    start = run.restore(run.state_file(args.resume), ema, optimizer, **about) if args.resume else 0
+    batches = iter(load_batches(args, sd, dataset, start, ranks))
+    metrics = Metrics(args, out if ranks.leads else None, start, flow.net)
+    plain, flow.net = flow.net, ranks.wrap(flow.net)
+    mine = range(ranks.rank, args.grad_accum, ranks.count)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", dynamic_ncols=True,
+               disable=not ranks.leads)
+    job.stop.waits = True
     for step in bar:
-        torch.manual_seed(seed_of(args.seed, step))
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         step_loss = 0
-        for _ in range(args.grad_accum):
-            with amp:
-                batch = to_latents(sd, next(batches))
-                batch["caption"] = drop_captions(batch["caption"], args.caption_dropout)
-                x1, x0, context, mask = example(sd, batch)
-                t_fm = draw_times(len(x1), args.t_sampling, x1.device)
-                loss = flow.loss(x1, context, x0, t_fm, mask) / args.grad_accum
-            loss.backward()
+        for i in mine:
+            torch.manual_seed(seed_of(args.seed, step * args.grad_accum + i))
+            with ranks.apart(flow.net, last=i == mine[-1]):
+                with amp:
+                    batch = to_latents(sd, next(batches))
+                    batch["caption"] = drop_captions(batch["caption"], args.caption_dropout)
+                    x1, x0, context, mask = example(sd, batch)
+                    t_fm = draw_times(len(x1), args.t_sampling, x1.device)
+                    loss = flow.loss(x1, context, x0, t_fm, mask) / len(mine)
+                loss.backward()
             step_loss = step_loss + loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
         ema.update(step, args.ema)
 
-        done = step + 1
-        saving = done % args.save_every == 0 or done == args.steps
+        done, stopping = step + 1, ranks.any(job.stop.came)
+        saving = done % args.save_every == 0 or done == args.steps or stopping
         previewing = args.preview_every > 0 and done % args.preview_every == 0
-        metrics.add(done, step_loss, norm, bar, now=saving)
-        if saving or previewing:
+        metrics.add(done, ranks.mean(step_loss), norm, bar, now=saving)
+        if ranks.leads and (saving or previewing):
             with ema.in_place(), amp:
                 if saving:
                     save_weights(args, out, sd, metadata, done)
                 if previewing:
                     validation.preview(done)
             metrics.clock = time.time()
-        if saving:  # the state comes last: a run killed before it is there makes the other files again
-            save_state(out, args, done, ema, optimizer)
+        if ranks.leads and saving:  # the state comes last: a run killed before it is there makes the other files again
+            run.save_state(out, args, done, ema, optimizer, **about)
+        if stopping and done < args.steps:
+            raise run.Stopped(f"stopped and saved after step {done} of {args.steps}")
+    job.stop.waits = False
+    flow.net = plain
     return ema
 
 
@@ -525,19 +513,31 @@ def metadata_of(args, out, sd, size):
         "ss_base_model_version": version, "ss_v2": str(sd.config.version == 2)}
 
 
-def finish(args, out, validation, items, size, errors, before, after):
-    """Write before_after.png and result.json, and say how to go on. errors: before and after."""
+def look_before(args, validation, dataset):
+    """-> velocity error, and samples of 4 steps, of the model as it is before training."""
+    print("before training: velocity error and samples")
+    error = validation.velocity_error()
+    say_if_hopeless(args, validation.seconds_a_picture)
+    if not args.resume:
+        validation.write(0, error)
+    return error, validation.draw(4, dataset.settings["cfg"] if args.task == "reflow" else validation.cfg_few)
+
+
+def finish(args, out, validation, items, size, before, after):
+    """Write before_after.png and result.json, and say how to go on. before and after: velocity error and samples."""
+    validation.write(args.steps, after[0])
     captions = [validation.captions[i % len(items)] for i in range(args.previews)]
-    rows = {"before, 4 steps": before, f"after {args.steps} steps of training": after}
+    rows = {"before, 4 steps": before[1], f"after {args.steps} steps of training": after[1]}
     if args.task == "depth":
         shown = [items[i % len(items)] for i in range(args.previews)]
-        rows = {"picture": torch.stack([item["image"] for item in shown]).to(before.device),
-                "log depth": torch.stack([item["depth"].expand(3, -1, -1) for item in shown]).to(before.device)} | rows
+        known = {"picture": torch.stack([item["image"] for item in shown]),
+                 "log depth": torch.stack([item["depth"].expand(3, -1, -1) for item in shown])}
+        rows = {name: pictures.cpu() for name, pictures in (known | rows).items()}
     save_grid(out / "before_after.png", torch.cat(list(rows.values())), args.previews, row_labels=list(rows),
               captions=captions * len(rows))
     result = {name: vars(args)[name] for name in ("task", "ckpt", "use_ema", "objective", "lora", "seed", "steps")}
-    result |= {"prediction": validation.sd.prediction, "size": size, "velocity_error_before": errors[0],
-               "velocity_error_after": errors[1]}
+    result |= {"prediction": validation.sd.prediction, "size": size, "velocity_error_before": before[0],
+               "velocity_error_after": after[0]}
     with replacing(out / "result.json") as temporary:
         temporary.write_text(json.dumps(result) + "\n")
     command = ["python", "depth.py", "photo.jpg"] if args.task == "depth" else ["python", "sample.py"]
@@ -551,7 +551,7 @@ def finish(args, out, validation, items, size, errors, before, after):
             command += ["--ckpt", args.ckpt]
         if args.use_ema:
             command += ["--use-ema"]
-    print(f"validation velocity error |u - (x1 - x0)|^2: {errors[0]:.4f} before, {errors[1]:.4f} after\n"
+    print(f"validation velocity error |u - (x1 - x0)|^2: {before[0]:.4f} before, {after[0]:.4f} after\n"
           f"same noise before and after, 4 steps: {out}/before_after.png\n"
           f"weights: {weights}\nnext: {shlex.join(command)}")
 
@@ -560,34 +560,31 @@ def main():
     args = arguments()
     device = pick_device(args.device)
     args.precision, amp = pick_precision(args.precision, device)
-    out, example = run_folder(args), EXAMPLES[args.task]
+    out, ranks = run_folder(args), run.Ranks(device)
+    if args.grad_accum % ranks.count:
+        raise ValueError(f"--grad-accum {args.grad_accum}: {ranks.count} processes share the batches of a step, so it "
+                         "must be a multiple of their number")
     torch.manual_seed(args.seed)
     sd, flow, trained = load_trainable(args, device)
     dataset, items, size, source = open_data(args, sd)
-    out.mkdir(parents=True, exist_ok=True)
     weights = "all" if args.lora == "none" else f"LoRA {args.lora}"
     print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters ({weights}), "
           f"objective {args.objective}, {sd.prediction}-network\n"
           f"data: {len(dataset):,} {source}, {size[0]}x{size[1]}\n"
           f"{args.steps:,} steps of {args.batch * args.grad_accum} images, lr {args.lr:g} {args.decay}, "
-          f"{args.precision} on {device}, into {out}/\nbefore training: velocity error and samples")
-    with amp:
-        validation = Validation(args, out, sd, flow, example, items)
-        error_before = validation.velocity_error()
-        say_if_hopeless(args, validation.seconds_a_picture)
-        before = validation.draw(4, dataset.settings["cfg"] if args.task == "reflow" else validation.cfg_few)
-    if not args.resume:
-        validation.write(0, error_before)
-    try:
-        ema = train(args, out, amp, sd, flow, example, trained, dataset, validation, metadata_of(args, out, sd, size))
-    except KeyboardInterrupt:
-        if (out / "state.safetensors").exists():
-            print(f"go on with: {shlex.join(['python', 'train.py', '--resume', str(out)])}")
-        raise
-    with ema.in_place(), amp:
-        error_after, after = validation.velocity_error(), validation.draw(4, validation.cfg_few)
-    validation.write(args.steps, error_after)
-    finish(args, out, validation, items, size, (error_before, error_after), before, after)
+          f"{args.precision} on {device}, into {out}/")
+    with run.job(out, ranks, shlex.join(["python", "train.py", "--resume", str(out)])) as job:
+        validation, before = None, None
+        if ranks.leads:
+            with amp:
+                validation = Validation(args, out, sd, flow, EXAMPLES[args.task], items)
+                before = look_before(args, validation, dataset)
+        ema = train(args, job, amp, sd, flow, EXAMPLES[args.task], trained, dataset, validation,
+                    metadata_of(args, out, sd, size))
+        if ranks.leads:
+            with ema.in_place(), amp:
+                after = validation.velocity_error(), validation.draw(4, validation.cfg_few)
+            finish(args, out, validation, items, size, before, after)
 
 
 if __name__ == "__main__":

@@ -38,11 +38,13 @@ def test_every_epoch_is_another_permutation_and_so_is_every_seed():
     assert len(orders) == 5
 
 
-def test_any_start_and_any_stride_give_the_keys_of_one_walk():
-    whole = list(Keys(5, 3, 0, 33))
-    for start, stride in (0, 1), (4, 1), (13, 1), (2, 3), (11, 8):
-        keys = Keys(5, 3, start, 33, stride)
-        assert list(keys) == whole[start::stride] and len(keys) == len(whole[start::stride])
+def test_from_any_start_and_by_any_number_of_processes_the_keys_are_those_of_one_walk():
+    whole = list(Keys(5, 3, 0, 36))
+    for start, batch, ranks in (0, 1, 1), (4, 1, 1), (13, 1, 1), (12, 2, 3), (6, 3, 2):
+        shares = [Keys(5, 3, start, 36, batch, rank, ranks) for rank in range(ranks)]
+        batches = [[list(keys)[i:i + batch] for i in range(0, len(keys), batch)] for keys in shares]
+        in_turn = [batch for turn in zip(*batches) for batch in turn]
+        assert sum(in_turn, []) == whole[start:]
 
 
 def test_what_is_kept_is_prepared_once_an_item_and_comes_back_in_every_epoch():

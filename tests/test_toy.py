@@ -353,7 +353,7 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_is_not(task, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "learning_rate", killed)
         make(patch, *words, "killed")
-    assert f"go on with: python -m toy.make_prior {task} --resume killed" in capsys.readouterr().out
+    assert f"go on from the last save with: python -m toy.make_prior {task} --resume killed" in capsys.readouterr().out
     make(monkeypatch, task, "--resume", "killed")
     for name in "model.safetensors", "state.safetensors":
         whole, resumed = load_file(f"whole/{name}"), load_file(f"killed/{name}")

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import run
 import train
 from data import Keys, save_grid, seed_of
 from depth import normalise_depth
@@ -74,10 +75,10 @@ def arguments():
     add("--resume", help="folder of a run to go on with; its own settings apply")
     args = parser.parse_args()
     if args.resume:
-        settings = train.saved_settings(args.resume)
-        if settings["task"] != args.task:
-            raise ValueError(f"--resume {args.resume}: a run of the task {settings['task']}, not {args.task}")
-        return argparse.Namespace(**{**settings, "resume": args.resume})
+        saved = run.saved_settings(args.resume)
+        if saved["task"] != args.task:
+            raise ValueError(f"--resume {args.resume}: a run of the task {saved['task']}, not {args.task}")
+        return argparse.Namespace(**run.resumed_settings(args.resume, run.given_flags(parser)))
     for name, row in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, row[TASKS.index(args.task)])
@@ -168,14 +169,15 @@ def preview_autoencoder(out, vae, pictures, step):
     tqdm.write(f"step {step}: squared error {F.mse_loss(decoded, shown):.4f} on held-out pictures, {path}")
 
 
-def train_autoencoder(args, out, amp, sd, trained, pictures):
+def train_autoencoder(args, job, amp, sd, trained, pictures):
     """The loop of train.py with another loss. pictures (N, 3, 64, 64) are held out."""
-    vae, dataset = sd.first_stage_model, AutoencoderPictures(args.scenes, args.seed)
+    out, vae, dataset = job.out, sd.first_stage_model, AutoencoderPictures(args.scenes, args.seed)
     optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), train.EMA(trained)
-    start = train.restore(train.state_file(args.resume), ema, optimizer) if args.resume else 0
+    start = run.restore(run.state_file(args.resume), ema, optimizer) if args.resume else 0
     keys = Keys(len(dataset), args.seed, start * args.batch, args.steps * args.batch)
     batches, metrics = iter(DataLoader(dataset, args.batch, sampler=keys)), train.Metrics(args, out, start)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", dynamic_ncols=True)
+    job.stop.waits = True
     for step in bar:
         torch.manual_seed(seed_of(args.seed, step))
         optimizer.param_groups[0]["lr"] = train.learning_rate(step, args)
@@ -189,7 +191,7 @@ def train_autoencoder(args, out, amp, sd, trained, pictures):
         ema.update(step, args.ema)
 
         done = step + 1
-        saving = done % args.save_every == 0 or done == args.steps
+        saving = done % args.save_every == 0 or done == args.steps or job.stop.came
         metrics.add(done, loss.detach(), norm, bar, now=saving)
         with ema.in_place():
             if saving:
@@ -198,17 +200,19 @@ def train_autoencoder(args, out, amp, sd, trained, pictures):
                 with amp:
                     preview_autoencoder(out, vae, pictures, done)
         if saving:  # the state comes last: a run killed before it is there makes the other files again
-            train.save_state(out, args, done, ema, optimizer)
+            run.save_state(out, args, done, ema, optimizer)
+        if job.stop.came and done < args.steps:
+            raise run.Stopped(f"stopped and saved after step {done} of {args.steps}")
+    job.stop.waits = False
 
 
-def make_autoencoder(args, device, amp, out):
+def make_autoencoder(args, device, amp, job):
     sd, trained = load_autoencoder(args, device)
     held_out = AutoencoderPictures(args.validation, args.seed + 1)
     pictures = torch.stack([held_out[i]["image"] for i in range(args.validation)]).to(device)
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters\n{describe(args, out)}")
-    train_autoencoder(args, out, amp, sd, trained, pictures)
-    weights = str(out / "model.safetensors")
+    print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters\n{describe(args, job.out)}")
+    train_autoencoder(args, job, amp, sd, trained, pictures)
+    weights = str(job.out / "model.safetensors")
     command = ["python", "sample.py"] if args.task == "decoder" else ["python", "-m", "toy.make_prior", "prior"]
     print(f"weights: {weights}\nnext: {shlex.join([*command, '--ckpt', weights])}")
 
@@ -226,9 +230,9 @@ def load_prior(args, device):
     return sd, trained
 
 
-def make_prior(args, device, amp, out):
+def make_prior(args, device, amp, job):
     """As train.py trains all weights on scenes with captions, and the text encoder with them."""
-    sd, trained = load_prior(args, device)
+    out, (sd, trained) = job.out, load_prior(args, device)
     flow, size = make_flow(sd, args.objective), list(sd.picture_size())
     dataset = Scenes(args.scenes, *size, args.style, args.seed)
     held_out = Scenes(args.validation, *size, args.style, args.seed + 1)
@@ -236,19 +240,15 @@ def make_prior(args, device, amp, out):
     metadata = {"objective": args.objective, "style": args.style, "prediction": sd.prediction, "task": args.task,
                 "schedule": "scaled_linear", "preset": "none", "base": Path(args.ckpt or BUNDLED_PRIOR).name,
                 "resolution": " ".join(map(str, size))}
-    out.mkdir(parents=True, exist_ok=True)
     print(f"prior: {sum(p.numel() for p in trained.values()):,} trainable parameters, {sd.prediction}-network\n"
-          f"{describe(args, out)}\nbefore training: velocity error and samples")
+          f"{describe(args, out)}")
     with amp:
         validation = train.Validation(args, out, sd, flow, train.text_to_image, items)
-        error_before, before = validation.velocity_error(), validation.draw(4, validation.cfg_few)
-    if not args.resume:
-        validation.write(0, error_before)
-    ema = train.train(args, out, amp, sd, flow, train.text_to_image, trained, dataset, validation, metadata)
+        before = train.look_before(args, validation, dataset)
+    ema = train.train(args, job, amp, sd, flow, train.text_to_image, trained, dataset, validation, metadata)
     with ema.in_place(), amp:
-        error_after, after = validation.velocity_error(), validation.draw(4, validation.cfg_few)
-    validation.write(args.steps, error_after)
-    train.finish(args, out, validation, items, size, (error_before, error_after), before, after)
+        after = validation.velocity_error(), validation.draw(4, validation.cfg_few)
+    train.finish(args, out, validation, items, size, before, after)
 
 
 # ------------------------------------------------------------------ the command line
@@ -263,16 +263,10 @@ def main():
     device = pick_device(args.device)
     args.precision, amp = pick_precision(args.precision, device)
     out = train.run_folder(args)
-    torch.manual_seed(args.seed)
-    try:
-        if args.task == "prior":
-            make_prior(args, device, amp, out)
-        else:
-            make_autoencoder(args, device, amp, out)
-    except KeyboardInterrupt:
-        if (out / "state.safetensors").exists():
-            print(f"go on with: {shlex.join(['python', '-m', 'toy.make_prior', args.task, '--resume', str(out)])}")
-        raise
+    command = ["python", "-m", "toy.make_prior", args.task, "--resume", str(out)]
+    with run.job(out, run.Ranks(device), shlex.join(command)) as job:
+        torch.manual_seed(args.seed)
+        (make_prior if args.task == "prior" else make_autoencoder)(args, device, amp, job)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,269 @@
+"""What a long run needs beside the method: an owner of its folder, its settings and state, its log, the signals that
+end it, and the processes that share its work. The method needs none of this.
+
+    python train.py ...                                a run is one process,
+    torchrun --nproc-per-node=8 train.py ...           or several, each with a share of every step's forward passes
+
+kill, Ctrl-C, a closed terminal and SIGUSR1 (which clusters send before they take a machine back) end a run after its
+step: it saves, says how to go on, and exits with code 75.
+"""
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from files import open_tensors, save_tensors
+
+RESUMABLE = 75      # exit code of a run that was told to stop and saved: sysexits' EX_TEMPFAIL, try again
+STEERABLE = ("steps", "lr", "save_every", "preview_every", "device")    # what --resume may change
+
+
+# ------------------------------------------------------------------ processes
+
+class Ranks:
+    """The processes that torchrun started, this one's .rank among .count; or this process alone. The one that .leads
+    writes and prints."""
+
+    def __init__(self, device):
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.leads = self.rank == 0
+        if self.count > 1:
+            backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backends, timeout=timedelta(hours=2))       # rank 0 saves and draws meanwhile
+        if not self.leads:
+            sys.stdout = open(os.devnull, "w")
+
+    def wrap(self, net):
+        """-> net, or where several processes train it, DistributedDataParallel of it: gradients become their mean."""
+        if self.count == 1:
+            return net
+        from torch.nn.parallel import DistributedDataParallel
+        return DistributedDataParallel(net, broadcast_buffers=False)
+
+    def apart(self, net, last):
+        """A context for forward and backward: gradients stay this process's own until the `last` batch of a step."""
+        return contextlib.nullcontext() if last or self.count == 1 else net.no_sync()
+
+    def mean(self, x):
+        """A scalar on the device -> its mean over the processes."""
+        if self.count > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+            x /= self.count
+        return x
+
+    def any(self, flag):
+        """Whether the flag of any process is set: all must end at the same step."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags)
+        return flags.item() > 0
+
+    def leave(self):
+        """Wait for the others, and end the common work."""
+        if self.count > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------ signals
+
+class Stopped(Exception):
+    """A run was told to stop, and has saved."""
+
+
+class StopSignal:
+    """Inside `with`, the signals that ask a process to end do so at once, but while steps are taken, which .waits says,
+    they set .came instead, and the loop ends after its step. A second SIGINT never waits."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+    def __enter__(self):
+        self.waits, self.came = False, False
+        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+        return self
+
+    def receive(self, number, frame):
+        if not self.waits or (self.came and number == signal.SIGINT):
+            raise KeyboardInterrupt
+        self.came = True
+        print(f"\n{signal.Signals(number).name}: the run saves after this step, and ends", file=sys.stderr)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def ignore_interrupts(worker):
+    """For a DataLoader's workers, which get the terminal's Ctrl-C too, but are needed until the step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------ the folder
+
+@contextlib.contextmanager
+def owned(folder):
+    """Inside `with`, no other process runs in `folder`. What a killed writer left half-written there is removed.
+    ValueError that names the process which runs there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ValueError(f"{folder}: process {lock.read()} runs there: wait, or choose another --out") from None
+        if os.fstat(lock.fileno()).st_nlink == 0:               # its owner has just left, and removed it
+            raise ValueError(f"{folder}: another process has just ended there: try again")
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        for path in folder.glob("*.partial.*"):
+            path.unlink()
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+
+
+def trim_log(path, last_step):
+    """Cut from a .jsonl what comes after `last_step`: a resumed run writes it again. A torn last line goes too."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        while line := file.readline():
+            try:
+                kept = line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+            except (ValueError, KeyError, TypeError):
+                kept = False
+            if not kept:
+                file.truncate(file.tell() - len(line))
+                return
+
+
+def append_log(path, row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+# ------------------------------------------------------------------ a run
+
+class Job(NamedTuple):
+    out: Path           # the run's folder
+    ranks: Ranks
+    stop: StopSignal
+
+
+@contextlib.contextmanager
+def job(out, ranks, command):
+    """Inside `with`, a run owns its folder. A run that was told to stop ends here, and says that it goes on by
+    `command`."""
+    with owned(out) if ranks.leads else contextlib.nullcontext(), StopSignal() as stop:
+        try:
+            yield Job(out, ranks, stop)
+        except Stopped as stopped:
+            print(f"{stopped}; go on with: {command}")
+            sys.exit(RESUMABLE)
+        except KeyboardInterrupt:
+            if (out / "state.safetensors").exists():
+                print(f"interrupted; go on from the last save with: {command}")
+            raise
+        ranks.leave()
+
+
+# ------------------------------------------------------------------ settings and state
+
+def given_flags(parser):
+    """-> {name: value} of the flags that are on the command line."""
+    unset, names = object(), vars(parser.parse_args())
+    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(names, unset))))
+    return {name: value for name, value in given.items() if value is not unset}
+
+
+def state_file(folder):
+    path = Path(folder) / "state.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; --resume takes the folder of a run that was saved")
+    return path
+
+
+def saved_settings(folder):
+    path = state_file(folder)
+    try:
+        with open_tensors(path) as file:
+            settings = json.loads(file.metadata()["args"])
+            settings["task"]
+            return settings
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not written by train.py ({error})") from error
+
+
+def resumed_settings(folder, given):
+    """The settings of the run in `folder`, with those of STEERABLE that are `given` beside --resume. ValueError for
+    another one."""
+    settings = saved_settings(folder)
+    for name, value in given.items():
+        if name in ("resume", "task") and settings.get(name) in (None, value):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name not in STEERABLE:
+            raise ValueError(f"{flag}: a resumed run keeps its settings; beside --resume it takes "
+                             f"{', '.join('--' + word.replace('_', '-') for word in STEERABLE)}")
+        if settings.get(name) != value:
+            print(f"{flag} {value} instead of {settings.get(name)}")
+    return {**settings, **given}
+
+
+def listing(folders):
+    """-> a word that changes when a file comes into the folders, goes, or gets another name."""
+    names = hashlib.sha256()
+    for folder in folders or []:
+        for root, directories, files in os.walk(folder):
+            directories.sort()
+            names.update("\n".join([os.path.relpath(root, folder), *sorted(files)]).encode())
+    return names.hexdigest()
+
+
+def save_state(out, args, step, ema, optimizer, **about):
+    """What a resumed run needs: parameters, their average, Adam's state, and about {str: str} base and data."""
+    tensors = {}
+    for name, parameter in ema.trained.items():
+        tensors[f"parameter/{name}"], tensors[f"average/{name}"] = parameter, ema.average[name]
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"adam/{key}/{name}"] = value
+    metadata = {"args": json.dumps(vars(args)), "step": str(step), "version": "1", **about}
+    save_tensors(out / "state.safetensors", tensors, metadata)
+
+
+def restore(path, ema, optimizer, **about):
+    """-> the step to go on from. Fused Adam wants its averages in the parameter's own memory format. ValueError for the
+    state of another model, or on another base than in `about`; other data are said."""
+    with open_tensors(path) as file, torch.no_grad():
+        stored, told = set(file.keys()), file.metadata()
+        if told.get("base_hash", about.get("base_hash")) != about.get("base_hash"):
+            raise ValueError(f"{path}: the run's base was another checkpoint (UNet {told['base_hash'][:10]}, now "
+                             f"{about['base_hash'][:10]}): was the file replaced?")
+        if {key for key in stored if key.startswith("parameter/")} != {f"parameter/{name}" for name in ema.trained}:
+            raise ValueError(f"{path}: the state of another model; was the checkpoint replaced?")
+        if told.get("data", about.get("data")) != about.get("data"):
+            print("warning: the files of --data are not those that the run began with: they come in another order now")
+        for name, parameter in ema.trained.items():
+            parameter.copy_(file.get_tensor(f"parameter/{name}"))
+            ema.average[name].copy_(file.get_tensor(f"average/{name}"))
+            if f"adam/step/{name}" in stored:  # not where no gradient arrives: the last layer of an OpenCLIP tower
+                state = {"step": file.get_tensor(f"adam/step/{name}").to(parameter.device)}
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = torch.empty_like(parameter).copy_(file.get_tensor(f"adam/{key}/{name}"))
+                optimizer.state[parameter] = state
+        return int(told["step"])

@@ -221,8 +221,8 @@ SHARED = ("--steps 20 --batch 1 --grad-accum 4 --lr 1e-3 --decay constant --warm
           "--style outline --preview-every 0 --device cpu ")
 
 
-@pytest.mark.parametrize("words", ["--lora 2", "--lora none --lr 1e-5 --data photos", "--task reflow --data pairs --lora 2",
-                                   "--task depth --lora 2"])
+@pytest.mark.parametrize("words", ["--lora 2", "--lora none --lr 1e-5 --data photos", "--task depth --lora 2",
+                                   "--task reflow --data pairs --lora 2"])
 def test_two_processes_train_what_one_does_and_a_run_goes_on_with_another_number(tiny, words):
     """All weights at the paper's rate: where a gradient is all rounding, Adam takes a full step either way."""
     save_photos("photos")

@@ -223,17 +223,24 @@ def test_a_lora_without_its_run_names_its_base_and_is_put_on_no_other(tiny, monk
 
 
 def test_the_hash_of_a_base_is_of_the_unet_alone_whatever_the_precision_of_the_file_or_in_memory(tiny):
-    sd = load_checkpoint(tiny)                                                      # a float16 file
-    sd.save("float32.safetensors", torch.float32)
+    sd = load_checkpoint(tiny)
+    sd.unet.out[2].bias += 1 / 3                                                    # no float16
+    for name, dtype in ("float32", torch.float32), ("float16", torch.float16):
+        sd.save(f"{name}.safetensors", dtype)
     sd.first_stage_model.quant_conv.bias += 1
-    sd.save("other-vae.safetensors")
-    assert load_file("float32.safetensors")["model.diffusion_model.out.2.bias"].dtype == torch.float32
-    files = tiny, "float32.safetensors", "other-vae.safetensors"
-    assert {load_checkpoint(file, dtype=dtype).unet_hash
-            for file in files for dtype in (torch.float32, torch.bfloat16)} == {sd.unet_hash}
+    sd.save("other-vae.safetensors", torch.float32)
+    files = "float32.safetensors", "float16.safetensors", "other-vae.safetensors"
+    assert len({load_checkpoint(file, dtype=dtype).unet_hash
+                for file in files for dtype in (torch.float32, torch.bfloat16)}) == 1
     sd.unet.out[2].bias[0] += 0.1
     sd.save("other.safetensors")
-    assert load_checkpoint("other.safetensors").unet_hash != sd.unet_hash
+    assert load_checkpoint("other.safetensors").unet_hash != load_checkpoint("float32.safetensors").unet_hash
+
+
+def test_the_zero_snr_schedule_of_a_lora_or_of_the_command_line_is_sampled_with(tiny):
+    assert load_flow(tiny, write_lora("lora.safetensors", tiny, zero_snr="true"))[1].f_table[-1] == 0
+    assert load_flow(tiny, write_lora("lora.safetensors", tiny))[1].f_table[-1] > 0.06
+    assert load_flow(tiny, zero_snr=True)[1].f_table[-1] == 0
 
 
 def test_a_depth_model_and_a_picture_model_are_not_taken_for_each_other(tiny):

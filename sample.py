@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import lora
-from data import SUFFIXES, ImageFolder, read_pairs, save_grid, save_image, seed_of
+from data import SUFFIXES, ImageFolder, progress, read_pairs, save_grid, save_image, seed_of
 from diff2flow import OBJECTIVES
 from files import check_range, cli, read_text, save_tensors
 from model import DepthUNet, load_checkpoint, prediction_of
@@ -295,7 +295,8 @@ def read_prompts(args):
         if not prompts:
             raise ValueError(f"--prompts {args.prompts}: no prompt in it")
     if args.data:
-        prompts += [caption for _, caption in ImageFolder(args.data, 1, 1).items]
+        images = ImageFolder(args.data, 1, 1)
+        prompts += [images.caption(i) for i in progress(range(len(images)), "reading captions", unit="caption")]
     return prompts
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import lora
-from data import ImageFolder, Kept, Keys, Pairs, save_grid, seed_of
+from data import ImageFolder, Kept, Keys, Pairs, progress, save_grid, seed_of
 from depth import DepthFolders, DepthScenes
 from diff2flow import OBJECTIVES, velocity_error
 from files import check_range, cli, open_tensors, replacing, save_tensors
@@ -300,11 +300,6 @@ class Validation:
         lines = lines_before(path, step)
         with replacing(path) as temporary:
             temporary.write_text(lines + json.dumps({"step": step, "velocity_error": error}) + "\n")
-
-
-def progress(items, title):
-    """A bar that vanishes when it is full."""
-    return tqdm(items, title, leave=False, dynamic_ncols=True)
 
 
 def lines_before(path, step):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import data
 from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_image
 from files import save_tensors
 from tests.runs import save_photo, save_photos
@@ -69,7 +70,7 @@ def test_captions_come_from_a_text_file_or_metadata_and_the_text_file_wins(photo
     (photos / "metadata.jsonl").write_text("\r\n\n".join(map(json.dumps, entries)))
     (photos / "deep/metadata.jsonl").write_text(json.dumps({"file_name": "er/again.JPG", "text": "again"}))
     images = ImageFolder(photos, 16, 24)
-    assert [caption for _, caption in images.items] == ["a red boat", "again", "a roof", "Blüte"]
+    assert [images.caption(i) for i in range(len(images))] == ["a red boat", "again", "a roof", "Blüte"]
     assert images[3]["caption"] == "Blüte" and images[3]["image"].shape == (3, 16, 24) and len(images) == 4
     assert capsys.readouterr().err == ""
 
@@ -88,6 +89,50 @@ def test_a_broken_line_of_metadata_is_named(photos, line):
         file.write(line)
     with pytest.raises(ValueError, match="metadata.jsonl, line 2"):
         ImageFolder(photos, 16, 16)
+
+
+def test_a_caption_that_is_not_utf_8_is_empty_and_said_once(photos, capsys):
+    (photos / "boat.txt").write_bytes("Blüte".encode("latin-1"))
+    images = ImageFolder(photos, 16, 16)
+    assert images[0]["caption"] == images[3]["caption"] == "" and images[1]["caption"] == "a roof"
+    assert capsys.readouterr().err == (f"warning: {photos}/boat.txt is not UTF-8 text: save it again as UTF-8; until "
+                                       "then its caption is empty\n")
+
+
+# ------------------------------------------------------------------ lists of files
+
+def test_a_folder_is_opened_without_reading_captions_or_more_than_the_first_bytes_of_images(photos, monkeypatch):
+    for suffix in ".png", ".webp", ".bmp":
+        save_photo(photos / f"more{suffix}")
+    (photos / "metadata.jsonl").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda path: pytest.fail(f"{path} was opened"))
+        patch.setattr(data, "read_text", lambda path: pytest.fail(f"{path} was read"))
+        images = ImageFolder(photos, 16, 16)
+    assert len(images) == 6 and images[0]["caption"] == "a red boat"
+
+
+def test_an_image_of_another_kind_than_its_name_says_is_taken_all_the_same(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.gif")
+    (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
+    assert len(ImageFolder(tmp_path, 8, 8)) == 1
+
+
+def test_files_are_listed_in_the_order_of_their_paths_with_links_to_files_and_without_linked_folders(photos):
+    for name in "a-b/1.jpg", "a/2.jpg", "a/deep/3.JPG", "a.b/4.png":
+        save_photo(photos / name)
+    (photos / "a/link.jpg").symlink_to(photos / "boat.jpg")
+    (photos / "loop").symlink_to(photos)
+    expected = sorted(path for path in photos.rglob("*") if path.suffix.lower() in data.SUFFIXES)
+    assert data.pictures_in(photos) == expected and len(expected) == 8
+
+
+def test_a_bar_shows_how_far_a_list_of_files_is_read(photos, monkeypatch, capsys):
+    plain = data.tqdm
+    monkeypatch.setattr(data, "tqdm", lambda *args, delay, **options: plain(*args, **options, mininterval=0))
+    ImageFolder(photos, 16, 16)
+    error = capsys.readouterr().err
+    assert f"listing {photos}: 6file" in error and "reading the first bytes of images: 100%" in error
 
 
 # ------------------------------------------------------------------ pictures

@@ -238,22 +238,44 @@ def read_pairs(path, tensors=("noise", "latent")):
                          f"({error})") from error
 
 
+def batch_file(shard, start):
+    """Where a batch of pairs is kept until its shard is complete -> pairs-NUMBER.from-START.safetensors."""
+    return shard.with_name(f"{shard.stem}.from-{start:05d}.safetensors")
+
+
+def files_of_shard(shard):
+    """The files of a shard (the path pairs-NUMBER.safetensors), whole or in progress, in the order of their pairs
+    -> [(path, its first pair's number in the shard, what read_pairs tells without tensors)].
+
+    A batch that the whole file holds too was left by a process that was killed while it joined them: it is not listed.
+    """
+    files, n, path = [], 0, shard if shard.exists() else batch_file(shard, 0)
+    while path.exists():
+        about = read_pairs(path, ())
+        files.append((path, n, about))
+        n += len(about["prompts"])
+        path = batch_file(shard, n)
+    return files
+
+
 class Pairs(Dataset):
     """The pairs in a folder: latent and noise (z, h, w), caption. The last `validation` of them are held out: they lie
     behind the end of the data set, for `pair` alone. `settings` are those that made the pairs."""
 
     def __init__(self, folder, validation):
-        self.files, self.starts, self.settings = sorted(Path(folder).glob("pairs-*.safetensors")), [], None
-        if not self.files:
+        self.files, self.starts, self.settings, n = [], [], None, 0
+        shards = {path.with_name(path.name.split(".")[0] + ".safetensors")
+                  for path in Path(folder).glob("pairs-*.safetensors")}
+        if not shards:
             raise ValueError(f"{folder} has no pairs-*.safetensors: sample.py --pairs N --out {folder} makes them")
-        n = 0
-        for path in self.files:
-            pairs = read_pairs(path, ())
-            if self.settings not in (None, pairs["settings"]):
-                raise ValueError(f"{path}: its pairs were made with other settings than those of {self.files[0]}")
-            self.settings = pairs["settings"]
-            self.starts.append(n)
-            n += len(pairs["prompts"])
+        for shard in progress(sorted(shards), "opening pairs", unit="file"):
+            for path, _, about in files_of_shard(shard):
+                if self.settings not in (None, about["settings"]):
+                    raise ValueError(f"{path}: its pairs were made with other settings than those of {self.files[0]}")
+                self.settings = about["settings"]
+                self.files.append(path)
+                self.starts.append(n)
+                n += len(about["prompts"])
         if n <= validation:
             raise ValueError(f"{folder} has {n} pairs, of which {validation} are held out (--validation): make more")
         self.n = n - validation

@@ -260,6 +260,16 @@ def test_pairs_come_back_over_the_borders_of_files_and_the_last_ones_are_held_ou
         Pairs(tmp_path, validation=7)
 
 
+def test_batches_of_a_file_in_progress_are_pairs_too_but_not_those_that_it_holds_already(tmp_path):
+    for number, n, name in (0, 4, "000000.from-00000"), (1, 2, "000000.from-00004"), (2, 3, "000001"):
+        write_pairs(tmp_path, number, n, {})
+        (tmp_path / f"pairs-{number:06d}.safetensors").rename(tmp_path / f"pairs-{name}.safetensors")
+    shutil.copy(tmp_path / "pairs-000001.safetensors", tmp_path / "pairs-000001.from-00002.safetensors")
+    pairs = Pairs(tmp_path, validation=1)
+    assert [pairs.pair(i)["noise"][0, 0, 0].item() for i in range(9)] == [0, 1, 2, 3, 4, 5, 8, 9, 10]
+    assert len(pairs) == 8
+
+
 def test_pairs_of_other_settings_are_not_mixed(tmp_path):
     write_pairs(tmp_path, 0, 4, {"cfg": 3})
     write_pairs(tmp_path, 1, 4, {"cfg": 4})

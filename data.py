@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
 
 from files import open_tensors, read_text, replacing
 
@@ -73,6 +74,24 @@ class Kept(Dataset):
         return self.kept[i]
 
 
+# ------------------------------------------------------------------ lists of files
+
+def progress(items, title, **options):
+    """A bar of what takes more than a second, which vanishes when it is full."""
+    return tqdm(items, title, leave=False, dynamic_ncols=True, delay=1, **options)
+
+
+def files_in(folder):
+    """-> the paths of all files under `folder` as strings, in the order of Paths: by the names of their parts. Without
+    those that a killed writer left half-written."""
+    found = []
+    with progress(None, f"listing {folder}", unit="file") as bar:
+        for parent, _, names in os.walk(folder):        # no call for each file: a hundred thousand take half a second
+            found += [os.path.join(parent, name) for name in names if ".partial." not in name]
+            bar.update(len(names))
+    return sorted(found, key=lambda path: path.replace(os.sep, "\0"))       # which is before every other character
+
+
 # ------------------------------------------------------------------ pictures, in
 
 def open_rgb(path):
@@ -90,10 +109,23 @@ def open_rgb(path):
     return image.convert("RGB")
 
 
+def is_picture(path):
+    """Whether the file begins like one. Pillow, which takes ten times as long, is asked about unusual beginnings alone.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            if file.read(4).startswith((b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM")):      # RIFF: .webp
+                return True
+        with Image.open(path) as image:
+            image.verify()
+        return True
+    except Exception:                                   # Pillow's readers raise nearly everything on broken files
+        return False
+
+
 def pictures_in(folder):
-    """-> the paths of the pictures under `folder`, sorted, without those that a killed writer left half-written."""
-    return sorted(p for p in Path(folder).rglob("*")
-                  if p.suffix.lower() in SUFFIXES and ".partial" not in p.suffixes and p.is_file())
+    """-> the paths of the pictures under `folder`, sorted."""
+    return [Path(path) for path in files_in(folder) if path.lower().endswith(SUFFIXES)]
 
 
 def crop_box(image, height, width, right, down):
@@ -113,13 +145,13 @@ def to_tensor(image):
 # ------------------------------------------------------------------ folders of pictures with captions
 
 def read_metadata(path):
-    """Lines {"file_name": path from the jsonl's own folder, "text": caption} -> {image path: caption}"""
+    """Lines {"file_name": path from the jsonl's own folder, "text": caption} -> {image path: caption}, all strings."""
     captions, wanted = {}, '{"file_name": "...", "text": "..."}'
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 entry = json.loads(line)
-                captions[Path(os.path.normpath(path.parent / entry["file_name"]))] = entry["text"].strip()
+                captions[os.path.normpath(path.parent / entry["file_name"])] = entry["text"].strip()
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path}, line {number}: {line[:80]!r} is not {wanted}") from None
     return captions
@@ -128,29 +160,30 @@ def read_metadata(path):
 class ImageFolder(Dataset):
     """Photographs under `folder`, scaled to cover height x width, cropped and flipped at random by (seed, key), where
     key = epoch * n + i: image (3, H, W) in [-1, 1], and a caption from NAME.txt beside the image, else from
-    metadata.jsonl, else ""."""
+    metadata.jsonl, else "". At the beginning only the first bytes of the images are read, and no NAME.txt."""
 
     def __init__(self, folder, height, width, seed=0):
         folder = Path(os.path.normpath(folder))
         if not folder.is_dir():
             raise ValueError(f"{folder} is {'a file' if folder.exists() else 'not there'}: give a folder of images")
         self.height, self.width, self.seed = height, width, seed
-        self.items, self.undecodable, unreadable, metadata = [], set(), [], {}
-        for path in sorted(folder.rglob("metadata.jsonl")):
-            metadata |= read_metadata(path)
-        for path in pictures_in(folder):
-            try:
-                with Image.open(path) as image:
-                    image.verify()
-            except Exception:                           # Pillow's readers raise nearly everything on broken files
+        self.items, self.undecodable, self.illegible = [], set(), set()     # items, and which of them have failed
+        unreadable, metadata, files = [], {}, files_in(folder)
+        texts = {path for path in files if path.endswith(".txt")}
+        for path in files:
+            if os.path.basename(path) == "metadata.jsonl":
+                metadata |= read_metadata(Path(path))
+        paths = [path for path in files if path.lower().endswith(SUFFIXES)]
+        for path in progress(paths, "reading the first bytes of images", unit="image"):
+            if not is_picture(path):
                 unreadable.append(path)
                 continue
-            text = path.with_suffix(".txt")
-            self.items.append((path, read_text(text).strip() if text.is_file() else metadata.get(path, "")))
+            text = os.path.splitext(path)[0] + ".txt"
+            self.items.append((path, text if text in texts else None, metadata.get(path, "")))
         if not self.items:
             raise ValueError(f"{folder} has no readable image ({len(unreadable)} unreadable): "
                              f"give a folder with {' '.join(SUFFIXES)} files")
-        uncaptioned = [path for path, caption in self.items if not caption]
+        uncaptioned = [path for path, text, caption in self.items if text is None and not caption]
         for paths, what in (unreadable, "unreadable and skipped"), (uncaptioned, "without a caption"):
             if paths:
                 print(f"warning: {len(paths)} of {len(self.items) + len(unreadable)} images {what}, first {paths[0]}",
@@ -168,7 +201,21 @@ class ImageFolder(Dataset):
             i = (i + 1) % len(self.items)
         box = crop_box(image, self.height, self.width, right, down)
         image = image.resize((self.width, self.height), Image.LANCZOS, box=box)
-        return {"image": to_tensor(ImageOps.mirror(image) if flip else image), "caption": self.items[i][1]}
+        return {"image": to_tensor(ImageOps.mirror(image) if flip else image), "caption": self.caption(i)}
+
+    def caption(self, i):
+        """Of a text file that cannot be read, which is found here, hours after the start: empty, with a warning, once.
+        """
+        _, text, caption = self.items[i]
+        if text is None:
+            return caption
+        try:
+            return read_text(text).strip()
+        except ValueError as error:
+            if i not in self.illegible:
+                print(f"warning: {error}; until then its caption is empty", file=sys.stderr)
+            self.illegible.add(i)
+            return ""
 
     def decode(self, i):
         """-> RGB image, or None with a warning, once, where the file is damaged behind its header."""
@@ -195,22 +242,44 @@ def read_pairs(path, tensors=("noise", "latent")):
                          f"({error})") from error
 
 
+def batch_file(shard, start):
+    """Where a batch of pairs is kept until its shard is complete -> pairs-NUMBER.from-START.safetensors."""
+    return shard.with_name(f"{shard.stem}.from-{start:05d}.safetensors")
+
+
+def files_of_shard(shard):
+    """The files of a shard (the path pairs-NUMBER.safetensors), whole or in progress, in the order of their pairs
+    -> [(path, its first pair's number in the shard, what read_pairs tells without tensors)].
+
+    A batch that the whole file holds too was left by a process that was killed while it joined them: it is not listed.
+    """
+    files, n, path = [], 0, shard if shard.exists() else batch_file(shard, 0)
+    while path.exists():
+        about = read_pairs(path, ())
+        files.append((path, n, about))
+        n += len(about["prompts"])
+        path = batch_file(shard, n)
+    return files
+
+
 class Pairs(Dataset):
     """The pairs in a folder: latent and noise (z, h, w), caption. The last `validation` of them are held out: they lie
     behind the end of the data set, for `pair` alone. `settings` are those that made the pairs."""
 
     def __init__(self, folder, validation):
-        self.files, self.starts, self.settings = sorted(Path(folder).glob("pairs-*.safetensors")), [], None
-        if not self.files:
+        self.files, self.starts, self.settings, n = [], [], None, 0
+        shards = {path.with_name(path.name.split(".")[0] + ".safetensors")
+                  for path in Path(folder).glob("pairs-*.safetensors")}
+        if not shards:
             raise ValueError(f"{folder} has no pairs-*.safetensors: sample.py --pairs N --out {folder} makes them")
-        n = 0
-        for path in self.files:
-            pairs = read_pairs(path, ())
-            if self.settings not in (None, pairs["settings"]):
-                raise ValueError(f"{path}: its pairs were made with other settings than those of {self.files[0]}")
-            self.settings = pairs["settings"]
-            self.starts.append(n)
-            n += len(pairs["prompts"])
+        for shard in progress(sorted(shards), "opening pairs", unit="file"):
+            for path, _, about in files_of_shard(shard):
+                if self.settings not in (None, about["settings"]):
+                    raise ValueError(f"{path}: its pairs were made with other settings than those of {self.files[0]}")
+                self.settings = about["settings"]
+                self.files.append(path)
+                self.starts.append(n)
+                n += len(about["prompts"])
         if n <= validation:
             raise ValueError(f"{folder} has {n} pairs, of which {validation} are held out (--validation): make more")
         self.n = n - validation

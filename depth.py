@@ -15,6 +15,7 @@ Both are means over the pixels of a picture, then over pictures.
 import argparse
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import SUFFIXES, crop_box, open_rgb, pictures_in, save_picture, to_tensor
+from data import SUFFIXES, crop_box, files_in, open_rgb, pictures_in, progress, save_picture, to_tensor
 from diff2flow import OBJECTIVES
 from files import check_range, cli, read_text, replacing
 from sample import draw, load_flow, noises, pick_device, pick_precision
@@ -53,15 +54,15 @@ LAYOUTS = [
 ]
 
 
-def picture_of(path, layout):
-    """The picture of a depth file -> its path, or None if it is not there."""
-    pictures = [path.with_suffix(suffix) for suffix in SUFFIXES if suffix != path.suffix]
+def picture_of(path, layout, files):
+    """The picture of a depth file -> its path, or None if it is not among the files."""
+    stem, end = os.path.splitext(path)
+    pictures = [stem + suffix for suffix in SUFFIXES if suffix != end]
     if layout.to_picture:
-        picture = path.as_posix()
         for old, new in layout.to_picture:
-            picture = new.join(picture.rsplit(old, 1))
-        pictures = [Path(picture)]
-    return next((picture for picture in pictures if picture.is_file()), None)
+            path = new.join(path.rsplit(old, 1))
+        pictures = [path]
+    return next((picture for picture in pictures if picture in files), None)
 
 
 def find_depth(folder):
@@ -69,10 +70,12 @@ def find_depth(folder):
     folder, found = Path(folder), []
     if not folder.is_dir():
         raise ValueError(f"{folder} is {'a file' if folder.exists() else 'not there'}: give a folder of depth data")
-    for path in sorted(folder.rglob("*")):
-        layout = next((layout for layout in LAYOUTS if re.search(layout.depth, path.as_posix())), None)
-        if layout is not None and (picture := picture_of(path, layout)) is not None:
-            found.append((picture, path, layout))
+    files = files_in(folder)
+    there, ends = set(files), (".hdf5", ".npy", ".png")
+    for path in progress([path for path in files if path.endswith(ends)], "matching depth files", unit="file"):
+        layout = next((layout for layout in LAYOUTS if re.search(layout.depth, path)), None)
+        if layout is not None and (picture := picture_of(path, layout, there)) is not None:
+            found.append((Path(picture), Path(path), layout))
     if not found:
         raise ValueError(f"{folder} has no picture with a depth file: Hypersim, Virtual KITTI 2, or NAME.jpg with "
                          "NAME.npy or a 16-bit NAME.png")

@@ -18,7 +18,17 @@ import torch
 from tqdm import tqdm
 
 import lora
-from data import SUFFIXES, ImageFolder, read_pairs, save_grid, save_image, seed_of
+from data import (
+    SUFFIXES,
+    ImageFolder,
+    batch_file,
+    files_of_shard,
+    progress,
+    read_pairs,
+    save_grid,
+    save_image,
+    seed_of,
+)
 from diff2flow import OBJECTIVES
 from files import check_range, cli, read_text, save_tensors
 from model import DepthUNet, load_checkpoint, prediction_of
@@ -175,14 +185,31 @@ def draw(sd, flow, x0, context, steps, **options):
 
 # ------------------------------------------------------------------ pairs for Reflow
 
-def read_made_pairs(path, settings):
-    """The pairs that an interrupted run left at `path` -> lists of noises, latents, prompts."""
-    if not path.exists():
-        return [], [], []
-    made = read_pairs(path)
-    if made["settings"] != settings:
-        raise ValueError(f"{path}: its pairs were made with other settings; choose another --out")
-    return list(made["noise"]), list(made["latent"]), made["prompts"]
+def count_made_pairs(shard, settings):
+    """-> how many pairs of a shard an earlier run has left."""
+    n = 0
+    for path, start, made in files_of_shard(shard):
+        if made["settings"] != settings:
+            raise ValueError(f"{path}: its pairs were made with other settings; choose another --out")
+        n = start + len(made["prompts"])
+    return n
+
+
+def save_pairs(path, noise, latent, prompts, settings):
+    """noise and latent (n, z, h, w), n prompts -> a file that read_pairs reads."""
+    save_tensors(path, {"noise": noise, "latent": latent},
+                 {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
+
+
+def join_batches(shard, settings):
+    """Make one file of the batches of a shard, and of what it held before, and delete them."""
+    files = [path for path, _, _ in files_of_shard(shard)]
+    if len(files) > 1 or files[0] != shard:
+        pairs = [read_pairs(path) for path in files]
+        noise, latent = (torch.cat([part[name] for part in pairs]) for name in ("noise", "latent"))
+        save_pairs(shard, noise, latent, [prompt for part in pairs for prompt in part["prompts"]], settings)
+    for path in shard.parent.glob(f"{shard.stem}.from-*.safetensors"):
+        path.unlink()
 
 
 def pair_settings(args, flow, size):
@@ -195,7 +222,8 @@ def pair_settings(args, flow, size):
 def make_pairs(args, sd, flow, prompts, shape, settings, amp):
     """Write pairs (noise, latent, prompt) in float16, pair i from (seed, i), in files of PAIRS_A_FILE.
 
-    A file is written anew after each batch, whole, so that an interrupted run goes on with the pair it was at.
+    Each batch is kept in a file of its own until all of its shard are made and joined, so that an interrupted run goes
+    on with the pair it was at, and a pair is written twice, however many make a file.
     """
     out, (first, last) = Path(args.out), args.shards or (0, math.ceil(args.pairs / PAIRS_A_FILE))
     files = range(first, last)
@@ -203,21 +231,20 @@ def make_pairs(args, sd, flow, prompts, shape, settings, amp):
     print(f"{total:,} pairs of {2 * 2 * math.prod(shape):,} bytes, {args.steps} steps, cfg {args.cfg:g}, into {out}/")
     with tqdm(total=total, unit="pair", dynamic_ncols=True) as bar:
         for number in files:
-            path = out / f"pairs-{number:06d}.safetensors"
+            shard = out / f"pairs-{number:06d}.safetensors"
             wanted = range(args.pairs)[number * PAIRS_A_FILE:(number + 1) * PAIRS_A_FILE]
-            noise, latent, texts = read_made_pairs(path, settings)
-            bar.update(min(len(noise), len(wanted)))
-            for start in range(len(noise), len(wanted), args.batch):
+            made = count_made_pairs(shard, settings)
+            bar.update(min(made, len(wanted)))
+            for start in range(made, len(wanted), args.batch):
                 batch = wanted[start:start + args.batch]
-                batch_texts = [prompts[i % len(prompts)] for i in batch]
+                texts = [prompts[i % len(prompts)] for i in batch]
                 x0 = noises(batch, shape, args.seed).half()
                 with amp:
-                    x1 = draw_latents(sd, flow, x0, sd.encode_text(batch_texts), args.steps, cfg=args.cfg,
+                    x1 = draw_latents(sd, flow, x0, sd.encode_text(texts), args.steps, cfg=args.cfg,
                                       negative=args.negative)
-                noise, latent, texts = [*noise, *x0], [*latent, *x1.half().cpu()], [*texts, *batch_texts]
-                save_tensors(path, {"noise": torch.stack(noise), "latent": torch.stack(latent)},
-                             {"prompts": json.dumps(texts), "about": json.dumps(settings)})
+                save_pairs(batch_file(shard, start), x0, x1.half().cpu(), texts, settings)
                 bar.update(len(batch))
+            join_batches(shard, settings)
     base = ["--ckpt", args.ckpt] if args.ckpt and args.ckpt != str(BUNDLED_PRIOR) else []
     print(f"next: {shlex.join(['python', 'train.py', '--task', 'reflow', '--data', str(out), *base])}")
 
@@ -296,14 +323,22 @@ def read_prompts(args):
         if not prompts:
             raise ValueError(f"--prompts {args.prompts}: no prompt in it")
     if args.data:
-        prompts += [caption for _, caption in ImageFolder(args.data, 1, 1).items]
+        images = ImageFolder(args.data, 1, 1)
+        prompts += [images.caption(i) for i in progress(range(len(images)), "reading captions", unit="caption")]
     return prompts
 
 
-def scene_captions(n, style):
-    """-> captions of n procedural scenes, the world of the bundled prior."""
-    scenes = Scenes(n, 8, 8, style, 1)
-    return [scenes.scene(i).caption for i in range(n)]
+class SceneCaptions:
+    """Captions of n procedural scenes, the world of the bundled prior, each made when it is asked for."""
+
+    def __init__(self, n, style):
+        self.scenes = Scenes(n, 8, 8, style, 1)
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def __getitem__(self, i):
+        return self.scenes.scene(i).caption
 
 
 def sigma_grid(flow, steps):
@@ -350,7 +385,7 @@ def main():
     shape = (sd.config.latent_channels, height // sd.factor, width // sd.factor)
     output_folder(args).mkdir(parents=True, exist_ok=True)      # what cannot be written is an error before the work
     n = args.pairs or args.n or len(prompts) or 8
-    prompts = prompts or scene_captions(n, sd.metadata.get("style", "solid"))
+    prompts = prompts or SceneCaptions(n, sd.metadata.get("style", "solid"))
     if args.pairs:
         make_pairs(args, sd, flow, prompts, shape, pair_settings(args, flow, [height, width]), amp)
         return

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import lora
 import run
-from data import ImageFolder, Kept, Keys, Pairs, save_grid, seed_of
+from data import ImageFolder, Kept, Keys, Pairs, progress, save_grid, seed_of
 from depth import DepthFolders, DepthScenes
 from diff2flow import OBJECTIVES, velocity_error
 from files import check_range, cli, replacing
@@ -305,11 +305,6 @@ class Validation:
         path = self.out / "validation.jsonl"
         run.trim_log(path, step - 1)
         run.append_log(path, {"step": step, "velocity_error": error})
-
-
-def progress(items, title):
-    """A bar that vanishes when it is full."""
-    return tqdm(items, title, leave=False, dynamic_ncols=True)
 
 
 def say_if_hopeless(args, seconds_a_picture):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import data
 from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_image
 from files import save_tensors
 from tests.runs import save_photo, save_photos
@@ -71,7 +72,7 @@ def test_captions_come_from_a_text_file_or_metadata_and_the_text_file_wins(photo
     (photos / "metadata.jsonl").write_text("\r\n\n".join(map(json.dumps, entries)))
     (photos / "deep/metadata.jsonl").write_text(json.dumps({"file_name": "er/again.JPG", "text": "again"}))
     images = ImageFolder(photos, 16, 24)
-    assert [caption for _, caption in images.items] == ["a red boat", "again", "a roof", "Blüte"]
+    assert [images.caption(i) for i in range(len(images))] == ["a red boat", "again", "a roof", "Blüte"]
     assert images[3]["caption"] == "Blüte" and images[3]["image"].shape == (3, 16, 24) and len(images) == 4
     assert capsys.readouterr().err == ""
 
@@ -90,6 +91,50 @@ def test_a_broken_line_of_metadata_is_named(photos, line):
         file.write(line)
     with pytest.raises(ValueError, match="metadata.jsonl, line 2"):
         ImageFolder(photos, 16, 16)
+
+
+def test_a_caption_that_is_not_utf_8_is_empty_and_said_once(photos, capsys):
+    (photos / "boat.txt").write_bytes("Blüte".encode("latin-1"))
+    images = ImageFolder(photos, 16, 16)
+    assert images[0]["caption"] == images[3]["caption"] == "" and images[1]["caption"] == "a roof"
+    assert capsys.readouterr().err == (f"warning: {photos}/boat.txt is not UTF-8 text: save it again as UTF-8; until "
+                                       "then its caption is empty\n")
+
+
+# ------------------------------------------------------------------ lists of files
+
+def test_a_folder_is_opened_without_reading_captions_or_more_than_the_first_bytes_of_images(photos, monkeypatch):
+    for suffix in ".png", ".webp", ".bmp":
+        save_photo(photos / f"more{suffix}")
+    (photos / "metadata.jsonl").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda path: pytest.fail(f"{path} was opened"))
+        patch.setattr(data, "read_text", lambda path: pytest.fail(f"{path} was read"))
+        images = ImageFolder(photos, 16, 16)
+    assert len(images) == 6 and images[0]["caption"] == "a red boat"
+
+
+def test_an_image_of_another_kind_than_its_name_says_is_taken_all_the_same(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.gif")
+    (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
+    assert len(ImageFolder(tmp_path, 8, 8)) == 1
+
+
+def test_files_are_listed_in_the_order_of_their_paths_with_links_to_files_and_without_linked_folders(photos):
+    for name in "a-b/1.jpg", "a/2.jpg", "a/deep/3.JPG", "a.b/4.png":
+        save_photo(photos / name)
+    (photos / "a/link.jpg").symlink_to(photos / "boat.jpg")
+    (photos / "loop").symlink_to(photos)
+    expected = sorted(path for path in photos.rglob("*") if path.suffix.lower() in data.SUFFIXES)
+    assert data.pictures_in(photos) == expected and len(expected) == 8
+
+
+def test_a_bar_shows_how_far_a_list_of_files_is_read(photos, monkeypatch, capsys):
+    plain = data.tqdm
+    monkeypatch.setattr(data, "tqdm", lambda *args, delay, **options: plain(*args, **options, mininterval=0))
+    ImageFolder(photos, 16, 16)
+    error = capsys.readouterr().err
+    assert f"listing {photos}: 6file" in error and "reading the first bytes of images: 100%" in error
 
 
 # ------------------------------------------------------------------ pictures
@@ -215,6 +260,16 @@ def test_pairs_come_back_over_the_borders_of_files_and_the_last_ones_are_held_ou
     assert pairs.pair(6)["caption"] == "prompt 6" and pairs[0]["noise"].dtype == torch.float32
     with pytest.raises(ValueError, match="has 7 pairs, of which 7 are held out"):
         Pairs(tmp_path, validation=7)
+
+
+def test_batches_of_a_file_in_progress_are_pairs_too_but_not_those_that_it_holds_already(tmp_path):
+    for number, n, name in (0, 4, "000000.from-00000"), (1, 2, "000000.from-00004"), (2, 3, "000001"):
+        write_pairs(tmp_path, number, n, {})
+        (tmp_path / f"pairs-{number:06d}.safetensors").rename(tmp_path / f"pairs-{name}.safetensors")
+    shutil.copy(tmp_path / "pairs-000001.safetensors", tmp_path / "pairs-000001.from-00002.safetensors")
+    pairs = Pairs(tmp_path, validation=1)
+    assert [pairs.pair(i)["noise"][0, 0, 0].item() for i in range(9)] == [0, 1, 2, 3, 4, 5, 8, 9, 10]
+    assert len(pairs) == 8
 
 
 def test_pairs_of_other_settings_are_not_mixed(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import sample
-from data import read_pairs
+from data import Pairs, read_pairs
 from diff2flow import OBJECTIVES, Diff2Flow, Diffusion, NaiveFM, NaiveFMFlip, velocity_error
 from model import TINY, load_checkpoint
 from sample import find_files, load_flow, make_flow, noises
@@ -303,6 +303,46 @@ def test_interrupted_pairs_go_on_where_they_stopped_and_none_is_made_twice(small
     assert len(made) == len(set(made)) == 5             # four batches, and the interrupt; then nothing is left to do
     for name in os.listdir("whole"):
         assert same(f"whole/{name}", f"pairs/{name}") and metadata(f"whole/{name}") == metadata(f"pairs/{name}")
+
+
+def test_each_pair_is_written_twice_however_many_batches_make_a_file(monkeypatch):
+    written, plain = [], sample.save_tensors
+
+    def spied(path, tensors, metadata):
+        plain(path, tensors, metadata)
+        written.append((path.name, len(tensors["noise"])))
+    monkeypatch.setattr(sample, "save_tensors", spied)
+    works(sample, PAIRS + "--batch 1 --steps 1")
+    assert written == [*((f"pairs-000000.from-{i:05d}.safetensors", 1) for i in range(7)),
+                       ("pairs-000000.safetensors", 7)]
+    assert os.listdir("pairs") == ["pairs-000000.safetensors"]
+
+
+def test_a_process_killed_while_it_joins_batches_leaves_every_pair_once(small_files, monkeypatch):
+    plain = Path.unlink
+
+    def deadly(path, **options):
+        if ".from-00002" in path.name and "partial" not in path.name:
+            raise KeyboardInterrupt
+        plain(path, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", deadly)
+        assert call(sample, PAIRS).code == 130
+    assert {"pairs-000000.safetensors", "pairs-000000.from-00002.safetensors"} <= set(os.listdir("pairs"))
+    assert len(Pairs("pairs", 1)) == 3
+    works(sample, PAIRS)
+    works(sample, PAIRS.replace("--out pairs", "--out whole"))
+    assert sorted(os.listdir("pairs")) == sorted(os.listdir("whole")) and len(os.listdir("pairs")) == 2
+    assert all(same(f"whole/{name}", f"pairs/{name}") for name in os.listdir("whole"))
+
+
+def test_captions_of_scenes_are_made_for_the_pairs_of_this_process_alone(small_files, monkeypatch):
+    made, plain = [], Scenes.scene
+    monkeypatch.setattr(Scenes, "scene", lambda scenes, i: made.append(i) or plain(scenes, i))
+    works(sample, FEW + "--pairs 1800000 --shards 2 3 --steps 1 --out pairs")
+    assert made == [8, 9, 10, 11]
+    prompts = read_pairs("pairs/pairs-000002.safetensors")["prompts"]
+    assert prompts == [Scenes(12, 8, 8, "solid", 1)[i]["caption"] for i in range(8, 12)]
 
 
 def test_processes_share_the_files_by_shards_and_more_pairs_can_be_asked_for_later(small_files):

@@ -223,11 +223,13 @@ def make_pairs(args, sd, flow, prompts, shape, settings, amp):
     """Write pairs (noise, latent, prompt) in float16, pair i from (seed, i), in files of PAIRS_A_FILE.
 
     Each batch is kept in a file of its own until all of its shard are made and joined, so that an interrupted run goes
-    on with the pair it was at, and a pair is written twice, however many make a file.
+    on with the pair it was at, and a pair is written twice, however many make a file. Processes of torchrun take the
+    files in turn.
     """
     out, (first, last) = Path(args.out), args.shards or (0, math.ceil(args.pairs / PAIRS_A_FILE))
-    files = range(first, last)
-    total = min(files.stop * PAIRS_A_FILE, args.pairs) - files.start * PAIRS_A_FILE
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    files = range(first + rank, last, count)
+    total = sum(len(range(args.pairs)[number * PAIRS_A_FILE:(number + 1) * PAIRS_A_FILE]) for number in files)
     print(f"{total:,} pairs of {2 * 2 * math.prod(shape):,} bytes, {args.steps} steps, cfg {args.cfg:g}, into {out}/")
     with tqdm(total=total, unit="pair", dynamic_ncols=True) as bar:
         for number in files:

@@ -243,6 +243,17 @@ def test_two_processes_train_what_one_does_and_a_run_goes_on_with_another_number
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_two_processes_share_the_files_of_pairs_and_make_what_one_makes(tiny):
+    words = f"{FEW} --pairs 260 --batch 64 --steps 1 --cfg 1 --ckpt {tiny}"
+    works(sample, f"{words} --out one")
+    torchrun(f"{ROOT}/sample.py {words} --out two")
+    names = ["pairs-000000.safetensors", "pairs-000001.safetensors"]
+    assert sorted(os.listdir("one")) == sorted(os.listdir("two")) == names
+    for name in names:
+        one, two = load_file(f"one/{name}"), load_file(f"two/{name}")
+        assert torch.equal(one["noise"], two["noise"]) and torch.allclose(one["latent"], two["latent"], atol=2e-3)
+
+
 def test_a_step_that_cannot_be_shared_is_refused(tiny):
     out = torchrun(f"{ROOT}/train.py {RUN} --grad-accum 3 --ckpt {tiny} --out run", code=1)
     assert "error: --grad-accum 3: 2 processes share the batches of a step, so it must be a multiple" in out

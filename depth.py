@@ -89,26 +89,45 @@ def planar_depth(distance):
     return distance * (HYPERSIM_FOCAL / np.sqrt(x[None] ** 2 + y[:, None] ** 2 + HYPERSIM_FOCAL**2))
 
 
+def read_hdf5(path):
+    """-> Hypersim's distances (768, 1024). ValueError if they lie in other files, which an .hdf5 can name."""
+    import h5py
+    with h5py.File(path) as file:
+        link = file.get("dataset", getlink=True)
+        if not isinstance(link, h5py.HardLink) or not isinstance(file["dataset"], h5py.Dataset):
+            raise ValueError("its 'dataset' is a link, to another file perhaps, or no array: Hypersim's hold the array")
+        dataset = file["dataset"]
+        if dataset.external or dataset.is_virtual:
+            raise ValueError("its array is stored in other files, which are not read: Hypersim's hold the array")
+        if dataset.shape != (HYPERSIM_HEIGHT, HYPERSIM_WIDTH) or dataset.dtype.kind != "f":
+            raise ValueError(f"{dataset.dtype} {dataset.shape}: Hypersim's are floats ({HYPERSIM_HEIGHT}, "
+                             f"{HYPERSIM_WIDTH})")
+        return np.asarray(dataset)
+
+
 def read_depth(path, unit=1.0):
     """A .npy, a 16-bit .png or Hypersim's .hdf5, whose numbers are `unit` metres each -> float32 (H, W), not masked."""
     path = Path(path)
     try:
         if path.suffix == ".hdf5":
-            import h5py
-            with h5py.File(path) as file:
-                depth = planar_depth(np.asarray(file["dataset"]))
+            depth = planar_depth(read_hdf5(path))
         elif path.suffix == ".npy":
-            depth = np.load(path, allow_pickle=False).squeeze()
+            depth = np.load(path, mmap_mode="r", allow_pickle=False).squeeze()
         else:
             with Image.open(path) as image:
+                if not image.mode.startswith("I"):
+                    raise ValueError(f"a picture of mode {image.mode}, where depth is a 16-bit grey PNG, or a .npy")
                 depth = np.asarray(image)
     except ImportError:
         raise ValueError(f"{path}: reading Hypersim's .hdf5 files takes h5py: pip install h5py") from None
     except Exception as error:      # damaged bytes can raise anything in a parser
         raise ValueError(f"{path} cannot be read as depth: {error}") from error
-    if depth.ndim != 2:
+    if depth.ndim != 2 or not depth.size:
         raise ValueError(f"{path} has the shape {depth.shape}: depth is one number a pixel, (height, width)")
-    return depth.astype(np.float32) * np.float32(unit)
+    if depth.dtype.kind not in "fiu":
+        raise ValueError(f"{path} holds {depth.dtype}: depth is a real number a pixel; save it as float32")
+    with np.errstate(over="ignore"):    # what float32 cannot hold becomes infinite, which is no valid depth
+        return depth.astype(np.float32) * np.float32(unit)
 
 
 def normalise_depth(depth, valid):

@@ -13,6 +13,7 @@ Nothing is downloaded but Inception's weights, and these only without --inceptio
 import argparse
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import SUFFIXES, open_rgb, pictures_in
-from files import check_range, cli, read_text
+from files import check_range, cli, open_tensors, read_text
 from sample import pick_device
 
 FID_NETWORK = "inception-v3-compat"     # torch-fidelity's copy of the original TensorFlow network
@@ -50,15 +51,49 @@ class CroppedPictures(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
+def read_weights(path):
+    """A file of weights -> {name: tensor}, all finite. No code in the file is run; ValueError if it holds more."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            with open_tensors(path) as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}
+        else:
+            weights = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:                          # damaged bytes can raise anything in a parser
+        raise ValueError(f"{path}: no file of plain tensors, damaged, or with code in it, which is not run "
+                         f"({type(error).__name__}); take another copy, or save its state_dict anew") from error
+    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
+        weights = weights["state_dict"]
+    if not isinstance(weights, dict) or not weights or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):
+        raise ValueError(f"{path}: it holds other things than named tensors: save the network's state_dict alone")
+    for name, tensor in weights.items():
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: take another copy of the file")
+    return weights
+
+
 def fid(samples, real, inception, batch, device):
     """Two CroppedPictures -> their Frechet inception distance. inception: file of weights; None downloads them."""
     try:
         from torch_fidelity import calculate_metrics
     except ImportError:
         raise ValueError("--real: FID takes torch-fidelity: pip install torch-fidelity") from None
-    found = calculate_metrics(
-        input1=samples, input2=real, fid=True, cuda=device.type == "cuda", batch_size=batch,
-        feature_extractor=FID_NETWORK, feature_extractor_weights_path=inception, cache=False, verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        safe = None
+        if inception is not None:       # torch-fidelity runs what it reads, so it reads a copy of the tensors alone
+            safe = str(Path(folder) / "inception.pth")
+            torch.save(read_weights(inception), safe)
+        try:
+            found = calculate_metrics(
+                input1=samples, input2=real, fid=True, cuda=device.type == "cuda", batch_size=batch,
+                feature_extractor=FID_NETWORK, feature_extractor_weights_path=safe, cache=False, verbose=False)
+        except RuntimeError as error:
+            if "state_dict" not in str(error):
+                raise
+            raise ValueError(f"--inception {inception}: the weights of another network than torch-fidelity's "
+                             f"{FID_NETWORK}") from error
     return found["frechet_inception_distance"]
 
 
@@ -84,8 +119,7 @@ def embed_prompts(network, tokenizer, prompts, batch, device):
 
 def aesthetics_predictor(path):
     """LAION's predictors are linear layers with nothing between them -> network: embeddings (N, D) -> scores (N, 1)."""
-    weights = torch.load(path, "cpu", weights_only=True)
-    layers = []
+    weights, layers = read_weights(path), []
     for name in weights:
         if name.endswith("weight"):
             outputs, inputs = weights[name].shape

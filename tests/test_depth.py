@@ -461,3 +461,35 @@ def test_a_missing_prediction_and_a_line_without_depth_are_named(measured, measu
     (measured / "list.txt").write_text("a.jpg a.npy\nb.jpg\n")
     with pytest.raises(ValueError, match="list.txt.*'b.jpg' alone"):
         measure(measured, "--list", measured / "list.txt")
+
+
+# ------------------------------------------------------------------ files that are no depth
+
+def test_an_hdf5_that_leads_to_other_files_is_refused(tmp_path):
+    import h5py
+    (tmp_path / "secret").write_bytes(bytes(768 * 1024 * 4))
+    with h5py.File(tmp_path / "whole.hdf5", "w") as file:
+        file["dataset"] = np.ones((768, 1024), np.float32)
+    with h5py.File(tmp_path / "link.hdf5", "w") as file:
+        file["dataset"] = h5py.ExternalLink(str(tmp_path / "whole.hdf5"), "dataset")
+    with h5py.File(tmp_path / "external.hdf5", "w") as file:
+        file.create_dataset("dataset", (768, 1024), "f4", external=[(str(tmp_path / "secret"), 0, h5py.h5f.UNLIMITED)])
+    assert depth.read_depth(tmp_path / "whole.hdf5").shape == (768, 1024)
+    for name, says in ("link", "is a link, to another file perhaps"), ("external", "stored in other files"):
+        with pytest.raises(ValueError, match=f"{name}.hdf5 cannot be read as depth: .*{says}"):
+            depth.read_depth(tmp_path / f"{name}.hdf5")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "RGB"])
+def test_a_png_of_other_than_16_bits_is_no_depth(tmp_path, mode):
+    Image.new(mode, (4, 3)).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=f"x.png cannot be read as depth: a picture of mode {mode}, where depth is"):
+        depth.read_depth(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("numbers", [np.ones((3, 4), complex), np.ones((3, 4), bool), np.ones((3, 4), [("a", "f4")])],
+                         ids=["complex", "bool", "record"])
+def test_an_array_of_other_than_real_numbers_is_no_depth(tmp_path, numbers):
+    np.save(tmp_path / "x.npy", numbers)
+    with pytest.raises(ValueError, match="x.npy holds .*: depth is a real number a pixel; save it as float32"):
+        depth.read_depth(tmp_path / "x.npy")

@@ -1,5 +1,6 @@
 """evaluate.py: FID is torch-fidelity's, CLIP score and aesthetics are the means of open_clip's own numbers."""
 import json
+import os
 import sys
 
 import numpy as np
@@ -132,3 +133,34 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(folder, measure, 
     monkeypatch.setattr(torch_fidelity, "calculate_metrics", lambda **_: pytest.fail("measured before it failed"))
     with pytest.raises(ValueError, match=says):
         measure(*words.split())
+
+
+class Intruder:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_file_of_weights_that_holds_code_is_refused_and_its_code_does_not_run(folder, measure):
+    for name, content in ("code", Intruder(folder / "made")), ("module", torch.nn.Linear(1, 1)), ("list", [1, 2]):
+        torch.save(content, folder / f"{name}.pth")
+        for words in (["--real", folder / "real", "--inception", folder / f"{name}.pth"],):
+            with pytest.raises(ValueError, match=f"{name}.pth: (no file of plain tensors|it holds other things)"):
+                measure(*words)
+        with pytest.raises(ValueError, match=f"{name}.pth: "):
+            evaluate.aesthetics_predictor(folder / f"{name}.pth")
+    assert not (folder / "made").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(folder):
+    torch.save({"0.weight": torch.tensor([[float("nan")]])}, folder / "nan.pth")
+    with pytest.raises(ValueError, match="nan.pth: 0.weight holds NaN or infinity"):
+        evaluate.read_weights(folder / "nan.pth")
+
+
+def test_the_weights_of_another_network_than_inception_are_named(folder, measure):
+    torch.save({"x": torch.ones(1)}, folder / "other.pth")
+    with pytest.raises(ValueError, match="--inception .*other.pth: the weights of another network"):
+        measure("--real", folder / "real", "--inception", folder / "other.pth")

@@ -106,7 +106,7 @@ def test_a_log_is_only_appended_to_and_a_torn_last_line_is_dropped():
     for step in 1, 2, 3:
         run.append_log(path, {"step": step})
     node, whole_lines = path.stat().st_ino, path.read_bytes()
-    for torn in b'{"step": 4, "lo', b"[]\n", b'{"step": 5}\n', b"\xff\n":
+    for torn in b'{"step": 4, "lo', b'{"step": 4}', b"[]\n", b'{"step": 5}\n', b"\xff\n":
         path.write_bytes(whole_lines + torn)
         run.trim_log(path, 4)
         assert path.read_bytes() == whole_lines

@@ -171,7 +171,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("scenes: black and white swapped", '(0, 0, 0), "white": (255, 255, 255', '(255, 255, 255), "white": (0, 0, 0'),
     ]),
     "depth.py": ("tests/test_depth.py", [
-        ("depth: distance taken for depth", 'planar_depth(np.asarray(file["dataset"]))', 'np.asarray(file["dataset"])'),
+        ("depth: distance taken for depth", "planar_depth(read_hdf5(path))", "read_hdf5(path)"),
         ("depth: quantiles", "[0.01, 0.99]", "[0.0, 1.0]"),
         ("depth: near is 1", "(2 * (log_depth - low) /", "(2 * (high - log_depth) /"),
         ("depth: flipped without its picture", "depth.flip(-1), valid.flip(-1)", "depth, valid.flip(-1)"),

@@ -228,7 +228,7 @@ def main():
     if not args.out.endswith(".safetensors"):
         raise ValueError(f"--out {args.out}: it must end in .safetensors")
     sd, _ = load_flow(args.ckpt, args.merge, task=None)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.dtype]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype)
     sd.save(args.out, dtype, **sd.modelspec(Path(args.out).stem, sd.picture_size()))
     print(f"{args.out}: {args.merge} merged into {args.ckpt}")
 

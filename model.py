@@ -314,7 +314,7 @@ class UNet(nn.Module):
 
     def diffusers_path(self, path):
         """A layer's path here -> in diffusers' UNet: what LoRA files call it."""
-        return unet_path(path, self.config.unet_res_blocks + 1)
+        return unet_path(path, self.config)
 
 
 class DepthUNet(nn.Module):
@@ -529,12 +529,13 @@ def hf_names(name):
     raise AssertionError(name)
 
 
-def unet_path(path, blocks_per_level):
+def unet_path(path, config):
     """A layer's path in our UNet -> in diffusers': input_blocks.4.1.proj_in -> down_blocks.1.attentions.0.proj_in.
 
-    Ours numbers its blocks in one row, `blocks_per_level` at each resolution. Input block 0 is the first conv, so the
-    input levels start at 1; the output levels start at 0.
+    Ours numbers its blocks in one row, as many at each resolution. Input block 0 is the first conv, so the input levels
+    start at 1; the output levels start at 0.
     """
+    blocks_per_level = config.unet_res_blocks + 1
     if path in UNET_OUTER:
         return UNET_OUTER[path]
     stage, number, inner = re.fullmatch(r"(\w+)\.(\d+)\.(?:\d+\.)?(.+)", path).groups()
@@ -569,7 +570,7 @@ def folder_names(parameter, config):
     """A parameter of StableDiffusion -> the tensors of a diffusers folder that make it up, as unet/conv_in.weight."""
     if parameter.startswith(UNET):
         path, _, kind = parameter.removeprefix(UNET).rpartition(".")
-        return [f"unet/{unet_path(path, config.unet_res_blocks + 1)}.{kind}"]
+        return [f"unet/{unet_path(path, config)}.{kind}"]
     if parameter.startswith(VAE):
         return ["vae/" + vae_name(parameter.removeprefix(VAE), len(config.vae_widths))]
     prefix = OPEN_CLIP if config.open_clip else HF_CLIP
@@ -704,10 +705,16 @@ USUAL_EXTRA = re.compile(
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
-def read_batches(path, names):
-    """Yield (name, tensor) of a .safetensors file, mapped anew every few tensors, so that pages read are let go."""
+def in_batches(names):
+    """Yield lists of a few names. A file is mapped anew for each, so that pages that were read are let go."""
     names = iter(names)
     while batch := list(itertools.islice(names, 64)):
+        yield batch
+
+
+def read_safetensors(path, names):
+    """Yield (name, tensor)."""
+    for batch in in_batches(names):
         with open_tensors(path) as file:
             yield from ((name, file.get_tensor(name)) for name in batch)
 
@@ -753,10 +760,9 @@ class CheckpointFile:
 
     def tensors(self, names):
         if self.path.suffix == ".safetensors":
-            yield from read_batches(self.path, names)
+            yield from read_safetensors(self.path, names)
             return
-        names = iter(names)
-        while batch := list(itertools.islice(names, 64)):
+        for batch in in_batches(names):
             content = self.pickled or self.unpickle()
             yield from ((name, content[name]) for name in batch)
 
@@ -833,7 +839,7 @@ class DiffusersFolder:
         names = sorted(names, key=self.places.get)
         for path, group in itertools.groupby(names, lambda name: self.places[name][0]):
             name_of = {self.places[name][1]: name for name in group}
-            yield from ((name_of[stored], tensor) for stored, tensor in read_batches(path, name_of))
+            yield from ((name_of[stored], tensor) for stored, tensor in read_safetensors(path, name_of))
 
     def names(self, parameter):
         return folder_names(parameter, self.config)
@@ -931,7 +937,7 @@ def prediction_of(metadata):
     return next(((words.get(metadata[name], metadata[name]), name) for name in names if name in metadata), (None, None))
 
 
-def guess_prediction(file, config, prediction):
+def guess_prediction(file, prediction):
     """-> ("v" or "eps", why): the caller's word, then the file's, then what the weights give away."""
     asked, why = prediction, "as asked"
     if asked is None:
@@ -943,6 +949,7 @@ def guess_prediction(file, config, prediction):
         raise ValueError(f"{file.path}: prediction {asked!r} ({why}) is neither 'v' nor 'eps'")
     if asked is not None:
         return asked, why
+    config = file.config
     if not config.open_clip:
         return "eps", "SD 1.x is"
     # a norm whose statistics tell SD 2.1 (768) from the eps-models of the same shapes
@@ -956,8 +963,8 @@ def guess_prediction(file, config, prediction):
     return "v" if std > 0.09 else "eps", why
 
 
-def read_architecture(file):
-    """-> Config, or a ValueError that says why it is no model of ours."""
+def check_architecture(file):
+    """ValueError that says why a file makes no model of ours."""
     config = file.config
     if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
         raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels: an inpainting, depth or "
@@ -967,15 +974,14 @@ def read_architecture(file):
                          f"not fit the tokenizer's 49408 and the UNet's context width {config.context_width}")
     if config.linear_projection and not config.open_clip:
         raise ValueError(f"{file.path}: the UNet is an SD 2.x, the text encoder has the names of an SD 1.x")
-    return config
 
 
-def build_empty(file, config, prediction):
+def build_empty(file, prediction):
     """-> StableDiffusion whose tensors have shapes and names, but no memory yet."""
     import open_clip  # noqa: F401  before the meta device: some versions compute with numbers while they are imported
     try:
         with torch.device("meta"):
-            return StableDiffusion(config, prediction)
+            return StableDiffusion(file.config, prediction)
     except (ValueError, TypeError, AssertionError) as error:
         raise ValueError(f"{file.path}: the widths of its tensors make no model: {error}") from error
 
@@ -1039,9 +1045,9 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, us
     Prints what was assumed. ValueError for a file that is missing, damaged or of another kind.
     """
     file = open_checkpoint(path)
-    config = read_architecture(file)
-    prediction, why = guess_prediction(file, config, prediction)
-    sd = build_empty(file, config, prediction)
+    check_architecture(file)
+    prediction, why = guess_prediction(file, prediction)
+    sd = build_empty(file, prediction)
     stored, others = find_tensors(file, sd, use_ema)
     read_weights(file, sd, stored, device, dtype)
     sd.zero_snr = zero_snr or "ztsnr" in file.shapes or file.metadata.get("zero_snr") == "true"
@@ -1051,7 +1057,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, us
     weights = ""
     if any(name.startswith("model_ema.diffusion_model") for name in file.shapes):
         weights = ", EMA weights" if use_ema else ", non-EMA weights (--use-ema takes the others)"
-    print(f"{path}: Stable Diffusion {config.version}.x layout, {len(file.shapes)} tensors, "
+    print(f"{path}: Stable Diffusion {sd.config.version}.x layout, {len(file.shapes)} tensors, "
           f"{sum(p.numel() for p in sd.parameters()) / 1e6:.1f}M parameters as {str(dtype).removeprefix('torch.')}"
           f"{weights}; {prediction}-prediction ({why}){', zero terminal SNR' if sd.zero_snr else ''}")
     unusual = [name for name in others if not USUAL_EXTRA.fullmatch(name)]

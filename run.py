@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from data import files_in
 from files import open_tensors, save_tensors
 
 RESUMABLE = 75      # exit code of a run that was told to stop and saved: sysexits' EX_TEMPFAIL, try again
@@ -31,12 +32,17 @@ STEERABLE = ("steps", "lr", "save_every", "preview_every", "device")    # what -
 
 # ------------------------------------------------------------------ processes
 
+def rank_and_count():
+    """-> this process's number among those that torchrun started, and how many they are; 0 and 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Ranks:
     """The processes that torchrun started, this one's .rank among .count; or this process alone. The one that .leads
     writes and prints."""
 
     def __init__(self, device):
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.count = rank_and_count()
         self.leads = self.rank == 0
         if self.count > 1:
             backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -81,7 +87,10 @@ class Ranks:
 # ------------------------------------------------------------------ signals
 
 class Stopped(Exception):
-    """A run was told to stop, and has saved."""
+    """A run was told to stop, and has saved after `done` of its steps."""
+
+    def __init__(self, done, steps):
+        super().__init__(f"stopped and saved after step {done} of {steps}")
 
 
 class StopSignal:
@@ -184,10 +193,10 @@ def job(out, ranks, command):
 
 # ------------------------------------------------------------------ settings and state
 
-def given_flags(parser):
-    """-> {name: value} of the flags that are on the command line."""
-    unset, names = object(), vars(parser.parse_args())
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(names, unset))))
+def given_flags(parser, args):
+    """-> {name: value} of those `args` that are on the command line, and no defaults."""
+    unset = object()
+    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     return {name: value for name, value in given.items() if value is not unset}
 
 
@@ -229,9 +238,7 @@ def listing(folders):
     """-> a word that changes when a file comes into the folders, goes, or gets another name."""
     names = hashlib.sha256()
     for folder in folders or []:
-        for root, directories, files in os.walk(folder):
-            directories.sort()
-            names.update("\n".join([os.path.relpath(root, folder), *sorted(files)]).encode())
+        names.update("\n".join(path.removeprefix(folder) for path in files_in(folder)).encode())
     return names.hexdigest()
 
 

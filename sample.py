@@ -32,6 +32,7 @@ from data import (
 from diff2flow import OBJECTIVES
 from files import check_range, cli, read_text, save_tensors
 from model import DepthUNet, load_checkpoint, prediction_of
+from run import rank_and_count
 from schedule import sd_schedule
 from toy.scenes import Scenes
 
@@ -227,14 +228,14 @@ def make_pairs(args, sd, flow, prompts, shape, settings, amp):
     files in turn.
     """
     out, (first, last) = Path(args.out), args.shards or (0, math.ceil(args.pairs / PAIRS_A_FILE))
-    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    files = range(first + rank, last, count)
-    total = sum(len(range(args.pairs)[number * PAIRS_A_FILE:(number + 1) * PAIRS_A_FILE]) for number in files)
+    rank, count = rank_and_count()
+    files = {number: range(args.pairs)[number * PAIRS_A_FILE:(number + 1) * PAIRS_A_FILE]
+             for number in range(first + rank, last, count)}
+    total = sum(map(len, files.values()))
     print(f"{total:,} pairs of {2 * 2 * math.prod(shape):,} bytes, {args.steps} steps, cfg {args.cfg:g}, into {out}/")
     with tqdm(total=total, unit="pair", dynamic_ncols=True) as bar:
-        for number in files:
+        for number, wanted in files.items():
             shard = out / f"pairs-{number:06d}.safetensors"
-            wanted = range(args.pairs)[number * PAIRS_A_FILE:(number + 1) * PAIRS_A_FILE]
             made = count_made_pairs(shard, settings)
             bar.update(min(made, len(wanted)))
             for start in range(made, len(wanted), args.batch):

@@ -115,7 +115,7 @@ def arguments():
                          "--preview-every and --device may be others")
     args = parser.parse_args()
     if args.resume:
-        settings = run.resumed_settings(args.resume, run.given_flags(parser))
+        settings = run.resumed_settings(args.resume, run.given_flags(parser, args))
         if settings["task"] not in TASKS:
             raise ValueError(f"--resume {args.resume}: a run of toy.make_prior, whose own --resume goes on with it")
         return argparse.Namespace(**{**vars(args), **settings})
@@ -476,7 +476,7 @@ def train(args, job, amp, sd, flow, example, trained, dataset, validation, metad
         if ranks.leads and saving:  # the state comes last: a run killed before it is there makes the other files again
             run.save_state(out, args, done, ema, optimizer, **about)
         if stopping and done < args.steps:
-            raise run.Stopped(f"stopped and saved after step {done} of {args.steps}")
+            raise run.Stopped(done, args.steps)
     job.stop.waits = False
     flow.net = plain
     return ema

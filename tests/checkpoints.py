@@ -161,7 +161,7 @@ def clip_tokenizer(pad_token=49407):
     return CLIPTokenizer(vocab=vocabulary, merges=list(own.bpe_ranks), pad_token=pad, model_max_length=77)
 
 
-def full_pipeline(config, tensors, prediction="eps", **scheduler):
+def full_pipeline(config, tensors, prediction="eps"):
     """StableDiffusionPipeline of a checkpoint's tensors, with a scheduler as the real ones have it."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
     theirs = references(config, tensors)
@@ -171,5 +171,5 @@ def full_pipeline(config, tensors, prediction="eps", **scheduler):
         vae=theirs.vae, text_encoder=theirs.text, unet=theirs.unet,
         tokenizer=clip_tokenizer(0 if config.open_clip else 49407),
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                         steps_offset=1, prediction_type=kind, **scheduler),
+                                         steps_offset=1, prediction_type=kind),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)

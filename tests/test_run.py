@@ -133,7 +133,7 @@ def test_a_file_reaches_the_disk_before_it_takes_its_name(monkeypatch):
     assert done == [f"{os.getcwd()}/a.partial.safetensors", "replace"]
 
 
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(tiny, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(tiny):
     works(train, RUN + f"--ckpt {tiny} --out run")
     before = {path.name: path.read_bytes() for path in Path("run").glob("*.safetensors")}
     command = f"ulimit -f 100; exec {sys.executable} {ROOT}/train.py --resume run --steps 6"        # files of 100 kB
@@ -200,14 +200,19 @@ def test_a_state_without_settings_is_refused(whole, args):
 
 # ------------------------------------------------------------------ several processes
 
-def torchrun(words, processes=2, code=0):
-    """Run a script in several processes -> what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
-               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert (done.returncode == 0) == (code == 0), done.stderr[-3000:]
-    return done.stdout + done.stderr
+def torchrun(words):
+    """Start a script in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+               "--rdzv-endpoint=localhost:0", *words.split()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def printed_by(job, fails=False):
+    """Wait for a job, which must fail or not -> what it printed."""
+    out, _ = job.communicate(timeout=300)
+    assert (job.returncode != 0) == fails, out[-3000:]
+    return out
 
 
 def close(a, b, kind):
@@ -233,7 +238,7 @@ def test_two_processes_train_what_one_does_and_a_run_goes_on_with_another_number
     size = "" if "reflow" in words else "--size 32 --scenes 8 "
     words = f"{SHARED}{size}--validation 2 --previews 2 {words} --ckpt {tiny}"
     works(train, f"{words} --out one")
-    out = torchrun(f"{ROOT}/train.py {words} --steps 10 --out two")
+    out = printed_by(torchrun(f"{ROOT}/train.py {words} --steps 10 --out two"))
     assert out.count("weights: two/") == 1                              # rank 0 alone prints
     assert [row["step"] for row in rows_of("two/metrics.jsonl")] == [10]
     works(train, "--resume two --steps 20")
@@ -246,7 +251,7 @@ def test_two_processes_train_what_one_does_and_a_run_goes_on_with_another_number
 def test_two_processes_share_the_files_of_pairs_and_make_what_one_makes(tiny):
     words = f"{FEW} --pairs 260 --batch 64 --steps 1 --cfg 1 --ckpt {tiny}"
     works(sample, f"{words} --out one")
-    torchrun(f"{ROOT}/sample.py {words} --out two")
+    printed_by(torchrun(f"{ROOT}/sample.py {words} --out two"))
     names = ["pairs-000000.safetensors", "pairs-000001.safetensors"]
     assert sorted(os.listdir("one")) == sorted(os.listdir("two")) == names
     for name in names:
@@ -255,23 +260,18 @@ def test_two_processes_share_the_files_of_pairs_and_make_what_one_makes(tiny):
 
 
 def test_a_step_that_cannot_be_shared_is_refused(tiny):
-    out = torchrun(f"{ROOT}/train.py {RUN} --grad-accum 3 --ckpt {tiny} --out run", code=1)
+    out = printed_by(torchrun(f"{ROOT}/train.py {RUN} --grad-accum 3 --ckpt {tiny} --out run"), fails=True)
     assert "error: --grad-accum 3: 2 processes share the batches of a step, so it must be a multiple" in out
 
 
 def test_a_killed_worker_ends_the_job_with_a_message_and_the_next_start_resumes(tiny):
-    words = f"{RUN} --steps 4000 --save-every 1 --grad-accum 2 --ckpt {tiny} --out run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=localhost:0", f"{ROOT}/train.py", *words.split()]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    job = torchrun(f"{ROOT}/train.py {RUN} --steps 4000 --save-every 1 --grad-accum 2 --ckpt {tiny} --out run")
     deadline = time.time() + 120
     while not Path("run/state.safetensors").exists() and time.time() < deadline:
         time.sleep(0.2)
     workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    _, err = job.communicate(timeout=120)
-    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in err
+    assert "Signal 9 (SIGKILL)" in printed_by(job, fails=True)
     step = int(metadata("run/state.safetensors")["step"])
     works(train, f"--resume run --steps {step + 1}")
     assert metadata("run/state.safetensors")["step"] == str(step + 1)

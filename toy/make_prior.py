@@ -78,7 +78,7 @@ def arguments():
         saved = run.saved_settings(args.resume)
         if saved["task"] != args.task:
             raise ValueError(f"--resume {args.resume}: a run of the task {saved['task']}, not {args.task}")
-        return argparse.Namespace(**run.resumed_settings(args.resume, run.given_flags(parser)))
+        return argparse.Namespace(**run.resumed_settings(args.resume, run.given_flags(parser, args)))
     for name, row in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, row[TASKS.index(args.task)])
@@ -202,7 +202,7 @@ def train_autoencoder(args, job, amp, sd, trained, pictures):
         if saving:  # the state comes last: a run killed before it is there makes the other files again
             run.save_state(out, args, done, ema, optimizer)
         if job.stop.came and done < args.steps:
-            raise run.Stopped(f"stopped and saved after step {done} of {args.steps}")
+            raise run.Stopped(done, args.steps)
     job.stop.waits = False
 
 

@@ -187,7 +187,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     ]),
     "sample.py": ("tests/test_sample.py tests/test_written.py", [
         ("sample.py: other pictures beside single ones", "set(pictures_in(folder)) - set(files)", "set()"),
-        ("sample.py: single pictures replace others", "        check_replaceable(path)\n    return files", "        pass"),
+        ("sample.py: single pictures replace others", "        check_replaceable(path)\n    return files",
+         "        pass\n    return files"),
         ("sample.py: noise from the seed alone", "seed_of(seed, i)", "seed_of(seed, 0)"),
         ("sample.py: guidance after Reflow", 'sd.metadata.get("cfg", 4.0)', "4.0"),
         ("sample.py: objective of the file ignored", 'trained_by if trained_by in ("fm", "fm-flip") else "', '"'),

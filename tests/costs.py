@@ -1,16 +1,18 @@
 """On paper: the memory and the GPU hours of finetuning. Computed, not measured: this never ran on a GPU.
 
-    python -m tests.costs                   SD 2.1 at 512 and 768 px, LoRA and all weights (about two minutes)
+    python -m tests.costs                   SD 2.1 at 512 and 768 px, LoRA and all weights (two to five minutes)
     python -m tests.costs sd15              the same of SD 1.5
     python -m tests.costs --tflops 300      hours at a rate of your own: 10^12 floating-point operations a second
 
 The code that train.py runs is run for one batch, on torch's fake tensors: they have shapes, types and owners, but no
 numbers. LiveBytes adds up the memory that they would take, FlopCounterMode the multiplications and additions. Fake
 tensors of the CPU are taken, since they can be compared with real ones, and what differs on CUDA is set as it is there:
-bf16 autocast, fused attention in the UNet, and no fast path in the text encoder.
+bf16 autocast, fused attention in the UNet (which keeps q, k, v, the result and a number a row, no N x N matrix), and no
+fast path in the text encoder.
 
 What is not counted: the CUDA context, cuDNN's workspaces, temporaries inside a kernel, and memory lost between blocks,
-together often 1 to 3 GiB. The rates are assumptions: 40 % of the dense bf16 peak, which a good large-batch run reaches.
+together a guess of 1 to 3 GiB. The rates are assumptions: 40 % of the dense bf16 peak, which only well-tuned code
+reaches, so the hours are a lower estimate; reading pictures, Adam and previews are not in them.
 """
 import argparse
 import contextlib
@@ -167,7 +169,7 @@ def one_batch(config, preset, size, checkpointing=False, batch=4, precision="bf1
 
 
 def pair_flops(config):
-    """-> operations for one of Reflow's pairs: PAIR_STEPS steps with guidance, which makes two forward passes of each."""
+    """-> operations for one of Reflow's pairs: PAIR_STEPS steps of two forward passes, for guidance."""
     mode = FakeTensorMode()
     sd, flow, _ = build(config, "none", mode)
     side = PAIR_SIZE // sd.factor
@@ -219,8 +221,8 @@ def print_hours(costs, names, pairs, rates):
             for with_flag, which in (("", 0), (", `--checkpointing`", 1))
             for key, cost in ((key, pair[which]) for key, pair in costs.items())]
     total = PAIRS * pairs
-    rows.append([f"{PAIRS:,} pairs, {PAIR_SIZE} px, {PAIR_STEPS} steps with guidance", "", "", "", f"{total / 1e18:,.0f}",
-                 *hours(total, rates.values())])
+    rows.append([f"{PAIRS:,} pairs, {PAIR_SIZE} px, {PAIR_STEPS} steps with guidance", "", "", "",
+                 f"{total / 1e18:,.0f}", *hours(total, rates.values())])
     table(["10^12 operations for 4 images", "encoding pictures and text", "forward", "backward",
            f"10^18 operations for {recipe['steps']:,} steps of 64 images, or for the pairs",
            *(f"hours, {name}" for name in rates)], rows)
@@ -230,7 +232,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=list(CONFIGS), default="sd21", help="the model (default: sd21)")
     parser.add_argument("--tflops", type=float, help="10^12 operations a second that your GPU reaches (default: "
-                                                     f"{SHARE_OF_PEAK:.0%} of the peak of {' and '.join(PEAKS)})")
+                                                     f"{SHARE_OF_PEAK:g} of the peak of {' and '.join(PEAKS)})")
     args = parser.parse_args()
     config, rates = CONFIGS[args.name], {name: SHARE_OF_PEAK * peak for name, peak in PEAKS.items()}
     if args.tflops:

@@ -235,7 +235,8 @@ def resumed_settings(folder, given):
 
 
 def listing(folders):
-    """-> a word that changes when a file comes into the folders, goes, or gets another name."""
+    """-> a word that changes when a file comes into the folders, goes, or gets another name. Tars are no folders: a run
+    names each of them by its settings."""
     names = hashlib.sha256()
     for folder in folders or []:
         names.update("\n".join(path.removeprefix(folder) for path in files_in(folder)).encode())

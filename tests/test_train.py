@@ -121,7 +121,7 @@ def test_train_alone_leaves_a_run_and_says_what_to_do_next():
     assert {path.name for path in folder.iterdir()} == {"lora.safetensors", "state.safetensors", "metrics.jsonl",
                                                         "validation.jsonl", "before_after.png", "result.json"}
     row, = rows_of(folder / "metrics.jsonl")
-    assert list(row) == ["step", "loss", "grad", "lr", "img_s", "mem_gb"] and row["step"] == 10
+    assert list(row) == ["step", "loss", "grad", "lr", "img_s", "waiting", "mem_gb"] and row["step"] == 10
     assert all(math.isfinite(value) for value in row.values())
     result = json.loads((folder / "result.json").read_text())
     assert f"{result['velocity_error_before']:.4f} before, {result['velocity_error_after']:.4f} after" in out
@@ -212,7 +212,7 @@ def test_a_killed_and_resumed_run_leaves_the_files_of_one_that_was_not(whole):
         if path.suffix == ".safetensors":
             assert same(path, f"run/{path.name}"), path.name
         elif path.name == "metrics.jsonl":
-            here, there = ([{**row, "img_s": 0} for row in rows_of(folder / path.name)]
+            here, there = ([{**row, "img_s": 0, "waiting": 0} for row in rows_of(folder / path.name)]
                            for folder in (whole[0], Path("run")))
             assert here == there
         else:

@@ -4,6 +4,7 @@ An item is a dict: image (3, H, W) in [-1, 1] and caption, or, of a pair, noise 
 A key is epoch * n + i. `Keys` makes every epoch a new permutation, and a photograph's crop depends on the key.
 """
 import bisect
+import hashlib
 import io
 import itertools
 import json
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 from tqdm import tqdm
 
-from files import open_tensors, read_text, replacing
+from files import open_tensors, read_text, replacing, save_tensors
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -147,6 +149,11 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
+def centre_crop(image, height, width):
+    """PIL image -> the part in its centre, scaled to height x width (3, H, W)."""
+    return to_tensor(image.resize((width, height), Image.LANCZOS, box=crop_box(image, height, width, 0.5, 0.5)))
+
+
 def random_crop(image, height, width, rng):
     """PIL image -> a part of it, scaled to cover height x width, or the mirror image of that part (3, H, W)."""
     box = crop_box(image, height, width, rng.random(), rng.random())
@@ -233,8 +240,88 @@ class ImageFolder(Dataset):
             return open_rgb(self.items[i][0])
         except ValueError as error:
             self.undecodable.add(i)
-            print(f"warning: {error}, taking the next image; {len(self.undecodable)} of {len(self.items)} so far",
+            print(f"warning: {error}, left out; {len(self.undecodable)} of {len(self.items)} so far",
                   file=sys.stderr)
+
+
+# ------------------------------------------------------------------ latents and text states in files (--cache)
+
+class Store(NamedTuple):
+    """Tensors of one shape, each in a file below a folder. The file's name is a hash of all that its tensor depends on:
+    so what has changed is not found and made anew, and several runs share what is the same."""
+    folder: Path
+    network: str        # words that tell the network, its precision and its setting
+    shape: tuple
+
+    def path(self, source):
+        """source: words that tell what the network was given."""
+        name = hashlib.sha256(f"{self.network}\n{source}".encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"       # 256 folders: a million files are slow in one
+
+    def write(self, source, tensor):
+        save_tensors(self.path(source), {"tensor": tensor})
+
+    def read(self, source):
+        path = self.path(source)
+        try:
+            with open_tensors(path) as file:
+                tensor = file.get_tensor("tensor")
+            if tuple(tensor.shape) != self.shape:
+                raise ValueError(f"{path}: a tensor of {tuple(tensor.shape)}, not {self.shape}")
+            return tensor
+        except ValueError as error:
+            raise ValueError(f"{error}; every start of a run with this --cache makes anew what is damaged") from error
+
+    def lacks(self, source):
+        """Whether a tensor is not there, or is damaged, which is said."""
+        if not self.path(source).exists():
+            return True
+        try:
+            self.read(source)
+            return False
+        except ValueError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            return True
+
+
+class Cached(Dataset):
+    """An ImageFolder whose pictures and captions went through the networks before, and lie in two Stores: x1, the
+    latents of a picture's centre, never flipped; its caption; and context, the text state of it, and empty, that of the
+    empty caption. `fill` comes first."""
+
+    def __init__(self, images, latents, states):
+        self.images, self.latents, self.states, self.items = images, latents, states, []
+        for i in progress(range(len(images)), "reading pictures and captions", unit="image"):
+            content = Path(images.items[i][0]).read_bytes()
+            self.items.append((hashlib.sha256(content).hexdigest(), images.caption(i)))
+
+    def fill(self, encode, encode_text, ranks):
+        """Make what the Stores lack, of it this process's share, and wait for the others. encode: image (3, H, W) ->
+        latents, encode_text: caption -> state."""
+        pictures = range(ranks.rank, len(self.items), ranks.count)
+        pictures = [i for i in progress(pictures, "looking for latents") if self.latents.lacks(self.items[i][0])]
+        captions = sorted({"", *(caption for _, caption in self.items)})[ranks.rank::ranks.count]
+        captions = [caption for caption in progress(captions, "looking for text states") if self.states.lacks(caption)]
+        print(f"encoding {len(pictures):,} pictures, cropped in the centre and never flipped, and {len(captions):,} "
+              f"captions into {self.latents.folder}; {len(self.items):,} pictures will be there")
+        for i in progress(pictures, "encoding pictures", unit="image"):
+            image = self.images.decode(i)
+            if image is not None:
+                self.latents.write(self.items[i][0], encode(centre_crop(image, self.images.height, self.images.width)))
+        for caption in progress(captions, "encoding captions", unit="caption"):
+            self.states.write(caption, encode_text(caption))
+        ranks.wait()
+        self.items = [item for item in self.items if self.latents.path(item[0]).exists()]      # the others are damaged
+        if not self.items:
+            raise ValueError(f"none of the {len(self.images)} images can be decoded")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        source, caption = self.items[key % len(self.items)]
+        return {"x1": self.latents.read(source).float(), "caption": caption, "context": self.states.read(caption),
+                "empty": self.states.read("")}
 
 
 # ------------------------------------------------------------------ tars of pictures with captions (WebDataset)

@@ -77,10 +77,15 @@ class Ranks:
         dist.all_reduce(flags)
         return flags.item() > 0
 
-    def leave(self):
-        """Wait for the others, and end the common work."""
+    def wait(self):
+        """Until the others have come as far."""
         if self.count > 1:
             dist.barrier()
+
+    def leave(self):
+        """Wait for the others, and end the common work."""
+        self.wait()
+        if self.count > 1:
             dist.destroy_process_group()
 
 

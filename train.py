@@ -449,7 +449,7 @@ class Metrics:
         images, seconds = len(recent) * self.args.batch * self.args.grad_accum, time.time() - self.clock
         memory = torch.cuda.max_memory_allocated() / 2**30 if recent.is_cuda else 0.0
         row = {"step": step, "loss": loss, "grad": norm, "lr": learning_rate(step - 1, self.args),
-               "img_s": round(images / seconds, 1), "waiting": round(self.waited / seconds, 3),
+               "img_s": round(images / seconds, 2), "waiting": round(self.waited / seconds, 3),
                "mem_gb": round(memory, 2)}
         if not math.isfinite(loss + norm):
             bad = (~recent.isfinite()).any(1).tolist().index(True)

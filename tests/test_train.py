@@ -618,7 +618,7 @@ def test_the_share_of_time_spent_waiting_for_data_is_logged(monkeypatch):
         metrics.add(step, one, one, bar, now=step % 2 == 0)
         with metrics.paused():
             now[0] += 100
-    assert [(row["waiting"], row["img_s"]) for row in rows_of("metrics.jsonl")] == [(0.333, 0.4), (0.0, 0.7)]
+    assert [(row["waiting"], row["img_s"]) for row in rows_of("metrics.jsonl")] == [(0.333, 0.44), (0.0, 0.67)]
 
 
 # ------------------------------------------------------------------ recipes

@@ -302,8 +302,9 @@ class Cached(Dataset):
         pictures = [i for i in progress(pictures, "looking for latents") if self.latents.lacks(self.items[i][0])]
         captions = sorted({"", *(caption for _, caption in self.items)})[ranks.rank::ranks.count]
         captions = [caption for caption in progress(captions, "looking for text states") if self.states.lacks(caption)]
-        print(f"encoding {len(pictures):,} pictures, cropped in the centre and never flipped, and {len(captions):,} "
-              f"captions into {self.latents.folder}; {len(self.items):,} pictures will be there")
+        print(f"{self.latents.folder}: of {len(self.items):,} pictures, cropped in the centre and never flipped, "
+              f"{len(pictures):,} are to be encoded, and {len(captions):,} captions"
+              + (f", by the first of {ranks.count} processes" if ranks.count > 1 else ""))
         for i in progress(pictures, "encoding pictures", unit="image"):
             image = self.images.decode(i)
             if image is not None:

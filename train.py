@@ -150,8 +150,8 @@ def check(args):
     if args.task != "depth" and args.data and len(args.data) > 1 and not tars:
         raise ValueError(f"--data {' '.join(args.data)}: the task {args.task} takes one folder")
     if args.cache and (args.task != "text-to-image" or not args.data or tars):
-        raise ValueError("--cache: only of a --data folder of pictures with captions something is kept, not of scenes, "
-                         "tars, pairs or depth: leave it out")
+        raise ValueError("--cache: it keeps what a --data folder of pictures with captions becomes, and nothing of "
+                         "scenes, tars, pairs or depth: leave it out")
     if args.task != "depth" and args.weights:
         raise ValueError("--weights: only the task depth has several folders to weigh")
     if args.task == "reflow" and (not args.data or args.size or args.objective != "diff2flow"):
@@ -226,8 +226,8 @@ def to_latents(sd, batch):
 
 def fill_cache(args, sd, amp, ranks, images):
     """-> the ImageFolder's pictures as latents and text states, after those that --cache lacks were computed."""
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32      # which they have in a step, too
-    size, made = (images.height, images.width), f"{args.precision}, version 1"
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32      # in which a step computes them
+    size, made = (images.height, images.width), f"{args.precision}, version 1"  # to be raised when encoding changes
     latents = Store(Path(args.cache), f"latents {size} {hash_of(sd.first_stage_model)} {made}",
                     (sd.config.latent_channels, *(side // sd.factor for side in size)))
     states = Store(Path(args.cache), f"text {hash_of(sd.text_encoder)} {made}", (77, sd.config.context_width))
@@ -267,7 +267,8 @@ def load_batches(args, sd, dataset, start, ranks):
 # ------------------------------------------------------------------ by task: a batch -> x1, x0, context, mask
 
 def text_to_image(sd, batch):
-    """With --cache a batch brings its text states, and that of the empty caption, which others were replaced by."""
+    """With --cache a batch has the text states of its captions as they were, and the one of the empty caption, which
+    stands for those that were dropped."""
     if "context" not in batch:
         return batch["x1"], None, sd.encode_text(batch["caption"]), None
     is_empty = torch.tensor([caption == "" for caption in batch["caption"]], device=batch["x1"].device).view(-1, 1, 1)

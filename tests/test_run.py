@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import files
@@ -283,6 +285,16 @@ def test_two_processes_fill_a_cache_together_with_what_one_puts_there(tiny):
                 for folder in ("one-cache", "two-cache"))
     assert one == two and len(one) == 3 + 4                             # pictures, captions with the empty one
     assert close("two/state.safetensors", "one/state.safetensors", "parameter/") < 1e-5
+
+
+def test_two_processes_share_pictures_and_draw_the_grid_that_one_draws(tiny):
+    words = f"{FEW} --n 5 --batch 2 --ckpt {tiny} --out"
+    works(sample, f"{words} one.png")
+    out = printed_by(torchrun(f"{ROOT}/sample.py {words} two.png --singles"))
+    assert out.count("5 pictures of 32x32") == 1                        # rank 0 alone prints
+    assert sorted(os.listdir("two")) == [f"000{i}.png" for i in range(5)]
+    one, two = (np.asarray(Image.open(name)).astype(int) for name in ("one.png", "two.png"))
+    assert one.shape == two.shape and abs(one - two).max() <= 1
 
 
 def test_a_step_that_cannot_be_shared_is_refused(tiny):

@@ -3,8 +3,6 @@ back."""
 import json
 import os
 import shutil
-import sys
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -13,9 +11,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import ImageFolder, Kept, Keys, Pairs, Tars, read_pairs, save_grid, save_picture, to_pil
+from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_picture, to_pil
 from files import save_tensors
-from tests.runs import picture_bytes, save_photo, save_photos, save_shards, save_tar
+from tests.runs import save_photo, save_photos
 
 
 @pytest.fixture
@@ -245,104 +243,6 @@ def test_the_exif_orientation_is_obeyed(tmp_path):
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     shown = ImageFolder(tmp_path, 32, 32)[0]["image"]
     assert shown[:, :12].max() < -0.8 and shown[:, 20:].min() > 0.8
-
-
-# ------------------------------------------------------------------ tars
-
-def shards(folder, **options):
-    return Tars([f"{folder}/{{00000..00004}}.tar"], 8, 12, **options)
-
-
-def captions(items, n):
-    return [item["caption"] for item in islice(items, n)]
-
-
-ALL = {f"picture {i}" for i in range(20)}
-
-
-def test_tars_give_each_picture_with_its_caption_in_the_range_of_photographs(tmp_path):
-    save_shards(tmp_path)
-    tars = shards(tmp_path)
-    assert captions(tars.first(3), 9) == ["picture 0", "picture 1", "picture 2"] and len(tars.tars) == 5
-    for item in islice(tars, 20):
-        number = int(item["caption"].split()[1])
-        assert item["image"].shape == (3, 8, 12) and torch.allclose(item["image"], torch.tensor(2 * number / 127.5 - 1))
-
-
-def test_a_pass_over_tars_has_every_picture_once_in_an_order_by_seed_start_and_pass(tmp_path):
-    save_shards(tmp_path)
-    passes = captions(shards(tmp_path), 60)
-    passes = [passes[:20], passes[20:40], passes[40:]]
-    assert all(set(one) == ALL for one in passes) and passes[0] == captions(shards(tmp_path), 20)
-    late = shards(tmp_path)
-    late.start = 7
-    orders = [*passes, captions(late, 20), captions(shards(tmp_path, seed=1), 20)]
-    assert len({tuple(order) for order in orders}) == 5 and set(orders[3]) == ALL
-
-
-@pytest.mark.parametrize("ranks, workers", [(1, 2), (2, 0), (2, 2), (4, 0)])
-def test_processes_and_their_workers_share_a_pass_over_tars_without_overlap(tmp_path, ranks, workers):
-    save_shards(tmp_path, tars=4)
-    seen = []
-    for rank in range(ranks):
-        tars = Tars([f"{tmp_path}/{{00000..00003}}.tar"], 8, 12, rank=rank, ranks=ranks)
-        batches = DataLoader(tars, 1, num_workers=workers)          # a picture of each worker in turn
-        seen += [batch["caption"][0] for batch in islice(batches, 16 // ranks)]
-    assert sorted(seen) == sorted(f"picture {i}" for i in range(16))
-
-
-def test_pictures_of_tars_are_cropped_and_flipped_at_random(tmp_path):
-    save_photo(tmp_path / "a.jpg", 48, 96)
-    save_tar(tmp_path / "a.tar", {"a.jpg": (tmp_path / "a.jpg").read_bytes()})
-    crops = [item["image"] for item in islice(Tars([str(tmp_path / "a.tar")], 32, 32), 20)]
-    assert not any(torch.equal(crops[0], crop) for crop in crops[1:])
-
-
-def test_tars_hold_jpg_png_and_webp_with_captions_in_json_too_and_nothing_else_is_opened(tmp_path, capsys):
-    save_tar(tmp_path / "a.tar", {
-        "0.jpg": picture_bytes(9, "JPEG"), "0.json": b'{"caption": " a boat "}', "0.pyd": b"a pickle", "0.pth": b"too",
-        "1.PNG": picture_bytes(9), "1.json": b'{"caption": null}',
-        "deep/2.webp": picture_bytes(9, "WEBP"), "deep/2.txt": "Blüte\n".encode()})
-    assert captions(Tars([str(tmp_path / "a.tar")], 8, 8).first(9), 9) == ["a boat", "", "Blüte"]
-    assert capsys.readouterr().err == f"warning: 1 of the first 3 pictures in {tmp_path}/a.tar are without a caption\n"
-
-
-def test_what_is_damaged_in_a_tar_is_left_out_and_said_once(tmp_path, capsys):
-    save_tar(tmp_path / "a.tar", {"0.png": picture_bytes(0)[:40], "1.png": picture_bytes(1), "1.txt": b"good",
-                                  "2.png": picture_bytes(2), "2.txt": b"\xff", "3.png": picture_bytes(3),
-                                  "3.json": b"[1]", "4.txt": b"alone"})
-    save_tar(tmp_path / "b.tar", {"5.png": picture_bytes(5), "5.txt": b"too", "6.png": picture_bytes(6), "6.PNG": b""})
-    tars = Tars([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], 8, 8)
-    assert set(captions(tars, 6)) == {"good", "too"}
-    lines = capsys.readouterr().err.splitlines()
-    assert sorted(line.split(": ")[1] for line in lines) == [
-        *(f"{tmp_path}/a.tar, {key}" for key in "0234"), f"{tmp_path}/b.tar"]
-    assert "0.png: cannot be read as a picture" in "".join(lines) and "4: no picture, is left out" in "".join(lines)
-
-
-def test_a_tar_that_is_missing_empty_truncated_or_without_a_picture_is_named(tmp_path):
-    save_shards(tmp_path)
-    whole = (tmp_path / "00003.tar").read_bytes()
-    for content in b"", b"no tar", bytes(10240), whole[:3000], whole[:1536]:
-        (tmp_path / "00003.tar").write_bytes(content)
-        with pytest.raises(ValueError, match="00003.tar: empty, truncated, or no tar"):
-            shards(tmp_path)
-    (tmp_path / "00003.tar").unlink()
-    with pytest.raises(ValueError, match="00003.tar: no such file"):
-        shards(tmp_path)
-    save_tar(tmp_path / "a.tar", {"0.txt": b"alone"})
-    with pytest.raises(ValueError, match="a.tar: no picture in 1 tars"):
-        Tars([str(tmp_path / "a.tar")], 8, 8).first(1)
-    with pytest.raises(ValueError, match="1 tars for 2 processes"):
-        Tars([str(tmp_path / "a.tar")], 8, 8, ranks=2)
-    with pytest.raises(ValueError, match=r"or its tars: .*\*.tar"):
-        ImageFolder(tmp_path, 8, 8)
-
-
-def test_tars_without_webdataset_say_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(ValueError, match="reading tars takes webdataset: pip install webdataset"):
-        shards(tmp_path)
 
 
 # ------------------------------------------------------------------ Reflow's pairs

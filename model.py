@@ -12,7 +12,6 @@ checkpoint: a single file, or a folder of diffusers'; to follow a call, start wi
 import functools
 import hashlib
 import itertools
-import json
 import math
 import re
 import zipfile
@@ -25,9 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files import open_tensors, read_text, save_tensors
+from files import from_json, open_tensors, read_text, save_tensors
 
 LATENT_SCALE = 0.18215  # latents have unit variance after this factor
+LARGEST = 100_000       # pixels a side of a picture
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 OPEN_CLIP, HF_CLIP = "cond_stage_model.model.", "cond_stage_model.transformer.text_model."   # SD 2.x, SD 1.x
 
@@ -485,11 +485,22 @@ def tokenizer():
     return SimpleTokenizer()
 
 
+def first_tokens(prompt):
+    """-> the first 75 of open_clip's encode(prompt). A word is one token or more, so later words cannot matter. A token
+    is at most 32 bytes long, so 75 end before letter 2400 of a word; the letters behind that change them only through
+    a chain of merges that reaches back over 600 more. Pairs are merged in a time that is quadratic in the word."""
+    clip, tokens = tokenizer(), []
+    for word in itertools.islice(clip.pat.finditer(clip.clean_fn(prompt)), 75):
+        letters = "".join(clip.byte_encoder[byte] for byte in word[0][:3000].encode())
+        tokens += [clip.encoder[token] for token in clip.bpe(letters).split(" ")]
+    return tokens[:75]
+
+
 def tokenize(prompts, pad_token):
     """prompts (B strings) -> token ids (B, 77): 49406, at most 75 tokens of content, 49407, pad_token."""
     ids = torch.full((len(prompts), 77), pad_token)
     for row, prompt in zip(ids, prompts):
-        tokens = [tokenizer().sot_token_id, *tokenizer().encode(prompt)[:75], tokenizer().eot_token_id]
+        tokens = [tokenizer().sot_token_id, *first_tokens(prompt), tokenizer().eot_token_id]
         row[:len(tokens)] = torch.tensor(tokens)
     return ids
 
@@ -586,7 +597,7 @@ class StableDiffusion(nn.Module):
         super().__init__()
         self.config, self.prediction, self.zero_snr = config, prediction, False
         self.text_prefix = OPEN_CLIP if config.open_clip else HF_CLIP
-        self.metadata, self.extra, self.dtypes, self.unet_hash = {}, {}, {}, None   # what the file says, has, is
+        self.path, self.metadata, self.extra, self.dtypes, self.unet_hash = None, {}, {}, {}, None  # of the file
         self.model = nn.ModuleDict({"diffusion_model": UNet(config)})
         self.first_stage_model = AutoencoderKL(config)
         tower = text_tower(config)
@@ -623,13 +634,17 @@ class StableDiffusion(nn.Module):
 
     def picture_size(self, size=None):
         """[side] or [height, width] in pixels (None: the file's own, or 512) -> height, width, or a ValueError."""
-        size = size or [int(side) for side in self.metadata.get("resolution", "512").split()]
+        if size is None:
+            told = self.metadata.get("resolution", "512")
+            size = [int(side) for side in told.split() if side.isdecimal()]
+            if not 1 <= len(size) <= 2 or " ".join(map(str, size)) != told:
+                raise ValueError(f"{self.path}: its metadata says resolution {told!r}, which is no size: give --size")
         if len(size) > 2:
             raise ValueError(f"--size takes one number, or height and width, not {len(size)} numbers")
         height, width = size[0], size[-1]
-        if height % self.multiple or width % self.multiple or min(height, width) < self.multiple:
+        if height % self.multiple or width % self.multiple or not self.multiple <= min(height, width) <= LARGEST:
             raise ValueError(f"size {height}x{width}: both sides must be multiples of {self.multiple} for this "
-                             "checkpoint")
+                             f"checkpoint, at most {LARGEST}")
         return height, width
 
     @torch.no_grad()
@@ -756,7 +771,7 @@ class CheckpointFile:
                 [(stub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
             content = torch.load(self.path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path) or None)
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        return {k: v.detach() for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
     def tensors(self, names):
         if self.path.suffix == ".safetensors":
@@ -793,7 +808,7 @@ class DiffusersFolder:
 
     def json(self, name):
         try:
-            return dict(json.loads(read_text(self.path / name)))
+            return dict(from_json(read_text(self.path / name)))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{self.path / name}: missing or damaged ({type(error).__name__})") from error
 
@@ -1024,6 +1039,8 @@ def read_weights(file, sd, stored, device, dtype):
     read, state, hashes = {}, {}, {}
     for name, tensor in file.tensors(parameter_of):
         parameter = parameter_of[name]
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise ValueError(f"{file.path}: {name} holds NaN, infinity or no real numbers: take another copy of it")
         sd.dtypes[parameter] = tensor.dtype
         if parameter.startswith(UNET):
             hashes[parameter] = hashlib.sha256(tensor.flatten()[:1024].half().numpy()).hexdigest()
@@ -1050,7 +1067,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, us
     sd = build_empty(file, prediction)
     stored, others = find_tensors(file, sd, use_ema)
     read_weights(file, sd, stored, device, dtype)
-    sd.zero_snr = zero_snr or "ztsnr" in file.shapes or file.metadata.get("zero_snr") == "true"
+    sd.path, sd.zero_snr = path, zero_snr or "ztsnr" in file.shapes or file.metadata.get("zero_snr") == "true"
     if isinstance(file, CheckpointFile):        # what it is saved with again; of a folder a plain single file is made
         sd.text_prefix, sd.extra = file.text_prefix, dict(file.tensors(others))
         sd.metadata = {name: value for name, value in file.metadata.items() if name != "format"}

@@ -150,7 +150,7 @@ def test_a_file_of_weights_that_holds_code_is_refused_and_its_code_does_not_run(
             with pytest.raises(ValueError, match=f"{name}.pth: (no file of plain tensors|it holds other things)"):
                 measure(*words)
         with pytest.raises(ValueError, match=f"{name}.pth: "):
-            evaluate.aesthetics_predictor(folder / f"{name}.pth")
+            evaluate.aesthetics_predictor(folder / f"{name}.pth", 16)
     assert not (folder / "made").exists()
 
 

@@ -370,7 +370,7 @@ def read_list(path):
     out: the list has "None" in place of their depth file."""
     lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
     if short := [line for line in lines if len(line) < 2]:
-        raise ValueError(f"{path}: a line has a picture and its depth file, not {short[0][0]!r} alone")
+        raise ValueError(f"{path}: a line has a picture and its depth file, not {short[0][0]!r:.80} alone")
     return [(line[0], line[1], line[2] if len(line) > 2 else None) for line in lines if line[1] != "None"]
 
 

@@ -246,14 +246,14 @@ def write_pairs(folder, number, n, settings):
     tensors = {"noise": values.expand(n, 4, 2, 2).half(), "latent": -values.expand(n, 4, 2, 2).half()}
     prompts = [f"prompt {int(value)}" for value in values.flatten()]
     save_tensors(folder / f"pairs-{number:06d}.safetensors", tensors,
-                 {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
+                 {"prompts": json.dumps(prompts), "about": json.dumps({"size": [16, 16], "cfg": 3} | settings)})
 
 
 def test_pairs_come_back_over_the_borders_of_files_and_the_last_ones_are_held_out(tmp_path):
-    write_pairs(tmp_path, 0, 4, {"size": [16, 16]})
-    write_pairs(tmp_path, 1, 3, {"size": [16, 16]})
+    write_pairs(tmp_path, 0, 4, {})
+    write_pairs(tmp_path, 1, 3, {})
     pairs = Pairs(tmp_path, validation=2)
-    assert len(pairs) == 5 and pairs.settings == {"size": [16, 16]}
+    assert len(pairs) == 5 and pairs.settings == {"size": [16, 16], "cfg": 3}
     for key, i in (0, 0), (3, 3), (4, 4), (5, 0), (13, 3):
         pair = pairs[key]
         assert pair["caption"] == f"prompt {i}" and (pair["noise"] == i).all() and (pair["latent"] == -i).all()
@@ -273,7 +273,7 @@ def test_batches_of_a_file_in_progress_are_pairs_too_but_not_those_that_it_holds
 
 
 def test_pairs_of_other_settings_are_not_mixed(tmp_path):
-    write_pairs(tmp_path, 0, 4, {"cfg": 3})
+    write_pairs(tmp_path, 0, 4, {})
     write_pairs(tmp_path, 1, 4, {"cfg": 4})
     with pytest.raises(ValueError, match="pairs-000001.* other settings than those of .*pairs-000000"):
         Pairs(tmp_path, validation=1)

@@ -173,9 +173,10 @@ def test_without_h5py_its_name_and_use_are_said(tmp_path, monkeypatch):
         depth.read_depth(tmp_path / "x.hdf5")
 
 
-def test_a_weight_that_no_folder_has_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="2 weights for 1 folders"):
-        depth.DepthFolders([tmp_path], [1, 2], 8, 8)
+@pytest.mark.parametrize("weights", [[1, 2], [0], [-1], [float("nan")], [float("inf")]])
+def test_weights_are_one_for_each_folder_and_above_0(tmp_path, weights):
+    with pytest.raises(ValueError, match="for 1 folders: one for each, above 0"):
+        depth.DepthFolders([tmp_path], weights, 8, 8)
 
 
 def test_scenes_have_items_like_those_of_folders():
@@ -404,7 +405,7 @@ def test_each_data_set_has_its_unit_and_its_crop(tmp_path, dataset, unit, shape,
 @pytest.mark.parametrize("dataset, near, far", [
     ("nyu", 0.001, 10), ("scannet", 0.001, 10), ("kitti", 1e-5, 80), ("diode", 0.6, 350), ("plain", 1e-5, np.inf)])
 def test_depth_outside_a_data_sets_range_is_invalid(tmp_path, dataset, near, far):
-    metres = np.full((375, 1242), 5, np.float32)
+    metres = np.full(depth.PROTOCOLS[dataset].shape or (375, 1242), 5, np.float32)
     metres[250, 500:504] = 0.99 * near, 1.01 * near, min(0.99 * far, 1e6), 1.01 * far
     np.save(tmp_path / "x.npy", metres)
     valid = depth.read_truth(tmp_path, dataset, "x.npy", unit=1)[1]
@@ -428,12 +429,12 @@ def test_a_kitti_prediction_of_a_full_picture_is_cropped_like_the_truth_and_a_sm
 
 
 def test_diodes_mask_is_the_third_word_of_a_line(measure, tmp_path):
-    values = np.random.default_rng(0).uniform(1, 9, (48, 64))
-    mask = np.arange(48) >= 20
+    values = np.random.default_rng(0).uniform(1, 9, (768, 1024))
+    mask = np.arange(768) >= 320
     for folder in "truth", "pred":
         (tmp_path / folder).mkdir()
     np.save(tmp_path / "truth/x.npy", values[..., None])
-    np.save(tmp_path / "truth/mask.npy", np.tile(mask[:, None], 64).astype(np.float32))
+    np.save(tmp_path / "truth/mask.npy", np.tile(mask[:, None], 1024).astype(np.float32))
     np.save(tmp_path / "pred/x.npy", np.where(mask[:, None], np.log(values), 0))
     results = []
     for line in "x.png x.npy mask.npy", "x.png x.npy":

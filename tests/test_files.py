@@ -66,7 +66,7 @@ def test_a_number_is_within_its_range_ends_included_or_it_is_named_as_its_flag()
     args = Namespace(grad_accum=0, ema=1.0, lr=math.nan, steps=None, steps_list=[1, 4, 0])
     check_range(args, 0, 1, "grad_accum", "ema", "steps")
     for name, says in ("grad_accum", "--grad-accum 0: "), ("steps_list", "--steps-list 0: "), ("lr", "--lr nan: "):
-        with pytest.raises(ValueError, match=f"^{says}it must be between 1 and 1e+09$"):
+        with pytest.raises(ValueError, match=f"^{says}it must be between 1 and inf$"):
             check_range(args, 1, math.inf, name)
     with pytest.raises(ValueError, match="--ema 1: it must be between 0 and 0.5"):
         check_range(args, 0, 0.5, "ema")

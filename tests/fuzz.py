@@ -402,8 +402,8 @@ def picture(rng, good):
             image.convert("L").convert(mode).save(path, kind.get(mode, kind.get(suffix, "PNG")))
         what, bad = f"mode {mode} in {path.name}", False
     elif rng.random() < 0.2:
-        header = struct.pack(">I4sIIBBBBB", 13, b"IHDR", *rng.choice([(40_000, 40_000), (2**31 - 1, 1)]), 8, 2, 0, 0, 0)
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + bytes(4))
+        size = rng.choice([(40_000, 40_000), (2**31 - 1, 1), (1, 2**31 - 1)])
+        path.write_bytes(struct.pack("<2sIIIIiiHH6I", b"BM", 54, 0, 54, 40, *size, 1, 24, *[0] * 6))      # a .bmp
         what, bad = "a picture of a billion pixels", True
     else:
         what, bad = break_bytes(rng, path)
@@ -542,7 +542,7 @@ def flag(rng, good):
 
 
 KINDS = [checkpoint, lora_file, prompt, diffusers_folder, flag, run_state, pickled_checkpoint, caption, pairs, picture,
-         depth_errors, finished_run, weights, checkpoint, depth_data, flag, diffusers_folder, lora_file, run_state, pairs]
+         depth_errors, finished_run, weights, checkpoint, depth_data, flag, diffusers_folder, lora_file, run_state]
 
 
 # ------------------------------------------------------------------ running a case

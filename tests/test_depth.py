@@ -167,6 +167,22 @@ def test_depth_that_does_not_fit_its_picture_is_named(tmp_path, make, says):
         item_of(tmp_path)
 
 
+def test_a_picture_without_a_valid_depth_gives_way_to_the_next_and_is_said_once(tmp_path, capsys):
+    for name, metres in ("a", np.nan), ("b", 3.0), ("c", 0.0):
+        save_rgb(tmp_path / f"{name}.png")
+        np.save(tmp_path / f"{name}.npy", np.full((48, 64), metres))
+    for seed in range(2):
+        items = depth.DepthFolders([tmp_path], None, 48, 64, seed)
+        assert len(items) == 3 and all(items[key]["valid"].all() for key in range(9))
+        error = capsys.readouterr().err
+        assert error.count(f"{tmp_path}/a.npy: no pixel has a valid depth") == error.count("c.npy: no pixel has") == 1
+        assert torch.equal(depth.DepthFolders([tmp_path], None, 48, 64, seed)[7]["image"], items[7]["image"])
+        capsys.readouterr()
+    (tmp_path / "b.npy").unlink()
+    with pytest.raises(ValueError, match="none of the 2 depth files has a valid pixel, last .*npy"):
+        item_of(tmp_path)
+
+
 def test_without_h5py_its_name_and_use_are_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ValueError, match="pip install h5py"):
@@ -462,6 +478,26 @@ def test_a_missing_prediction_and_a_line_without_depth_are_named(measured, measu
     (measured / "list.txt").write_text("a.jpg a.npy\nb.jpg\n")
     with pytest.raises(ValueError, match="list.txt.*'b.jpg' alone"):
         measure(measured, "--list", measured / "list.txt")
+
+
+def test_what_cannot_be_measured_is_named(measured, measure):
+    for dataset, shape in ("nyu", "480x640"), ("diode", "768x1024"), ("kitti", "352x1216"):
+        with pytest.raises(ValueError, match=f"48x64.*{shape}"):
+            measure(measured, "--dataset", dataset)
+    for scale in "0", "-1", "nan", "inf":
+        with pytest.raises(ValueError, match=f"--scale {scale}: it must be"):
+            measure(measured, f"--scale={scale}")
+    np.save(measured / "pred/a.npy", np.full((48, 64), np.nan))
+    with pytest.raises(ValueError, match="pred/a.npy holds NaN or infinity"):
+        measure(measured)
+
+
+@pytest.mark.parametrize("make, says", [(lambda path: np.save(path, np.ones((3, 4))), r"shape \(3, 4\) for a depth of"),
+                                        (lambda path: path.write_bytes(b""), "cannot be read as a mask")])
+def test_a_mask_that_does_not_fit_is_named(tmp_path, make, says):
+    make(tmp_path / "mask.npy")
+    with pytest.raises(ValueError, match=f"mask.npy.* {says}"):
+        depth.read_mask(tmp_path / "mask.npy", (768, 1024))
 
 
 # ------------------------------------------------------------------ files that are no depth

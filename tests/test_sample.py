@@ -359,6 +359,26 @@ def test_pairs_of_other_settings_are_not_mixed(small_files):
     assert "other settings; choose another --out" in refusal(sample, PAIRS + "--steps 1 --cfg 2")
 
 
+def test_pairs_of_another_model_or_prompts_are_not_mixed_though_the_names_are_the_same(tiny, small_files):
+    base, told = Path("base.safetensors"), "pairs-000000.safetensors: its pairs were made with other settings"
+    adapter, words = write_lora("lora.safetensors", tiny), PAIRS + "--ckpt base.safetensors --lora lora.safetensors "
+    shutil.copy(tiny, base)
+    works(sample, words)
+    works(sample, words)
+    for another in "--prompt 'a cat'", "--prompts prompts.txt":
+        Path("prompts.txt").write_text("a tree\n")
+        assert f"{told}; choose another --out (what differs: prompts_hash)" in refusal(sample, words + another)
+    tensors, about = load_file(adapter), metadata(adapter)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, adapter, about)
+    assert f"{told}; choose another --out (what differs: lora_hash)" in refusal(sample, words)
+    save_file(tensors, adapter, about)
+    sd = load_checkpoint(tiny)
+    sd.unet.out[2].bias += 1
+    sd.save(base)
+    line = refusal(sample, words)
+    assert told in line and "unet_hash" in line
+
+
 # ------------------------------------------------------------------ what is refused
 
 REFUSED = {
@@ -385,6 +405,37 @@ def test_what_cannot_be_sampled_is_one_line_and_leaves_nothing_behind(tiny, word
     before = sorted(bad.rglob("*"))
     assert REFUSED[words] in refusal(sample, words.format(bad))
     assert sorted(bad.rglob("*")) == before and not os.listdir()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", "null", "{}", "[" * 100_000, '{"task": 5}', '{"ckpt": null}',
+                                     '{"task": "depth", "ckpt": []}', "a folder"])
+def test_a_result_of_any_content_stops_no_sampling_and_is_named(tiny, content):
+    write_run("older", tiny)
+    path = write_run("newer", tiny).with_name("result.json")
+    if content == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(content)
+    done = call(sample, FEW + "--n 1 --steps 1")
+    assert done.code == 0 and "runs/older/model.safetensors: " in done.out and "Traceback" not in done.err
+    assert content in ("[]", "null", "{}") or "warning: runs/newer/result.json is not as train.py wrote it" in done.err
+
+
+ODD_WORDS_OF_A_FILE = [  # what a LoRA's metadata says, and how a number on the command line gets around it
+    ({"cfg": "much"}, "says cfg 'much'", "--cfg 2"), ({"cfg": "nan"}, "says cfg 'nan'", "--cfg 2"),
+    ({"resolution": "64 by 64"}, "says resolution '64 by 64'", "--size 32"),
+    ({"resolution": ""}, "says resolution ''", "--size 32"),
+    ({"prediction": "x0"}, "prediction 'x0' is neither", "--prediction v"), ({"base": "../x"}, "", "--steps 1")]
+
+
+@pytest.mark.parametrize("told, says, way_out", ODD_WORDS_OF_A_FILE)
+def test_what_a_file_says_of_itself_is_refused_by_its_name_where_it_makes_no_sense(tiny, told, says, way_out):
+    write_lora("odd.safetensors", tiny, base_hash=load_checkpoint(tiny).unet_hash, **told)
+    words = f"--n 1 --steps 1 --device cpu --lora odd.safetensors --ckpt {tiny} "
+    line = refusal(sample, words) if says else ""
+    assert not says or f"odd.safetensors: {'its metadata ' if 'says' in says else ''}{says}" in line
+    works(sample, words + way_out)
 
 
 # ------------------------------------------------------------------ the bundled priors

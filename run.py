@@ -213,8 +213,8 @@ def saved_settings(folder):
         told = file.metadata()
     try:
         settings = from_json(told["args"])
-        if settings["task"] and int(told["step"]) < 0:
-            raise ValueError(f"step {told['step']}")
+        if not isinstance(settings["task"], str) or int(told["step"]) < 0:
+            raise ValueError(f"task {settings['task']}, step {told['step']}")
         return settings
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not written by train.py ({error})") from error

@@ -125,7 +125,10 @@ def arguments():
     for name, value in recipe(args.task, bundled).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check(args)
+    try:
+        check(args)
+    except ValueError as error:
+        raise ValueError(f"{run.state_file(args.resume)}: {error}" if args.resume else str(error)) from None
     return args
 
 

@@ -97,8 +97,8 @@ def test_the_first_75_tokens_are_those_of_open_clips_encode_however_long_the_wor
     spelled = [bytes(clip.byte_decoder[c] for c in token.removesuffix("</w>")).decode(errors="ignore")
                for token in clip.encoder if "_of_text" not in token]
     longest = sorted(spelled, key=len)[-300:]
-    for round in range(20):
-        words = [ODD_WORDS, longest, spelled, [rng.choice(spelled), rng.choice(longest)]][round % 4]
+    for i in range(20):
+        words = [ODD_WORDS, longest, spelled, [rng.choice(spelled), rng.choice(longest)]][i % 4]
         text = "".join(rng.choices(words, k=rng.choice([20, 200, 1500])))[:6000]
         assert first_tokens(text) == clip.encode(text)[:75], text[:100]
 

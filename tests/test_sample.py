@@ -408,7 +408,7 @@ def test_what_cannot_be_sampled_is_one_line_and_leaves_nothing_behind(tiny, word
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "5", "null", "{}", "[" * 100_000, '{"task": 5}', '{"ckpt": null}',
-                                     '{"task": "depth", "ckpt": []}', "a folder"])
+                                     '{"task": "depth", "ckpt": [1]}', "a folder"])
 def test_a_result_of_any_content_stops_no_sampling_and_is_named(tiny, content):
     write_run("older", tiny)
     path = write_run("newer", tiny).with_name("result.json")

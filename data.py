@@ -236,9 +236,9 @@ def read_pairs(path, tensors=("noise", "latent")):
         with open_tensors(path) as file:
             metadata = file.metadata()
             prompts, settings = from_json(metadata["prompts"]), from_json(metadata["about"])
-            shapes = [file.get_slice(name).get_shape() for name in ("noise", "latent")]
-            if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][0] != len(prompts):
-                raise ValueError(f"{len(prompts)} prompts for noise {shapes[0]} and latents {shapes[1]}")
+            noise, latent = ((part.get_dtype(), part.get_shape()) for part in map(file.get_slice, ("noise", "latent")))
+            if noise != latent or noise[0] != "F16" or len(noise[1]) != 4 or noise[1][0] != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts for noise {noise} and latents {latent}")
             if not all(isinstance(prompt, str) for prompt in prompts):
                 raise ValueError("a prompt in it is no text")
             height, width = settings["size"]

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data import SUFFIXES, open_rgb, pictures_in
 from files import check_range, cli, open_tensors, read_text
+from model import is_plain
 from sample import pick_device
 
 FID_NETWORK = "inception-v3-compat"     # torch-fidelity's copy of the original TensorFlow network
@@ -68,7 +69,8 @@ def read_weights(path):
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not weights or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) and is_plain(tensor)
+            for name, tensor in weights.items()):
         raise ValueError(f"{path}: it holds other things than named tensors: save the network's state_dict alone")
     for name, tensor in weights.items():
         if not tensor.float().isfinite().all():

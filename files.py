@@ -28,7 +28,8 @@ def cli(main):
             message = f"out of memory: lower --batch or --size; train.py takes --checkpointing too ({message})"
         elif isinstance(error, RuntimeError):
             raise                                                   # a fault of ours
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        message = " ".join(message.split())
+        print("error:", message if len(message) < 1500 else f"{message[:1000]} ... {message[-400:]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

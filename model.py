@@ -734,6 +734,11 @@ def read_safetensors(path, names):
             yield from ((name, file.get_tensor(name)) for name in batch)
 
 
+def is_plain(tensor):
+    """Whether a tensor of a pickle holds its numbers, one by one: it may be sparse, or without memory."""
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+
+
 class CheckpointFile:
     """A single file's tensors: .shapes by name, .metadata, .names(parameter), and .tensors(names) one by one."""
 
@@ -771,7 +776,8 @@ class CheckpointFile:
                 [(stub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
             content = torch.load(self.path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path) or None)
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        return {k: v.detach() for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        return {name: tensor.detach() for name, tensor in content.items()
+                if isinstance(name, str) and isinstance(tensor, torch.Tensor) and is_plain(tensor)}
 
     def tensors(self, names):
         if self.path.suffix == ".safetensors":
@@ -798,7 +804,7 @@ class DiffusersFolder:
                 self.read_names(part, file)
         try:
             self.config, scheduler = self.read_config(), self.json("scheduler/scheduler_config.json")
-            self.metadata = {"prediction_type": scheduler["prediction_type"],
+            self.metadata = {"prediction_type": str(scheduler["prediction_type"]),
                              "zero_snr": str(scheduler.get("rescale_betas_zero_snr", False)).lower()}
             betas = scheduler["beta_schedule"], scheduler["beta_start"], scheduler["beta_end"]
         except (KeyError, TypeError) as error:
@@ -981,6 +987,9 @@ def guess_prediction(file, prediction):
 def check_architecture(file):
     """ValueError that says why a file makes no model of ours."""
     config = file.config
+    numbers = [number for entry in vars(config).values() for number in (entry if isinstance(entry, tuple) else [entry])]
+    if not all(isinstance(number, int) and 0 <= number < 10**6 for number in numbers):
+        raise ValueError(f"{file.path}: sizes that no network has, in a config.json or in the shapes: {numbers}")
     if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
         raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels: an inpainting, depth or "
                          "upscaling variant, which is not supported")

@@ -277,7 +277,7 @@ def save_state(out, args, step, ema, optimizer, **about):
 def fitting(path, file, key, parameter):
     """-> a tensor of the state at `path`, which is open as `file`. ValueError if it does not fit its parameter."""
     tensor = file.get_tensor(key)
-    if tensor.shape != parameter.shape or not tensor.isfinite().all():
+    if (tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype) or not tensor.isfinite().all():
         raise ValueError(f"{path}: {key} {list(tensor.shape)} does not fit the model's {list(parameter.shape)}, or is "
                          "not finite: a damaged file; begin the run again in another --out")
     return tensor

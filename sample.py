@@ -91,7 +91,10 @@ def find_base(lora_file):
     was that one's EMA weights. ValueError if neither tells."""
     result = read_result(lora_file)
     if result:
-        return result.get("ckpt") or BUNDLED_PRIOR, result.get("use_ema", False)
+        base = result.get("ckpt") or BUNDLED_PRIOR
+        if not os.path.exists(base):
+            raise ValueError(f"{lora_file}: result.json says it was trained on {base}, which is not there: give --ckpt")
+        return base, result.get("use_ema", False)
     name = lora.read_metadata(lora_file).get("base")
     bundled = BUNDLED_PRIOR.parent / Path(name or "no name").name
     if not bundled.is_file():

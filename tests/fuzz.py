@@ -566,9 +566,7 @@ def outcome(case):
     before = contents(".")
     signal.alarm(SECONDS)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = call(case.module, case.words)
+        result = call(case.module, case.words)
     except Hang:
         return "hang", ""
     except Exception:
@@ -625,7 +623,8 @@ def limited_memory():
 def run_cases(numbers, folder):
     """Run the cases in an empty folder -> {kind: Counter of what came of them}, and the lines of the faults."""
     counts, faults, good = collections.defaultdict(collections.Counter), [], make_good(folder)
-    with limited_memory():
+    with limited_memory(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for number in numbers:
             ran = run_case(number, good)
             counts[ran.kind][ran.what] += 1

@@ -283,11 +283,12 @@ def test_batches_of_a_file_in_progress_are_pairs_too_but_not_those_that_it_holds
 
 def test_pairs_that_do_not_belong_together_are_refused_by_their_file(tmp_path):
     path, about = tmp_path / "pairs-000000.safetensors", {"size": [16, 16], "cfg": 3}
-    whole = {"noise": torch.zeros(2, 4, 2, 2), "latent": torch.zeros(2, 4, 2, 2)}
+    whole = {name: torch.zeros(2, 4, 2, 2).half() for name in ("noise", "latent")}
     broken = [(whole, ["a"], about), (whole, ["a", 5], about), (whole, ["a", "b"], {"size": [16, 16]}),
               (whole, ["a", "b"], []), (whole, ["a", "b"], about | {"size": ["16", 16]}),
               ({"noise": whole["noise"]}, ["a", "b"], about),
-              (whole | {"latent": torch.zeros(1, 4, 2, 2)}, ["a", "b"], about)]
+              (whole | {"latent": torch.zeros(1, 4, 2, 2).half()}, ["a", "b"], about),
+              ({name: tensor.int() for name, tensor in whole.items()}, ["a", "b"], about)]
     for tensors, prompts, settings in broken:
         save_tensors(path, tensors, {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
         with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or no pairs of sample.py: delete"):

@@ -110,10 +110,24 @@ def test_an_interrupt_is_one_word_and_exit_code_130_and_a_bug_keeps_its_tracebac
         cli(bug)
 
 
-@pytest.mark.parametrize("ask", [lambda: torch.empty(2**50), lambda: np.empty(2**50), lambda: bytearray(2**50)])
+def out_of_cuda():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 3 GiB.\nSee PYTORCH_ALLOC")
+
+
+def too_long():
+    raise ValueError("photo.png: " + "x" * 10_000 + ": give another")
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(2**50), lambda: np.empty(2**50), lambda: bytearray(2**50),
+                                 out_of_cuda])
 def test_out_of_memory_is_a_line_that_says_what_to_lower(ask, capsys):
     code, line = exit_of(ask, capsys)
     assert code == 2 and line.startswith("error: out of memory: lower --batch or --size") and line.count("\n") == 1
+
+
+def test_the_line_of_an_error_has_an_end(capsys):
+    _, line = exit_of(too_long, capsys)
+    assert line.startswith("error: photo.png: x") and line.endswith("x: give another\n") and len(line) < 1500
 
 
 def test_an_error_of_torch_that_is_not_the_users_keeps_its_traceback():

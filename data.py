@@ -13,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from files import from_json, open_tensors, read_text, replacing
+from files import SOFTWARE, check_replaceable, from_json, open_tensors, read_text, replacing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+LARGEST_SIDE = {".png": 2**31 - 1, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}   # in pixels, of what is written here
 
 
 # ------------------------------------------------------------------ the order of the items
@@ -317,37 +319,69 @@ def to_pil(image):
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def save_picture(path, picture):
-    """Write a PIL image, whole or not at all."""
+def check_picture_file(path, size):
+    """ValueError if a picture of `size` (width, height) cannot be written to `path`, or must not be."""
+    path = Path(path)
+    largest = LARGEST_SIDE.get(path.suffix.lower())
+    if largest is None or path.is_dir():
+        raise ValueError(f"{path}: it must be the name of a picture, which ends in {' '.join(LARGEST_SIDE)}")
+    if max(size) > largest:
+        raise ValueError(f"{path}: it would have {size[0]}x{size[1]} pixels, a {path.suffix} at most {largest} "
+                         "a side: write a .png, or fewer pictures")
+    check_replaceable(path)
+
+
+def save_picture(path, picture, making):
+    """Write a PIL image, whole or not at all. `making` says how it was made, where other tools look for that: a .png's
+    text "parameters", the Exif of others."""
+    making = making.encode(errors="replace").decode()       # a .jsonl can smuggle in what UTF-8 does not know
+    text, exif = PngInfo(), Image.Exif()
+    text.add_itxt("parameters", making)
+    exif[ExifTags.Base.Software] = SOFTWARE
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + making.encode("utf-16-be")
     with replacing(path) as temporary:
-        picture.save(temporary)
+        picture.save(temporary, pnginfo=text, exif=exif)
 
 
-def save_image(path, image):
-    """image (3, H, W) in [-1, 1]"""
-    save_picture(path, to_pil(image))
+class GridPlan:
+    """Where n pictures of height x width lie in a grid, row by row, with one text a row on the left (row_labels), and
+    one text a picture below it (captions). .size is the grid's (width, height) in pixels."""
 
-
-def save_grid(path, images, columns, row_labels=None, captions=None):
-    """images (N, 3, H, W) in [-1, 1], row by row; row_labels: one text a row; captions: one text an image."""
     font, line, gap = ImageFont.load_default(size=11), 14, 4
-    zoom = max(1, round(128 / max(images.shape[2:])))
-    height, width = images.shape[2] * zoom, images.shape[3] * zoom
-    captions = [textwrap.wrap(text, width // 6, max_lines=5, placeholder=" ...") for text in captions or []]
-    row_labels = [textwrap.wrap(text, 16) for text in row_labels or []]
-    rows, below = math.ceil(len(images) / columns), line * max(map(len, captions), default=0)
-    margin = max((int(font.getlength(text)) + 3 * gap for label in row_labels for text in label), default=gap)
-    grid = Image.new("RGB", (margin + columns * (width + gap), gap + rows * (height + below + gap)), (238, 238, 238))
-    draw = ImageDraw.Draw(grid)
 
-    texts = []                                          # (x, y, lines)
-    for i, image in enumerate(images):
-        x, y = margin + i % columns * (width + gap), gap + i // columns * (height + below + gap)
-        grid.paste(to_pil(image).resize((width, height), Image.BICUBIC), (x, y))
-        texts.append((x, y + height, captions[i] if captions else []))
-    for row, label in enumerate(row_labels):
-        texts.append((2 * gap, gap + row * (height + below + gap) + (height - line * len(label)) // 2, label))
-    for x, y, lines in texts:
-        for number, text in enumerate(lines):
-            draw.text((x, y + number * line), text, "black", font)
-    save_picture(path, grid)
+    def __init__(self, n, height, width, columns, row_labels=None, captions=None):
+        zoom = max(1, round(128 / max(height, width)))
+        self.columns, self.height, self.width = columns, height * zoom, width * zoom
+        self.captions = [textwrap.wrap(text, self.width // 6, max_lines=5, placeholder=" ...")
+                         for text in captions or []]
+        self.row_labels = [textwrap.wrap(text, 16) for text in row_labels or []]
+        self.row = self.height + self.line * max(map(len, self.captions), default=0) + self.gap
+        self.margin = max((int(self.font.getlength(text)) + 3 * self.gap for label in self.row_labels
+                           for text in label), default=self.gap)
+        self.size = self.margin + columns * (self.width + self.gap), self.gap + math.ceil(n / columns) * self.row
+
+    def place(self, i):
+        """-> the left upper corner of picture i."""
+        return self.margin + i % self.columns * (self.width + self.gap), self.gap + i // self.columns * self.row
+
+    def draw(self, images):
+        """images (n, 3, height, width) in [-1, 1] -> PIL image"""
+        grid = Image.new("RGB", self.size, (238, 238, 238))
+        texts = []                                      # (x, y, lines)
+        for i, image in enumerate(images):
+            x, y = self.place(i)
+            grid.paste(to_pil(image).resize((self.width, self.height), Image.BICUBIC), (x, y))
+            texts.append((x, y + self.height, self.captions[i] if self.captions else []))
+        for row, label in enumerate(self.row_labels):
+            _, y = self.place(row * self.columns)
+            texts.append((2 * self.gap, y + (self.height - self.line * len(label)) // 2, label))
+        for x, y, lines in texts:
+            for number, text in enumerate(lines):
+                ImageDraw.Draw(grid).text((x, y + number * self.line), text, "black", self.font)
+        return grid
+
+
+def save_grid(path, images, columns, making, row_labels=None, captions=None):
+    """images (N, 3, H, W) in [-1, 1], row by row; row_labels: one text a row; captions: one text an image."""
+    plan = GridPlan(len(images), *images.shape[2:], columns, row_labels, captions)
+    save_picture(path, plan.draw(images), making)

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from data import SUFFIXES, crop_box, files_in, open_rgb, pictures_in, progress, save_picture, to_tensor
 from diff2flow import OBJECTIVES
-from files import check_range, cli, read_text, replacing
-from sample import draw, load_flow, noises, pick_device, pick_precision
+from files import check_range, check_replaceable, cli, read_text, replacing
+from sample import draw, find_files, in_words, load_flow, noises, pick_device, pick_precision
 from toy.scenes import Scenes
 
 HYPERSIM_WIDTH, HYPERSIM_HEIGHT, HYPERSIM_FOCAL = 1024, 768, 886.81     # pixels
@@ -231,13 +231,23 @@ def colour_depth(depth):
     return np.stack([np.interp(depth, positions, channel) for channel in colours.T], -1).round().astype(np.uint8)
 
 
-def save_depth(stem, depth):
+def check_depth_files(stem):
+    """ValueError if save_depth would replace another program's file. A .npy names no maker: the picture beside it does.
+    """
+    picture, array = Path(f"{stem}_16bit.png"), Path(f"{stem}.npy")
+    check_replaceable(picture)
+    check_replaceable(f"{stem}_colour.png")
+    if array.exists() and not picture.exists():
+        raise ValueError(f"{array} is there already, perhaps the true depth of a picture: choose another --out")
+
+
+def save_depth(stem, depth, making):
     """depth (H, W) in [-1, 1] -> stem.npy (float32), stem_16bit.png (0 near to 65535 far), stem_colour.png."""
+    levels = ((depth + 1) * 32767.5).round().astype(np.uint16)
+    save_picture(f"{stem}_16bit.png", Image.fromarray(levels), making)
+    save_picture(f"{stem}_colour.png", Image.fromarray(colour_depth(depth)), making)
     with replacing(f"{stem}.npy") as temporary:
         np.save(temporary, depth.astype(np.float32))
-    levels = ((depth + 1) * 32767.5).round().astype(np.uint16)
-    save_picture(f"{stem}_16bit.png", Image.fromarray(levels))
-    save_picture(f"{stem}_colour.png", Image.fromarray(colour_depth(depth)))
 
 
 def find_pictures(paths):
@@ -263,15 +273,19 @@ def predict_pictures(args):
     pictures, out, device = find_pictures(args.inputs), Path(args.out), pick_device(args.device)
     precision, autocast = pick_precision(args.precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    for name in pictures:
+        check_depth_files(out / name)
+    args.ckpt, args.lora, args.use_ema = find_files(args.ckpt, args.lora, args.use_ema, task="depth")
     sd, flow = load_flow(args.ckpt, args.lora, device=device, dtype=dtype, task="depth", objective=args.objective,
                          prediction=args.prediction, use_ema=args.use_ema)
     sd.picture_size(args.size)      # a size that does not fit is an error here, before anything is written
     out.mkdir(parents=True, exist_ok=True)
+    making = in_words(args, sd, flow, "depth", Ensemble=args.ensemble)
     print(f"depth of {len(pictures)} pictures, {args.steps} steps, mean of {args.ensemble} samples, seed {args.seed}")
     for name, path in tqdm(pictures.items(), "depth", unit="picture", dynamic_ncols=True):
         with autocast:
             depth = predict(sd, flow, open_rgb(path), args.steps, args.ensemble, args.seed, args.size)
-        save_depth(out / name, depth.numpy())
+        save_depth(out / name, depth.numpy(), making)
     print(f"{out / name}.npy ... depth of {len(pictures)} pictures")
 
 

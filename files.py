@@ -4,6 +4,7 @@
         picture.save(temporary)
     with open_tensors("lora.safetensors") as file:      a damaged file is a ValueError of one line
         tensor = file.get_tensor(name)
+    check_replaceable("grid.png")                       so is a file there that is not ours to replace
 """
 import contextlib
 import json
@@ -12,9 +13,11 @@ import re
 import sys
 from pathlib import Path
 
+from PIL import ExifTags, Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+SOFTWARE = "Diff2Flow"      # what pictures and results that are written here name as their maker
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|Unable to allocate|_ALLOC_FAILED")
 
 
@@ -63,12 +66,35 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def maker_of(path):
+    """-> the program that a picture, a .safetensors or a .json file names as its maker, or None."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            with open_tensors(path) as file:
+                return file.metadata()["software"]
+        if path.suffix in (".json", ".jsonl"):
+            with open(path) as file:
+                return json.loads(file.readline())["software"]
+        with Image.open(path) as picture:
+            return picture.getexif().get(ExifTags.Base.Software, picture.info.get("Software"))
+    except Exception:       # whatever cannot be read is not ours
+        return None
+
+
+def check_replaceable(path):
+    """ValueError if there is something at `path` that was not written here: only our own files are replaced."""
+    if os.path.lexists(path) and maker_of(path) != SOFTWARE:
+        raise ValueError(f"{path} is there already, and was not written by {SOFTWARE}: move it away, or choose another "
+                         "--out")
+
+
 def save_tensors(path, tensors, metadata=None):
     """Write {name: tensor} and metadata {str: str} as a .safetensors file, whole or not at all."""
     with replacing(path) as temporary:
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {}), "software": SOFTWARE})
         except SafetensorError as error:        # a full disk, above all
             raise OSError(f"{path}: could not be written, and is as it was ({error})") from error
         temporary.chmod(0o644)  # safetensors leaves it readable to its owner alone

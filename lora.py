@@ -14,6 +14,7 @@ checkpoint, in the layout of the one that the LoRA was trained on:
 """
 import argparse
 import math
+import os
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import cli, open_tensors, save_tensors
+from files import check_replaceable, cli, open_tensors, save_tensors
 
 PRESETS = {  # name -> how the paths of the adapted Linears end
     "base": ("to_q", "to_k", "to_v"),
@@ -230,6 +231,10 @@ def main():
     args = parser.parse_args()
     if not args.out.endswith(".safetensors"):
         raise ValueError(f"--out {args.out}: it must end in .safetensors")
+    for flag, path in ("--ckpt", args.ckpt), ("--merge", args.merge):
+        if os.path.realpath(args.out) == os.path.realpath(path):
+            raise ValueError(f"--out {args.out}: that is {flag}, which is kept: choose another name")
+    check_replaceable(args.out)
     sd, _ = load_flow(args.ckpt, args.merge, task=None)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(args.dtype)
     sd.save(args.out, dtype, **sd.modelspec(Path(args.out).stem, sd.picture_size()))

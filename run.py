@@ -24,9 +24,11 @@ import torch
 import torch.distributed as dist
 
 from data import files_in
-from files import from_json, open_tensors, save_tensors
+from files import check_replaceable, from_json, open_tensors, save_tensors
 
 RESUMABLE = 75      # exit code of a run that was told to stop and saved: sysexits' EX_TEMPFAIL, try again
+FILES = ("lora*.safetensors", "model*.safetensors", "metrics.jsonl", "validation.jsonl", "result.json", "step_*.png",
+         "before_after.png", "*.partial.*", ".lock")      # of a run, beside its state
 STEERABLE = ("steps", "lr", "save_every", "preview_every", "device")    # what --resume may change
 
 
@@ -77,6 +79,14 @@ class Ranks:
         dist.all_reduce(flags)
         return flags.item() > 0
 
+    def gather(self, items):
+        """Each process's {key: tensor} -> all of them where this process leads, elsewhere {}."""
+        if self.count == 1:
+            return items
+        parts = [None] * self.count if self.leads else None
+        dist.gather_object(items, parts)
+        return {key: tensor for part in parts or [] for key, tensor in part.items()}
+
     def leave(self):
         """Wait for the others, and end the common work."""
         if self.count > 1:
@@ -121,6 +131,18 @@ def ignore_interrupts(worker):
 
 
 # ------------------------------------------------------------------ the folder
+
+def check_new(folder):
+    """ValueError if a new run cannot have `folder`: it holds a saved run, or files that are no run's, above all data. A
+    run that was killed before its first save may have left some."""
+    if (folder / "state.safetensors").exists():
+        raise ValueError(f"{folder} holds a run already: go on with it by --resume {folder}, or choose another --out")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not any(map(path.match, FILES)):
+            raise ValueError(f"--out {folder}: it holds {path.name}, which is no file of a run: choose another folder")
+        if path.suffix in (".png", ".safetensors") and ".partial." not in path.name:
+            check_replaceable(path)
+
 
 @contextlib.contextmanager
 def owned(folder):

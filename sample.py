@@ -14,6 +14,7 @@ import math
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,20 +22,23 @@ from tqdm import tqdm
 
 import lora
 from data import (
-    SUFFIXES,
+    GridPlan,
     ImageFolder,
     batch_file,
+    check_picture_file,
     files_of_shard,
+    pictures_in,
     progress,
     read_pairs,
     save_grid,
-    save_image,
+    save_picture,
     seed_of,
+    to_pil,
 )
 from diff2flow import OBJECTIVES
-from files import check_range, cli, from_json, read_text, save_tensors
+from files import check_range, check_replaceable, cli, from_json, read_text, save_tensors
 from model import DepthUNet, load_checkpoint, prediction_of
-from run import rank_and_count
+from run import Ranks
 from schedule import sd_schedule
 from toy.scenes import PLAIN, Scenes
 
@@ -242,14 +246,13 @@ def join_batches(shard, settings):
 
 def pair_settings(args, sd, flow, prompts, size):
     """-> what the pairs of one folder must have in common. prompts: a list, or what they are in a word."""
-    base, _, _ = find_files(args.ckpt, args.lora, args.use_ema, task="text-to-image")
-    return {"ckpt": base.name, "lora": args.lora, "objective": objective_of(flow), "seed": args.seed,
+    return {"ckpt": args.ckpt.name, "lora": args.lora, "objective": objective_of(flow), "seed": args.seed,
             "steps": args.steps, "cfg": args.cfg, "negative": args.negative, "size": size, "unet_hash": sd.unet_hash,
             "lora_hash": args.lora and hashlib.sha256(Path(args.lora).read_bytes()).hexdigest(),
             "prompts_hash": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
 
 
-def make_pairs(args, sd, flow, prompts, shape, settings, amp):
+def make_pairs(args, sd, flow, prompts, size, settings, ranks, amp):
     """Write pairs (noise, latent, prompt) in float16, pair i from (seed, i), in files of PAIRS_A_FILE.
 
     Each batch is kept in a file of its own until all of its shard are made and joined, so that an interrupted run goes
@@ -257,9 +260,10 @@ def make_pairs(args, sd, flow, prompts, shape, settings, amp):
     files in turn.
     """
     out, (first, last) = Path(args.out), args.shards or (0, math.ceil(args.pairs / PAIRS_A_FILE))
-    rank, count = rank_and_count()
+    shape = (sd.config.latent_channels, size[0] // sd.factor, size[1] // sd.factor)
+    out.mkdir(parents=True, exist_ok=True)          # what cannot be written is an error before the work
     files = {number: range(args.pairs)[number * PAIRS_A_FILE:(number + 1) * PAIRS_A_FILE]
-             for number in range(first + rank, last, count)}
+             for number in range(first + ranks.rank, last, ranks.count)}
     total = sum(map(len, files.values()))
     print(f"{total:,} pairs of {2 * 2 * math.prod(shape):,} bytes, {args.steps} steps, cfg {args.cfg:g}, into {out}/")
     with tqdm(total=total, unit="pair", dynamic_ncols=True) as bar:
@@ -277,7 +281,7 @@ def make_pairs(args, sd, flow, prompts, shape, settings, amp):
                 save_pairs(batch_file(shard, start), x0, x1.half().cpu(), texts, settings)
                 bar.update(len(batch))
             join_batches(shard, settings)
-    base = ["--ckpt", args.ckpt] if args.ckpt and args.ckpt != str(BUNDLED_PRIOR) else []
+    base = ["--ckpt", str(args.ckpt)] if args.ckpt != BUNDLED_PRIOR else []
     print(f"next: {shlex.join(['python', 'train.py', '--task', 'reflow', '--data', str(out), *base])}")
 
 
@@ -336,15 +340,8 @@ def check(args):
         if not 0 <= first < last <= files:
             raise ValueError(f"--shards {first} {last}: two of 0 to {files}, the number of files, which is --pairs "
                              f"over {PAIRS_A_FILE}, rounded up")
-    if args.pairs is None and (Path(args.out).suffix.lower() not in SUFFIXES or Path(args.out).is_dir()):
-        raise ValueError(f"--out {args.out}: it must be the name of a picture, such as samples.png")
-
-
-def output_folder(args):
-    """-> the folder that pairs, single pictures or the grid go into."""
-    if args.pairs:
-        return Path(args.out)
-    return Path(args.out).with_suffix("") if args.singles else Path(args.out).parent
+    if args.pairs is None:
+        check_picture_file(args.out, (0, 0))
 
 
 def read_prompts(args):
@@ -380,23 +377,47 @@ def sigma_grid(flow, steps):
     return ((1 - t_fm) / t_fm).tolist()
 
 
-def make_pictures(args, sd, flow, prompts, shape, amp):
-    """Draw a picture for each prompt -> the pictures of the grid. --singles writes each to a file of its own too."""
-    folder, digits = Path(args.out).with_suffix(""), max(4, len(str(len(prompts) - 1)))
-    in_grid = PICTURES_IN_GRID if args.singles else len(prompts)
-    pictures = []
-    for start in range(0, len(prompts), args.batch):
+def single_files(args, n):
+    """-> the paths of n pictures of --singles. ValueError if one is taken, or if others would lie among them."""
+    folder, digits = Path(args.out).with_suffix(""), max(4, len(str(n - 1)))
+    files = [folder / f"{i:0{digits}d}.png" for i in range(n)]
+    others = sorted(set(pictures_in(folder)) - set(files))
+    if others:
+        raise ValueError(f"--singles: {folder} holds {len(others)} pictures that this command does not write, first "
+                         f"{others[0].name}: empty it, or choose another --out")
+    for path in files:
+        check_replaceable(path)
+    return files
+
+
+def in_words(args, sd, flow, prompt, negative="", **more):
+    """How a picture was made, as other tools write it: the prompt, the negative prompt, and a line of settings."""
+    model = Path(args.ckpt).stem + (f" + {Path(args.lora).stem}" if args.lora else "")
+    settings = {"Steps": args.steps, "Sampler": "Euler", "Seed": args.seed, "Model hash": sd.unet_hash[:10],
+                "Model": model, "Objective": objective_of(flow), **more}
+    lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+
+
+def make_pictures(args, sd, flow, prompts, size, files, making, ranks, amp):
+    """Draw a picture for each prompt -> the pictures of the grid. `files` are their own, with --singles; `making` is
+    in_words, but for the prompt. Processes of torchrun take the batches in turn; the first gets the grid's pictures."""
+    shape = (sd.config.latent_channels, size[0] // sd.factor, size[1] // sd.factor)
+    pictures = {}
+    for start in range(ranks.rank * args.batch, len(prompts), ranks.count * args.batch):
         batch = range(len(prompts))[start:start + args.batch]
         title = f"pictures {batch[0] + 1} to {batch[-1] + 1}"
-        with tqdm(desc=title, total=args.steps, unit="step", leave=False) as bar, amp:
+        with tqdm(desc=title, total=args.steps, unit="step", leave=False, disable=not ranks.leads) as bar, amp:
             context = sd.encode_text([prompts[i] for i in batch])
             drawn = draw(sd, flow, noises(batch, shape, args.seed), context, args.steps, cfg=args.cfg,
                          negative=args.negative, callback=lambda x_fm: bar.update()).cpu()
-        if args.singles:
-            for i, picture in zip(batch, drawn):
-                save_image(folder / f"{i:0{digits}d}.png", picture)
-        pictures += drawn[:max(0, in_grid - len(pictures))]
-    return pictures
+        for i, picture in zip(batch, drawn):
+            if files:
+                save_picture(files[i], to_pil(picture), making(prompts[i], Picture=i))
+            if not files or i < PICTURES_IN_GRID:
+                pictures[i] = picture
+    pictures = ranks.gather(pictures)
+    return [pictures[i] for i in sorted(pictures)]
 
 
 @torch.no_grad()
@@ -404,32 +425,36 @@ def main():
     args = arguments()
     prompts, device = read_prompts(args), pick_device(args.device)
     precision, amp = pick_precision(args.precision, device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype, ranks = torch.bfloat16 if precision == "bf16" else torch.float32, Ranks(device)
+    args.ckpt, args.lora, args.use_ema = find_files(args.ckpt, args.lora, args.use_ema, task="text-to-image")
     sd, flow = load_flow(args.ckpt, args.lora, device=device, dtype=dtype, objective=args.objective,
                          prediction=args.prediction, use_ema=args.use_ema, zero_snr=args.zero_snr)
     if args.print_sigmas:
         sigmas = ", ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, args.steps))
         print(f"ComfyUI, ManualSigmas: {sigmas}\ndiffusers: sigmas=[{sigmas}]")
         return
-    args.cfg = guidance(sd, args.cfg)
-    height, width = sd.picture_size(args.size)
-    shape = (sd.config.latent_channels, height // sd.factor, width // sd.factor)
-    output_folder(args).mkdir(parents=True, exist_ok=True)      # what cannot be written is an error before the work
+    args.cfg, size = guidance(sd, args.cfg), list(sd.picture_size(args.size))
     n = args.pairs or args.n or len(prompts) or 8
     style = sd.metadata.get("style") if sd.metadata.get("style") in PLAIN else "solid"
-    settings = pair_settings(args, sd, flow, prompts or style, [height, width]) if args.pairs else None
+    settings = pair_settings(args, sd, flow, prompts or style, size) if args.pairs else None
     prompts = prompts or SceneCaptions(n, style)
     if args.pairs:
-        make_pairs(args, sd, flow, prompts, shape, settings, amp)
+        make_pairs(args, sd, flow, prompts, size, settings, ranks, amp)
         return
     prompts = [prompts[i % len(prompts)] for i in range(n)]
-    print(f"{n} pictures of {height}x{width}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
+    files = single_files(args, n) if args.singles else []
+    in_grid, columns = prompts[:PICTURES_IN_GRID] if files else prompts, min(n, 8)
+    check_picture_file(args.out, GridPlan(len(in_grid), *size, columns, captions=in_grid).size)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)    # what cannot be written is an error before the work
+    print(f"{n} pictures of {size[0]}x{size[1]}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
           f"seed {args.seed}")
-    pictures = make_pictures(args, sd, flow, prompts, shape, amp)
-    save_grid(args.out, torch.stack(pictures), min(len(pictures), 8), captions=prompts[:len(pictures)])
-    print(args.out)
-    if args.singles:
-        print(f"{Path(args.out).with_suffix('')}/: {n} pictures")
+    making = partial(in_words, args, sd, flow, negative=args.negative,
+                     **{"CFG scale": f"{args.cfg:g}", "Size": f"{size[1]}x{size[0]}"})
+    pictures = make_pictures(args, sd, flow, prompts, size, files, making, ranks, amp)
+    ranks.leave()
+    if ranks.leads:
+        save_grid(args.out, torch.stack(pictures), columns, making("\n".join(in_grid)), captions=in_grid)
+        print(args.out + (f"\n{files[0].parent}/: {n} pictures" if files else ""))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import run
 from data import ImageFolder, Kept, Keys, Pairs, progress, save_grid, seed_of
 from depth import DepthFolders, DepthScenes
 from diff2flow import OBJECTIVES, velocity_error
-from files import check_range, cli, replacing
+from files import SOFTWARE, check_range, cli, replacing
 from model import load_checkpoint
 from sample import BUNDLED_PRIOR, draw, make_flow, pick_device, pick_precision
 from toy.scenes import Scenes
@@ -300,7 +300,8 @@ class Validation:
         """Write a grid of samples and a line of validation.jsonl."""
         error, path = self.velocity_error(), self.out / f"step_{step:06d}.png"
         captions = [self.captions[i % len(self.captions)] for i in range(self.previews)]
-        save_grid(path, self.draw(25, self.cfg_many), 4, captions=captions)
+        making = f"{self.out}, step {step}: 25 Euler steps, guidance {self.cfg_many:g}"
+        save_grid(path, self.draw(25, self.cfg_many), 4, making, captions=captions)
         self.write(step, error)
         tqdm.write(f"step {step}: velocity error {error:.4f}, {path}")
 
@@ -490,8 +491,8 @@ def train(args, job, amp, sd, flow, example, trained, dataset, validation, metad
 def run_folder(args):
     """-> the run's folder, which no other run may have used."""
     out = Path(args.resume or args.out or f"runs/{args.task}-{datetime.now():%Y%m%d-%H%M%S}")
-    if not args.resume and (out / "state.safetensors").exists():
-        raise ValueError(f"{out} holds a run already: go on with it by --resume {out}, or choose another --out")
+    if not args.resume:
+        run.check_new(out)
     return out
 
 
@@ -531,9 +532,11 @@ def finish(args, out, validation, items, size, before, after):
         known = {"picture": torch.stack([item["image"] for item in shown]),
                  "log depth": torch.stack([item["depth"].expand(3, -1, -1) for item in shown])}
         rows = {name: pictures.cpu() for name, pictures in (known | rows).items()}
-    save_grid(out / "before_after.png", torch.cat(list(rows.values())), args.previews, row_labels=list(rows),
-              captions=captions * len(rows))
-    result = {name: vars(args)[name] for name in ("task", "ckpt", "use_ema", "objective", "lora", "seed", "steps")}
+    making = f"{out}, before training and after {args.steps} steps: 4 Euler steps from the same noise"
+    save_grid(out / "before_after.png", torch.cat(list(rows.values())), args.previews, making, list(rows),
+              captions * len(rows))
+    result = {"software": SOFTWARE}
+    result |= {name: vars(args)[name] for name in ("task", "ckpt", "use_ema", "objective", "lora", "seed", "steps")}
     result |= {"prediction": validation.sd.prediction, "size": size, "velocity_error_before": before[0],
                "velocity_error_after": after[0]}
     with replacing(out / "result.json") as temporary:

@@ -15,7 +15,7 @@ from collections import defaultdict, namedtuple
 from pathlib import Path
 from statistics import fmean
 
-from files import cli, read_text, replacing
+from files import SOFTWARE, check_replaceable, cli, read_text, replacing
 from sample import read_result
 
 Column = namedtuple("Column", "name heading")
@@ -175,9 +175,10 @@ def draw(rows, args):
 
 
 def plot(args):
+    check_replaceable(args.out)
     figure = draw(read_rows(args.files, args.where), args)
     with replacing(args.out) as temporary:
-        figure.savefig(temporary, dpi=100)
+        figure.savefig(temporary, dpi=100, metadata={"Software": SOFTWARE})
     print(args.out)
 
 

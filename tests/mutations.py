@@ -88,7 +88,9 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("fm-flip: sign", "return -super()", "return super()"),
         ("fm: time runs backwards", "self.net(x_fm.float(), t_fm.float()", "self.net(x_fm.float(), 1 - t_fm.float()"),
     ]),
-    "files.py": ("tests/test_files.py tests/test_data.py tests/test_run.py", [
+    "files.py": ("tests/test_files.py tests/test_data.py tests/test_run.py tests/test_written.py", [
+        ("files: every file is ours", "if os.path.lexists(path) and maker_of(path) != SOFTWARE:", "if False:"),
+        ("files: no file is ours", "and maker_of(path) != SOFTWARE:", ":"),
         ("atomic write of tensors", "yield temporary\n        with open(temporary, \"rb+\") as file:\n"
          "            os.fsync(file.fileno())\n        os.replace(temporary, path)", "yield path"),
         ("cli: exit code of an error", "sys.exit(2)", "sys.exit(1)"),
@@ -149,14 +151,15 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("data: never flipped", "ImageOps.mirror(image) if flip else image", "image"),
         ("data: crop always in the centre", "right * (image.width - width), down", "0.5 * (image.width - width), 0.5"),
         ("data: the same crop every epoch", "((self.seed, key", "((self.seed, key % len(self.items)"),
-        ("data: grid by columns", "i % columns * (width + gap), gap + i //", "i // columns * (width + gap), gap + i %"),
+        ("data: grid by columns", "i % self.columns * (self.width + self.gap), self.gap + i //",
+         "i // self.columns * (self.width + self.gap), self.gap + i %"),
         ("data: held-out pairs are trained on", "self.n = n - validation", "self.n = n"),
         ("data: keys not shuffled", "epoch * self.n + order[i]", "epoch * self.n + i"),
         ("data: the same order every epoch", "seed_of(self.seed, epoch)", "seed_of(self.seed, 0)"),
         ("data: keys without the epoch", "epoch * self.n + order[i]", "order[i]"),
         ("data: kept latents of another key", "i = key % len(self.dataset)", "i = key % (len(self.dataset) - 1)"),
-        ("atomic write of pictures", "    with replacing(path) as temporary:\n        picture.save(temporary)",
-         "    picture.save(path)"),
+        ("atomic write of pictures", "    with replacing(path) as temporary:\n        picture.save(temporary, ",
+         "    if True:\n        picture.save(path, "),
         ("data: every process takes all keys", "range(start + rank * batch, stop, ranks * batch)",
          "range(start, stop, batch)"),
     ]),
@@ -170,7 +173,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("scenes: seeds overlap", "default_rng((self.seed, i))", "default_rng(self.seed + i)"),
         ("scenes: black and white swapped", '(0, 0, 0), "white": (255, 255, 255', '(255, 255, 255), "white": (0, 0, 0'),
     ]),
-    "depth.py": ("tests/test_depth.py", [
+    "depth.py": ("tests/test_depth.py tests/test_written.py", [
+        ("depth: the truth is replaced", "if array.exists() and not picture.exists():", "if False:"),
         ("depth: distance taken for depth", "planar_depth(read_hdf5(path))", "read_hdf5(path)"),
         ("depth: quantiles", "[0.01, 0.99]", "[0.0, 1.0]"),
         ("depth: near is 1", "(2 * (log_depth - low) /", "(2 * (high - log_depth) /"),
@@ -181,7 +185,10 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("depth: aligned in another space", '"log": (np.log, np.exp)', '"log": (np.asarray, np.asarray)'),
         ("depth: delta1 threshold", "< 1.25)", "< 1.25**2)"),
     ]),
-    "sample.py": ("tests/test_sample.py", [
+    "sample.py": ("tests/test_sample.py tests/test_written.py", [
+        ("sample.py: other pictures beside single ones", "set(pictures_in(folder)) - set(files)", "set()"),
+        ("sample.py: single pictures replace others", "        check_replaceable(path)\n    return files",
+         "        pass\n    return files"),
         ("sample.py: noise from the seed alone", "seed_of(seed, i)", "seed_of(seed, 0)"),
         ("sample.py: guidance after Reflow", 'sd.metadata.get("cfg", 4.0)', "4.0"),
         ("sample.py: objective of the file ignored", 'trained_by if trained_by in ("fm", "fm-flip") else "', '"'),
@@ -218,7 +225,9 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("train.py: noise of the pairs ignored", 'return batch["x1"], batch["x0"],', 'return batch["x1"], None,'),
         ("train.py: velocity error not a mean", "mask).item() * len(x1)", "mask).item()"),
     ]),
-    "run.py": ("tests/test_train.py tests/test_run.py", [
+    "run.py": ("tests/test_train.py tests/test_run.py tests/test_written.py", [
+        ("run.py: a run in a folder of data", "if not any(map(path.match, FILES)):", "if False:"),
+        ("run.py: pictures of one process", "for part in parts or [] for", "for part in (parts or [])[:1] for"),
         ("run.py: Adam starts anew on resume", 'if f"adam/step/{name}" in stored:', "if False:"),
         ("run.py: average starts anew on resume", 'file, f"average/', 'file, f"parameter/'),
         ("run.py: a second Ctrl-C waits too", "(self.came and number == signal.SIGINT)", "False"),

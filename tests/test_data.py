@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_image
+from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_picture, to_pil
 from files import save_tensors
 from tests.runs import save_photo, save_photos
 
@@ -324,27 +324,27 @@ def test_a_truncated_or_foreign_file_of_pairs_is_named(tmp_path):
 
 def test_a_saved_picture_comes_back_exactly_and_is_clamped(tmp_path):
     pixels = torch.arange(256).view(1, 16, 16).expand(3, -1, -1)
-    save_image(tmp_path / "new/image.png", pixels / 127.5 - 1)
+    save_picture(tmp_path / "new/image.png", to_pil(pixels / 127.5 - 1), "a test")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "new/image.png"))[..., 0], pixels[0].numpy())
-    save_image(tmp_path / "new/image.png", torch.tensor([-7.0, 0.0, 7.0]).view(3, 1, 1).bfloat16())
+    save_picture(tmp_path / "new/image.png", to_pil(torch.tensor([-7.0, 0.0, 7.0]).view(3, 1, 1).bfloat16()), "a test")
     assert Image.open(tmp_path / "new/image.png").getpixel((0, 0)) == (0, 128, 255)
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    def half(picture, path):
+    def half(picture, path, **about):
         path.write_text("half")
         raise OSError("disk full")
     save_photo(tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(OSError):
-        save_image(tmp_path / "a.png", torch.zeros(3, 8, 8))
+        save_picture(tmp_path / "a.png", to_pil(torch.zeros(3, 8, 8)), "a test")
     assert (tmp_path / "a.png").read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
 
 
 def test_a_grid_places_picture_i_at_its_row_and_column_and_enlarges_small_ones(tmp_path):
     values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
-    save_grid(tmp_path / "grid.png", values.view(5, 1, 1, 1).expand(5, 3, 64, 64), columns=3)
+    save_grid(tmp_path / "grid.png", values.view(5, 1, 1, 1).expand(5, 3, 64, 64), 3, "a test")
     grid = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0]
     assert grid.shape == (2 * 132 + 4, 3 * 132 + 4)
     assert [grid[68 + 132 * (i // 3), 68 + 132 * (i % 3)] for i in range(5)] == [0, 64, 128, 191, 255]
@@ -352,8 +352,9 @@ def test_a_grid_places_picture_i_at_its_row_and_column_and_enlarges_small_ones(t
 
 def test_a_grid_has_its_labels_at_the_left_and_its_captions_below(tmp_path):
     images = torch.ones(4, 3, 64, 64)
-    save_grid(tmp_path / "bare.png", images, 2)
-    save_grid(tmp_path / "full.png", images, 2, ["diff2flow", "fm"], ["a small red circle " * 9, "é", "", "x"])
+    save_grid(tmp_path / "bare.png", images, 2, "a test")
+    save_grid(tmp_path / "full.png", images, 2, "a test", ["diff2flow", "fm"],
+              ["a small red circle " * 9, "é", "", "x"])
     bare, full = (np.asarray(Image.open(tmp_path / f"{name}.png"))[..., 0] for name in ("bare", "full"))
     left, below = full.shape[1] - bare.shape[1], (full.shape[0] - bare.shape[0]) // 2
     assert left > 30 and below > 40

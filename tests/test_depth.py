@@ -261,7 +261,7 @@ def test_the_network_sees_as_many_pixels_as_in_training_or_the_size_asked_for(th
 
 def test_saved_depth_is_0_near_and_65535_far_in_16_bits_and_yellow_near_and_black_far_in_colour(tmp_path):
     ramp = np.linspace(-1, 1, 11, dtype=np.float32)[None].repeat(2, 0)
-    depth.save_depth(tmp_path / "sub/a.b", ramp)
+    depth.save_depth(tmp_path / "sub/a.b", ramp, "a test")
     assert np.array_equal(np.load(tmp_path / "sub/a.b.npy"), ramp)
     assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["a.b.npy", "a.b_16bit.png", "a.b_colour.png"]
     levels = np.asarray(Image.open(tmp_path / "sub/a.b_16bit.png"))

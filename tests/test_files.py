@@ -36,7 +36,8 @@ def test_saved_tensors_come_back_with_their_metadata_and_everybody_may_read_them
     weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3).T)
     save_tensors(tmp_path / "a.safetensors", {"weight": weight}, {"step": "3"})
     with open_tensors(tmp_path / "a.safetensors") as file:
-        assert torch.equal(file.get_tensor("weight"), weight) and file.metadata() == {"format": "pt", "step": "3"}
+        assert torch.equal(file.get_tensor("weight"), weight) and file.metadata() == {
+            "format": "pt", "step": "3", "software": "Diff2Flow"}
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
 
 

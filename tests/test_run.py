@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import files
@@ -300,6 +302,16 @@ def test_two_processes_share_the_files_of_pairs_and_make_what_one_makes(tiny):
     for name in names:
         one, two = load_file(f"one/{name}"), load_file(f"two/{name}")
         assert torch.equal(one["noise"], two["noise"]) and torch.allclose(one["latent"], two["latent"], atol=2e-3)
+
+
+def test_two_processes_share_pictures_and_draw_the_grid_that_one_draws(tiny):
+    words = f"{FEW} --n 5 --batch 2 --ckpt {tiny} --out"
+    works(sample, f"{words} one.png")
+    out = printed_by(torchrun(f"{ROOT}/sample.py {words} two.png --singles"))
+    assert out.count("5 pictures of 32x32") == 1                        # rank 0 alone prints
+    assert sorted(os.listdir("two")) == [f"000{i}.png" for i in range(5)]
+    one, two = (np.asarray(Image.open(name)).astype(int) for name in ("one.png", "two.png"))
+    assert one.shape == two.shape and abs(one - two).max() <= 1
 
 
 def test_a_step_that_cannot_be_shared_is_refused(tiny):

@@ -33,7 +33,7 @@ import lora
 from data import save_grid
 from depth import align, depth_errors
 from diff2flow import OBJECTIVES, Diffusion, alpha_sigma
-from files import check_range, cli, open_tensors, replacing, save_tensors
+from files import SOFTWARE, check_range, check_replaceable, cli, open_tensors, replacing, save_tensors
 from sample import BUNDLED_PRIOR, draw, guidance, load_flow, objective_of, pick_device, pick_precision, read_result
 from schedule import sd_schedule
 from toy.scenes import LABELS, PLAIN, Scenes, render
@@ -191,7 +191,7 @@ def load_model(path, device, task, objective=None):
 
 def write_results(path, rows):
     """Write the rows as JSON lines, and print them."""
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    lines = "".join(json.dumps({"software": SOFTWARE, **row}) + "\n" for row in rows)
     with replacing(path) as temporary:
         temporary.write_text(lines)
     print(path, lines, sep="\n", end="")
@@ -275,8 +275,8 @@ def save_samples(path, pictures, rows, real):
     order = list(dict.fromkeys([*real.plain("black")[:2], *real.plain("white")[:2], *range(n)]))
     order = order[:8 if len(rows) > 1 else 32]
     labels = [f"{row['model']} {row['steps']} steps".replace("/", "/ ") for row in rows]
-    save_grid(path, torch.cat([samples[order] for samples in pictures]), min(8, n),
-              row_labels=labels if len(rows) > 1 else None, captions=[real.captions[i] for i in order] * len(rows))
+    save_grid(path, torch.cat([samples[order] for samples in pictures]), min(8, n), "\n".join(map(in_words, rows)),
+              labels if len(rows) > 1 else None, [real.captions[i] for i in order] * len(rows))
     print(path)
 
 
@@ -289,6 +289,8 @@ def captions(args):
     if args.t_shift and args.objective != "dm":
         raise ValueError(f"--t-shift {args.t_shift:g}: only DDIM has a timestep to shift; add --objective dm")
     device, out = pick_device(args.device), Path(args.out)
+    for name in "samples.png", "captions.jsonl":
+        check_replaceable(out / name)
     args.precision, amp = pick_precision(args.precision, device)
     models = [load_model(path, device, "text-to-image", args.objective) for path in args.models]
     sizes = [tuple(sd.picture_size(args.size)) for sd, _, _ in models]
@@ -332,6 +334,7 @@ def depth(args):
     check_range(args, 1, 1e9, "n", "steps", "ensemble")
     check_range(args, 0, 2**32, "seed")
     device, rows = pick_device(args.device), []
+    check_replaceable(Path(args.out) / "depth.jsonl")
     args.precision, amp = pick_precision(args.precision, device)
     models = [load_model(path, device, "depth") for path in args.models]
     args.device = str(device)

@@ -164,7 +164,8 @@ def preview_autoencoder(out, vae, pictures, step):
     """Write the first held-out pictures, and below each what is decoded from its latents."""
     shown, path = pictures[:16], out / f"step_{step:06d}.png"
     decoded = vae.decode(vae.moments(shown)[0]).float()
-    save_grid(path, torch.cat([shown, decoded]), len(shown), row_labels=["picture", "decoded"])
+    making = f"{out}, step {step}: pictures, encoded and decoded"
+    save_grid(path, torch.cat([shown, decoded]), len(shown), making, ["picture", "decoded"])
     tqdm.write(f"step {step}: squared error {F.mse_loss(decoded, shown):.4f} on held-out pictures, {path}")
 
 

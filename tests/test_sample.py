@@ -171,6 +171,8 @@ def test_a_lora_remembers_the_prediction_that_it_was_trained_with(tiny):
 
 def test_the_newest_finished_run_of_the_task_is_taken_with_the_base_that_its_lora_was_trained_from(tiny):
     adapter = write_lora("lora.safetensors", tiny)
+    for base in "sd.safetensors", "other.safetensors":
+        shutil.copy(tiny, base)
     assert find_files(None, None, False, "text-to-image") == (tiny, None, False)
     full = write_run("full", tiny)
     depth = write_run("depth", adapter, "depth", ckpt="sd.safetensors")
@@ -188,6 +190,9 @@ def test_what_is_named_is_taken_and_a_lora_alone_is_on_its_own_base(tiny):
     adapter = write_run("lora", write_lora("lora.safetensors", tiny), ckpt=None)
     moved = write_run("moved", "lora.safetensors", ckpt="other.safetensors", use_ema=True)
     write_run("full", tiny)
+    with pytest.raises(ValueError, match="moved/.*trained on other.safetensors, which is not there: give --ckpt"):
+        find_files(None, moved, False, "text-to-image")
+    shutil.copy(tiny, "other.safetensors")
     assert find_files(None, adapter, False, "text-to-image") == (tiny, adapter, False)
     assert find_files(None, moved, False, "text-to-image") == (Path("other.safetensors"), moved, True)
     assert find_files("own.safetensors", moved, False, "text-to-image") == (Path("own.safetensors"), moved, False)

@@ -4,6 +4,7 @@ An item is a dict: image (3, H, W) in [-1, 1] and caption, or, of a pair, noise 
 A key is epoch * n + i. `Keys` makes every epoch a new permutation, and a photograph's crop depends on the key.
 """
 import bisect
+import io
 import json
 import math
 import os
@@ -96,10 +97,11 @@ def files_in(folder):
 
 # ------------------------------------------------------------------ pictures, in
 
-def open_rgb(path):
-    """-> PIL image in RGB, upright, alpha on white. ValueError for a damaged file."""
+def open_rgb(path, content=None):
+    """-> PIL image in RGB, upright, alpha on white. ValueError for a damaged file. content: its bytes, if it lies
+    in a tar."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path if content is None else io.BytesIO(content)) as file:
             image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):                  # 16-bit grey: convert() would clip at 255
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
@@ -144,6 +146,18 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
+def centre_crop(image, height, width):
+    """PIL image -> the part in its centre, scaled to height x width (3, H, W)."""
+    return to_tensor(image.resize((width, height), Image.LANCZOS, box=crop_box(image, height, width, 0.5, 0.5)))
+
+
+def random_crop(image, height, width, rng):
+    """PIL image -> a part of it, scaled to cover height x width, or the mirror image of that part (3, H, W)."""
+    box = crop_box(image, height, width, rng.random(), rng.random())
+    image = image.resize((width, height), Image.LANCZOS, box=box)
+    return to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
+
+
 # ------------------------------------------------------------------ folders of pictures with captions
 
 def read_metadata(path):
@@ -183,8 +197,9 @@ class ImageFolder(Dataset):
             text = os.path.splitext(path)[0] + ".txt"
             self.items.append((path, text if text in texts else None, metadata.get(path, "")))
         if not self.items:
-            raise ValueError(f"{folder} has no readable image ({len(unreadable)} unreadable): "
-                             f"give a folder with {' '.join(SUFFIXES)} files")
+            tars = any(path.endswith(".tar") for path in files)
+            raise ValueError(f"{folder} has no readable image ({len(unreadable)} unreadable): give a folder with "
+                             f"{' '.join(SUFFIXES)} files{', or its tars: ' + str(folder / '*.tar') if tars else ''}")
         uncaptioned = [path for path, text, caption in self.items if text is None and not caption]
         for paths, what in (unreadable, "unreadable and skipped"), (uncaptioned, "without a caption"):
             if paths:
@@ -196,14 +211,11 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, key):
         i, rng = key % len(self.items), np.random.default_rng((self.seed, key))
-        right, down, flip = rng.random(), rng.random(), rng.random() < 0.5
         while i in self.undecodable or (image := self.decode(i)) is None:
             if len(self.undecodable) == len(self.items):
                 raise ValueError(f"none of the {len(self.items)} images can be decoded, last {self.items[i][0]}")
             i = (i + 1) % len(self.items)
-        box = crop_box(image, self.height, self.width, right, down)
-        image = image.resize((self.width, self.height), Image.LANCZOS, box=box)
-        return {"image": to_tensor(ImageOps.mirror(image) if flip else image), "caption": self.caption(i)}
+        return {"image": random_crop(image, self.height, self.width, rng), "caption": self.caption(i)}
 
     def caption(self, i):
         """Of a text file that cannot be read, which is found here, hours after the start: empty, with a warning, once.
@@ -225,7 +237,7 @@ class ImageFolder(Dataset):
             return open_rgb(self.items[i][0])
         except ValueError as error:
             self.undecodable.add(i)
-            print(f"warning: {error}, taking the next image; {len(self.undecodable)} of {len(self.items)} so far",
+            print(f"warning: {error}, left out; {len(self.undecodable)} of {len(self.items)} so far",
                   file=sys.stderr)
 
 

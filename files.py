@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import sys
 from pathlib import Path
 
@@ -53,10 +54,10 @@ def check_range(args, low, high, *names):
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary path to write to. At the end it takes the place of `path`, when it has reached the disk; on an
-    error it is deleted."""
+    error it is deleted. Its name is its own, since several processes may write the same file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.partial{path.suffix}")
+    temporary = path.with_name(f"{path.stem}.partial.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

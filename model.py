@@ -1041,6 +1041,14 @@ def find_tensors(file, sd, use_ema):
     return stored, others
 
 
+def hash_of(network):
+    """A hash of the first 1024 numbers of each of its tensors."""
+    words = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        words.update(name.encode() + tensor.flatten()[:1024].float().cpu().numpy().tobytes())
+    return words.hexdigest()
+
+
 def read_weights(file, sd, stored, device, dtype):
     """Fill `sd` with the file's tensors, read one by one. The hash of the UNet is of the first 1024 numbers of each of
     its tensors, as float16, so that a float32 and a float16 file of one model have the same."""

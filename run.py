@@ -87,10 +87,15 @@ class Ranks:
         dist.gather_object(items, parts)
         return {key: tensor for part in parts or [] for key, tensor in part.items()}
 
-    def leave(self):
-        """Wait for the others, and end the common work."""
+    def wait(self):
+        """Until the others have come as far."""
         if self.count > 1:
             dist.barrier()
+
+    def leave(self):
+        """Wait for the others, and end the common work."""
+        self.wait()
+        if self.count > 1:
             dist.destroy_process_group()
 
 
@@ -278,7 +283,8 @@ def resumed_settings(folder, given):
 
 
 def listing(folders):
-    """-> a word that changes when a file comes into the folders, goes, or gets another name."""
+    """-> a word that changes when a file comes into the folders, goes, or gets another name. Tars are no folders: a run
+    names each of them by its settings."""
     names = hashlib.sha256()
     for folder in folders or []:
         names.update("\n".join(path.removeprefix(folder) for path in files_in(folder)).encode())

@@ -2,12 +2,14 @@
 
     python -m tests.full_size sd15 sd21            read: peak memory, seconds, float32 parity with diffusers, folders
     python -m tests.full_size sd15 sd21 --train    train two steps on photographs by each task, LoRA in diffusers
+    python -m tests.full_size sd21 --cache         images a second of ten steps with --cache and without, in turns
 
 Each file is random, in the real layout, written for the purpose (5 GB in the temporary folder), and deleted. Peak
 memory is VmHWM after loading less VmHWM after the imports. float32 weights stay views of the mapped file, so every
 weight is read once before the figure is taken.
 """
 import argparse
+import itertools
 import json
 import math
 import resource
@@ -196,10 +198,24 @@ def train(name, path):
     print(f"  depth {found.shape}, from {found.min():.2f} to {found.max():.2f}", flush=True)
 
 
+def cache(name, path):
+    folder = path.parent
+    write_photographs(folder / "photos")
+    for size, turn in itertools.product((64, 128), range(3)):
+        for what, words in ("without", ""), ("with", f"--cache {folder}/cache"):
+            out = folder / f"{what}-{size}-{turn}"
+            run(*f"train.py {FEW} --steps 10 --batch 2 --validation 1 --previews 1 --preview-every 0 --lora 16 "
+                f"--data {folder}/photos --size {size} --ckpt {path} --out {out} {words}".split())
+            row = json.loads((out / "metrics.jsonl").read_text())
+            print(f"  {size} px, {what} --cache: {row['img_s']} images a second", flush=True)
+            shutil.rmtree(out)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="sd15, sd21, or both")
     parser.add_argument("--train", action="store_true", help="train instead of read")
+    parser.add_argument("--cache", action="store_true", help="measure --cache instead")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -209,7 +225,7 @@ def main():
             path = Path(folder) / f"{name}.safetensors"
             write_random_checkpoint(name, path)
             print(f"{name}: {path.stat().st_size / 2**20:.0f} MiB in {len(manifest(name))} tensors", flush=True)
-            (train if args.train else read)(name, path)
+            (train if args.train else cache if args.cache else read)(name, path)
 
 
 if __name__ == "__main__":

@@ -148,9 +148,11 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     "data.py": ("tests/test_data.py tests/test_train.py tests/test_files.py", [
         ("data: metadata before the text file", "if text is None:\n", "if caption or text is None:\n"),
         ("data: files in the order of their strings", 'key=lambda path: path.replace(os.sep, "\\0")', "key=str"),
-        ("data: never flipped", "ImageOps.mirror(image) if flip else image", "image"),
+        ("data: never flipped", "ImageOps.mirror(image) if rng.random() < 0.5 else image", "image"),
         ("data: crop always in the centre", "right * (image.width - width), down", "0.5 * (image.width - width), 0.5"),
         ("data: the same crop every epoch", "((self.seed, key", "((self.seed, key % len(self.items)"),
+        ("data: cached pictures of a corner", "crop_box(image, height, width, 0.5, 0.5)",
+         "crop_box(image, height, width, 0, 0)"),
         ("data: grid by columns", "i % self.columns * (self.width + self.gap), self.gap + i //",
          "i // self.columns * (self.width + self.gap), self.gap + i %"),
         ("data: held-out pairs are trained on", "self.n = n - validation", "self.n = n"),
@@ -172,6 +174,12 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("scenes: labels of the wrong thing", "enumerate(self.things, start", "enumerate(reversed(self.things), start"),
         ("scenes: seeds overlap", "default_rng((self.seed, i))", "default_rng(self.seed + i)"),
         ("scenes: black and white swapped", '(0, 0, 0), "white": (255, 255, 255', '(255, 255, 255), "white": (0, 0, 0'),
+    ]),
+    "storage.py": ("tests/test_storage.py", [
+        ("storage: every worker reads all tars", "sys.maxsize, 1, reader, readers)", "sys.maxsize, 1, 0, 1)"),
+        ("storage: truncated tars accepted", "if not has_content or any(file.read()):", "if not has_content:"),
+        ("storage: a cache for any network", "{self.network}\\n{source}", "{source}"),
+        ("storage: damaged files of the cache used", "if tuple(tensor.shape) != self.shape:", "if False:"),
     ]),
     "depth.py": ("tests/test_depth.py tests/test_written.py", [
         ("depth: the truth is replaced", "if array.exists() and not picture.exists():", "if False:"),
@@ -208,7 +216,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("sample.py: pairs of other settings mixed", 'if made["settings"] != settings:', "if False:"),
         ("sample.py: dm models sampled by DDIM", '("fm", "fm-flip") else', '("fm", "fm-flip", "dm") else'),
     ]),
-    "train.py": ("tests/test_train.py", [
+    "train.py": ("tests/test_train.py tests/test_storage.py", [
         ("depth: mask inverted", '"mask": 1 - has_hole', '"mask": has_hole'),
         ("train.py: warm-up from 0", "args.lr * (step + 1) / args.warmup", "args.lr * step / args.warmup"),
         ("train.py: cosine to 0", "0.01 + 0.99 * 0.5", "0.5"),
@@ -223,6 +231,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("train.py: data start anew on resume", "start * images_a_step,", "0,"),
         ("train.py: mask of the latents ignored", 'batch["picture"], batch["mask"]', 'batch["picture"], None'),
         ("train.py: noise of the pairs ignored", 'return batch["x1"], batch["x0"],', 'return batch["x1"], None,'),
+        ("train.py: dropped captions keep their cached state",
+         'torch.where(is_empty, batch["empty"], batch["context"])', 'batch["context"]'),
         ("train.py: velocity error not a mean", "mask).item() * len(x1)", "mask).item()"),
     ]),
     "run.py": ("tests/test_train.py tests/test_run.py tests/test_written.py", [

@@ -4,6 +4,7 @@ import io
 import json
 import shlex
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,3 +111,31 @@ def save_photos(folder):
         if caption:
             Path(f"{folder}/{name}.txt").write_text(caption)
     Path(f"{folder}/metadata.jsonl").write_text('{"file_name": "roof.jpg", "text": "a roof"}\n')
+
+
+def save_tar(path, contents):
+    """A tar of {name: bytes}."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in contents.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def picture_bytes(number, kind="PNG"):
+    """A grey picture, whose tone is 2 times its number."""
+    content = io.BytesIO()
+    Image.new("RGB", (12, 8), (2 * number,) * 3).save(content, kind)
+    return content.getvalue()
+
+
+def save_shards(folder, tars=5, pictures=4):
+    """00000.tar ... as img2dataset writes them: each with some pictures, a caption in .txt, and .json about them."""
+    for i in range(tars):
+        contents = {}
+        for number in range(pictures * i, pictures * (i + 1)):
+            caption = f"picture {number}"
+            contents |= {f"{number:09d}.png": picture_bytes(number), f"{number:09d}.txt": caption.encode(),
+                         f"{number:09d}.json": json.dumps({"caption": "not this", "key": number}).encode()}
+        save_tar(f"{folder}/{i:05d}.tar", contents)

@@ -197,6 +197,13 @@ def test_about_half_of_the_pictures_are_flipped_and_crops_reach_both_edges(tmp_p
     assert min(means) < -0.6 and max(means) > 0.5 and max(means) - min(means) > 1.2
 
 
+def test_the_part_in_the_centre_is_as_far_from_both_edges():
+    ramp = np.broadcast_to(np.linspace(0, 255, 256), (64, 256)).astype(np.uint8)
+    for image in Image.fromarray(ramp).convert("RGB"), Image.fromarray(ramp.T.copy()).convert("RGB"):
+        part = data.centre_crop(image, 32, 32)
+        assert part.shape == (3, 32, 32) and abs(part.mean()) < 0.01 and part.min() > -0.3 and part.max() < 0.3
+
+
 def test_a_picture_is_scaled_to_cover_with_antialiasing(tmp_path):
     checks = (np.indices((128, 256)).sum(0) % 2 * 255).astype(np.uint8)             # one-pixel checks average to grey
     Image.fromarray(checks).save(tmp_path / "checks.png")

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import train
 from data import pictures_in
 from model import load_checkpoint
 from tests import runs
-from tests.runs import FEW, SHORT, call, metadata, refusal, rows_of, same, save_photos, working_in, works
+from tests.runs import FEW, SHORT, call, metadata, refusal, rows_of, same, save_photos, save_shards, working_in, works
 
 ROOT = Path(train.__file__).parent
 tiny, at_work = runs.tiny, runs.at_work
@@ -134,7 +135,7 @@ def test_a_file_reaches_the_disk_before_it_takes_its_name(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}")))
     monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or plain(*paths))
     files.save_tensors("a.safetensors", {"x": torch.ones(1)})
-    assert done == [f"{os.getcwd()}/a.partial.safetensors", "replace"]
+    assert re.fullmatch(rf"{os.getcwd()}/a.partial.\w+.safetensors", done[0]) and done[1:] == ["replace"]
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(tiny):
@@ -302,6 +303,31 @@ def test_two_processes_share_the_files_of_pairs_and_make_what_one_makes(tiny):
     for name in names:
         one, two = load_file(f"one/{name}"), load_file(f"two/{name}")
         assert torch.equal(one["noise"], two["noise"]) and torch.allclose(one["latent"], two["latent"], atol=2e-3)
+
+
+def test_two_processes_share_a_pass_over_tars(tiny):
+    save_shards("shards", tars=4, pictures=3)
+    Path("spied.py").write_text(
+        "import os, train\nplain = train.drop_captions\n"
+        "def spied(captions, share):\n"
+        "    open('seen' + os.environ['RANK'], 'a').write(captions[0] + '\\n')\n"
+        "    return plain(captions, share)\n"
+        "train.drop_captions = spied\ntrain.main()\n")
+    words = RUN + f"--ckpt {tiny} --batch 1 --grad-accum 4 --steps 3 --data shards/{{00000..00003}}.tar --out run"
+    printed_by(torchrun(f"spied.py {words}"))
+    seen = [Path(f"seen{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert len(seen[0]) == len(seen[1]) == 6 and {*seen[0], *seen[1]} == {f"picture {i}" for i in range(12)}
+
+
+def test_two_processes_fill_a_cache_together_with_what_one_puts_there(tiny):
+    save_photos("photos")
+    words = f"{SHARED} --size 32 --validation 2 --previews 2 --lora 2 --data photos --ckpt {tiny} --steps 4"
+    works(train, f"{words} --cache one-cache --out one")
+    printed_by(torchrun(f"{ROOT}/train.py {words} --cache two-cache --out two"))
+    one, two = ({path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+                for folder in ("one-cache", "two-cache"))
+    assert one == two and len(one) == 3 + 4                             # pictures, captions with the empty one
+    assert close("two/state.safetensors", "one/state.safetensors", "parameter/") < 1e-5
 
 
 def test_two_processes_share_pictures_and_draw_the_grid_that_one_draws(tiny):

@@ -25,7 +25,19 @@ from files import replacing
 from model import StableDiffusion, load_checkpoint
 from sample import load_flow
 from tests import runs
-from tests.runs import FEW, SHORT, call, metadata, refusal, rows_of, same, save_photo, save_photos, working_in, works
+from tests.runs import (
+    FEW,
+    SHORT,
+    call,
+    metadata,
+    refusal,
+    rows_of,
+    same,
+    save_photo,
+    save_photos,
+    working_in,
+    works,
+)
 from toy.scenes import Scenes
 
 ROOT = Path(train.__file__).parent
@@ -121,7 +133,7 @@ def test_train_alone_leaves_a_run_and_says_what_to_do_next():
     assert {path.name for path in folder.iterdir()} == {"lora.safetensors", "state.safetensors", "metrics.jsonl",
                                                         "validation.jsonl", "before_after.png", "result.json"}
     row, = rows_of(folder / "metrics.jsonl")
-    assert list(row) == ["step", "loss", "grad", "lr", "img_s", "mem_gb"] and row["step"] == 10
+    assert list(row) == ["step", "loss", "grad", "lr", "img_s", "waiting", "mem_gb"] and row["step"] == 10
     assert all(math.isfinite(value) for value in row.values())
     result = json.loads((folder / "result.json").read_text())
     assert f"{result['velocity_error_before']:.4f} before, {result['velocity_error_after']:.4f} after" in out
@@ -212,7 +224,7 @@ def test_a_killed_and_resumed_run_leaves_the_files_of_one_that_was_not(whole):
         if path.suffix == ".safetensors":
             assert same(path, f"run/{path.name}"), path.name
         elif path.name == "metrics.jsonl":
-            here, there = ([{**row, "img_s": 0} for row in rows_of(folder / path.name)]
+            here, there = ([{**row, "img_s": 0, "waiting": 0} for row in rows_of(folder / path.name)]
                            for folder in (whole[0], Path("run")))
             assert here == there
         else:
@@ -499,6 +511,25 @@ def test_the_cards_command_trains_a_lora_on_photographs_from_a_file_of_stable_di
     works(sample, f"{words} --steps 1 --n 1 --size 64 --device cpu")
 
 
+# ------------------------------------------------------------------ waiting for data
+
+def test_the_share_of_time_spent_waiting_for_data_is_logged(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now[0]))
+
+    def pass_time(seconds):
+        now[0] += seconds
+        return seconds
+    metrics = train.Metrics(Namespace(batch=2, grad_accum=1, lr=1, warmup=0, decay="constant"), Path("."), 0)
+    bar, one = SimpleNamespace(set_postfix_str=lambda text: None), torch.ones(())
+    for step, _ in zip(count(1), metrics.timed(map(pass_time, [1.0, 2.0, 0.0, 0.0]))):
+        now[0] += 3
+        metrics.add(step, one, one, bar, now=step % 2 == 0)
+        with metrics.paused():
+            now[0] += 100
+    assert [(row["waiting"], row["img_s"]) for row in rows_of("metrics.jsonl")] == [(0.333, 0.44), (0.0, 0.67)]
+
+
 # ------------------------------------------------------------------ recipes
 
 PAPER = {  # Appendix A: --task and more -> what it sets
@@ -550,6 +581,7 @@ def bad(tiny, tmp_path_factory):
     save_file({"weight": torch.ones(2)}, folder / "foreign/state.safetensors")
     (folder / "empty").mkdir()
     (folder / "file").write_text("")
+    (folder / "file.tar").write_text("")
     sd = load_checkpoint(tiny)
     sd.add_picture_input()
     sd.save(folder / "depth.safetensors", torch.float16)
@@ -562,7 +594,11 @@ REFUSED = {
     "--size 65": "65x65", "--size 64 64 64": "3 numbers", "--steps 0": "--steps 0", "--grad-accum 0": "--grad-accum 0",
     "--lr nan": "--lr nan", "--caption-dropout 2": "--caption-dropout 2", "--seed -1": "--seed -1",
     "--lora foo": "--lora foo", "--lora 0": "--lora 0", "--weights 1": "--weights", "--data a b": "one folder",
-    "--data {}/none": "not there", "--data {}/empty": "no readable image",
+    "--data a b.tar": "no folders beside them", "--task depth --data a.tar": "only the task text-to-image reads tars",
+    "--data {}/none.tar": "none.tar: no such file", "--data {}/file.tar": "file.tar: empty, truncated, or no tar",
+    "--cache c": "--cache: it keeps", "--cache c --data a.tar": "--cache: it keeps",
+    "--cache c --task depth --data a": "--cache: it keeps", "--data {}/none": "not there",
+    "--data {}/empty": "no readable image",
     "--task reflow": "--pairs N", "--task reflow --data {}/empty --objective dm": "velocity field",
     "--task reflow --data {}/empty": "no pairs-", "--task depth --data {}/empty": "no picture with a depth file",
     "--task depth --data {}/empty --weights 1 2": "2 weights for 1 folders",

@@ -175,7 +175,8 @@ def train_autoencoder(args, job, amp, sd, trained, pictures):
     optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), train.EMA(trained)
     start = run.restore(run.state_file(args.resume), ema, optimizer) if args.resume else 0
     keys = Keys(len(dataset), args.seed, start * args.batch, args.steps * args.batch)
-    batches, metrics = iter(DataLoader(dataset, args.batch, sampler=keys)), train.Metrics(args, out, start)
+    metrics = train.Metrics(args, out, start)
+    batches = metrics.timed(iter(DataLoader(dataset, args.batch, sampler=keys)))
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", dynamic_ncols=True)
     job.stop.waits = True
     for step in bar:

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from files import SOFTWARE, check_replaceable, open_tensors, read_text, replacing
+from files import SOFTWARE, check_replaceable, from_json, open_tensors, read_text, replacing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 LARGEST_SIDE = {".png": 2**31 - 1, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}   # in pixels, of what is written here
@@ -103,14 +103,14 @@ def open_rgb(path, content=None):
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as file:
             image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):                  # 16-bit grey: convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except Exception as error:                          # Pillow's readers raise nearly everything on broken files
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
-    if image.mode.startswith("I"):                      # 16-bit grey: convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def is_picture(path):
@@ -166,7 +166,7 @@ def read_metadata(path):
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                entry = json.loads(line)
+                entry = from_json(line)
                 captions[os.path.normpath(path.parent / entry["file_name"])] = entry["text"].strip()
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path}, line {number}: {line[:80]!r} is not {wanted}") from None
@@ -249,8 +249,16 @@ def read_pairs(path, tensors=("noise", "latent")):
     try:
         with open_tensors(path) as file:
             metadata = file.metadata()
-            pairs = {"prompts": json.loads(metadata["prompts"]), "settings": json.loads(metadata["about"])}
-            return pairs | {name: file.get_tensor(name) for name in tensors}
+            prompts, settings = from_json(metadata["prompts"]), from_json(metadata["about"])
+            noise, latent = ((part.get_dtype(), part.get_shape()) for part in map(file.get_slice, ("noise", "latent")))
+            if noise != latent or noise[0] != "F16" or len(noise[1]) != 4 or noise[1][0] != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts for noise {noise} and latents {latent}")
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise ValueError("a prompt in it is no text")
+            height, width = settings["size"]
+            if not all(isinstance(number, (int, float)) for number in (height, width, settings["cfg"])):
+                raise ValueError("its size or cfg is no number")
+            return {"prompts": prompts, "settings": settings} | {name: file.get_tensor(name) for name in tensors}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: truncated, or no pairs of sample.py: delete it, and they are made again "
                          f"({error})") from error
@@ -308,8 +316,11 @@ class Pairs(Dataset):
         number = bisect.bisect_right(self.starts, i) - 1
         with open_tensors(self.files[number]) as file:
             row, prompts = i - self.starts[number], json.loads(file.metadata()["prompts"])
-            return {"noise": file.get_slice("noise")[row].float(), "latent": file.get_slice("latent")[row].float(),
-                    "caption": prompts[row]}
+            noise, latent = (file.get_slice(name)[row].float() for name in ("noise", "latent"))
+            if not (noise.isfinite().all() and latent.isfinite().all()):
+                raise ValueError(f"{self.files[number]}: pair {row} holds NaN or infinity: delete the file, and "
+                                 "sample.py --pairs makes it again")
+            return {"noise": noise, "latent": latent, "caption": prompts[row]}
 
 
 # ------------------------------------------------------------------ pictures, out

@@ -123,7 +123,7 @@ def arguments():
         settings = run.resumed_settings(args.resume, run.given_flags(parser, args))
         if settings["task"] not in TASKS:
             raise ValueError(f"--resume {args.resume}: a run of toy.make_prior, whose own --resume goes on with it")
-        return argparse.Namespace(**{**vars(args), **settings})
+        args = run.parsed_again(parser, settings, run.state_file(args.resume))
     args.ckpt = args.ckpt and os.path.abspath(args.ckpt)            # a run may be resumed from another folder
     args.cache = args.cache and os.path.abspath(args.cache)
     args.data = args.data and [os.path.abspath(folder) for folder in args.data]
@@ -131,14 +131,17 @@ def arguments():
     for name, value in recipe(args.task, bundled).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check(args)
+    try:
+        check(args)
+    except ValueError as error:
+        raise ValueError(f"{run.state_file(args.resume)}: {error}" if args.resume else str(error)) from None
     return args
 
 
 def check(args):
     """ValueError for a setting that cannot work."""
-    check_range(args, 1, math.inf, "steps", "batch", "grad_accum", "scenes", "validation", "previews", "save_every")
-    check_range(args, 0, math.inf, "preview_every", "warmup")
+    check_range(args, 1, 1e9, "steps", "batch", "grad_accum", "scenes", "validation", "previews", "save_every")
+    check_range(args, 0, 1e9, "preview_every", "warmup")
     check_range(args, 0, 2**32, "seed")
     check_range(args, 1e-12, 1, "lr")
     check_range(args, 1e-12, math.inf, "clip")

@@ -1,8 +1,10 @@
 """data.py: pictures are read as they look, the order of items is a function of (seed, position), what is written comes
 back."""
 import json
+import math
 import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -85,7 +87,7 @@ def test_missing_captions_are_empty_and_counted_in_one_line(photos, capsys):
     assert error.count("\n") == 1 and "1 of 3 images without a caption" in error and "roof.jpg" in error
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a.jpg"}'])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a.jpg"}', "[" * 100_000])
 def test_a_broken_line_of_metadata_is_named(photos, line):
     with open(photos / "metadata.jsonl", "a") as file:
         file.write(line)
@@ -166,6 +168,13 @@ def test_a_folder_that_is_missing_a_file_or_empty_is_refused(tmp_path):
     for name, what in ("gone", "is not there"), ("file", "is a file"), ("empty", "has no readable image"):
         with pytest.raises(ValueError, match=f"{name} {what}"):
             ImageFolder(tmp_path / name, 16, 16)
+
+
+def test_a_picture_of_more_pixels_than_a_computer_holds_is_named(tmp_path):
+    header = struct.pack("<2sIIIIiiHH6I", b"BM", 54, 0, 54, 40, 60_000, 60_000, 1, 24, *[0] * 6)
+    (tmp_path / "bomb.bmp").write_bytes(header)
+    with pytest.raises(ValueError, match="bomb.bmp: cannot be read as a picture .*3600000000 pixels"):
+        data.open_rgb(tmp_path / "bomb.bmp")
 
 
 def test_crop_and_flip_depend_on_the_seed_and_the_key_alone(photos):
@@ -253,14 +262,14 @@ def write_pairs(folder, number, n, settings):
     tensors = {"noise": values.expand(n, 4, 2, 2).half(), "latent": -values.expand(n, 4, 2, 2).half()}
     prompts = [f"prompt {int(value)}" for value in values.flatten()]
     save_tensors(folder / f"pairs-{number:06d}.safetensors", tensors,
-                 {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
+                 {"prompts": json.dumps(prompts), "about": json.dumps({"size": [16, 16], "cfg": 3} | settings)})
 
 
 def test_pairs_come_back_over_the_borders_of_files_and_the_last_ones_are_held_out(tmp_path):
-    write_pairs(tmp_path, 0, 4, {"size": [16, 16]})
-    write_pairs(tmp_path, 1, 3, {"size": [16, 16]})
+    write_pairs(tmp_path, 0, 4, {})
+    write_pairs(tmp_path, 1, 3, {})
     pairs = Pairs(tmp_path, validation=2)
-    assert len(pairs) == 5 and pairs.settings == {"size": [16, 16]}
+    assert len(pairs) == 5 and pairs.settings == {"size": [16, 16], "cfg": 3}
     for key, i in (0, 0), (3, 3), (4, 4), (5, 0), (13, 3):
         pair = pairs[key]
         assert pair["caption"] == f"prompt {i}" and (pair["noise"] == i).all() and (pair["latent"] == -i).all()
@@ -279,8 +288,26 @@ def test_batches_of_a_file_in_progress_are_pairs_too_but_not_those_that_it_holds
     assert len(pairs) == 8
 
 
+def test_pairs_that_do_not_belong_together_are_refused_by_their_file(tmp_path):
+    path, about = tmp_path / "pairs-000000.safetensors", {"size": [16, 16], "cfg": 3}
+    whole = {name: torch.zeros(2, 4, 2, 2).half() for name in ("noise", "latent")}
+    broken = [(whole, ["a"], about), (whole, ["a", 5], about), (whole, ["a", "b"], {"size": [16, 16]}),
+              (whole, ["a", "b"], []), (whole, ["a", "b"], about | {"size": ["16", 16]}),
+              ({"noise": whole["noise"]}, ["a", "b"], about),
+              (whole | {"latent": torch.zeros(1, 4, 2, 2).half()}, ["a", "b"], about),
+              ({name: tensor.int() for name, tensor in whole.items()}, ["a", "b"], about)]
+    for tensors, prompts, settings in broken:
+        save_tensors(path, tensors, {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
+        with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or no pairs of sample.py: delete"):
+            Pairs(tmp_path, validation=1)
+    whole["noise"] *= math.nan
+    save_tensors(path, whole, {"prompts": '["a", "b"]', "about": json.dumps(about)})
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: pair 0 holds NaN"):
+        Pairs(tmp_path, validation=1)[0]
+
+
 def test_pairs_of_other_settings_are_not_mixed(tmp_path):
-    write_pairs(tmp_path, 0, 4, {"cfg": 3})
+    write_pairs(tmp_path, 0, 4, {})
     write_pairs(tmp_path, 1, 4, {"cfg": 4})
     with pytest.raises(ValueError, match="pairs-000001.* other settings than those of .*pairs-000000"):
         Pairs(tmp_path, validation=1)

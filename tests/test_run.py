@@ -331,7 +331,8 @@ def test_two_processes_fill_a_cache_together_with_what_one_puts_there(tiny):
 
 
 def test_two_processes_share_pictures_and_draw_the_grid_that_one_draws(tiny):
-    words = f"{FEW} --n 5 --batch 2 --ckpt {tiny} --out"
+    Path("prompts.txt").write_text("red\ngreen\nblue\nblack\nwhite\n")
+    words = f"{FEW} --prompts prompts.txt --batch 2 --ckpt {tiny} --out"
     works(sample, f"{words} one.png")
     out = printed_by(torchrun(f"{ROOT}/sample.py {words} two.png --singles"))
     assert out.count("5 pictures of 32x32") == 1                        # rank 0 alone prints

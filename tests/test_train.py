@@ -188,7 +188,7 @@ def test_a_lora_says_what_it_was_trained_for(whole, tiny):
         "format": "pt", "objective": "diff2flow", "style": "outline", "prediction": "v", "preset": "base",
         "task": "text-to-image", "schedule": "scaled_linear", "base": tiny.name, "base_hash": base.unet_hash,
         "resolution": "32 32", "cfg": "4.0", "ss_base_model_version": "sd_v2_v", "ss_v2": "True",
-        "ss_network_module": "networks.lora", "ss_network_dim": "Dynamic"}
+        "ss_network_module": "networks.lora", "ss_network_dim": "Dynamic", "software": "Diff2Flow"}
 
 
 def test_the_zero_snr_schedule_is_remembered_and_sampled_with(tiny):

@@ -321,8 +321,10 @@ def restore(path, ema, optimizer, **about):
                              f"{about['base_hash'][:10]}): was the file replaced?")
         if {key for key in stored if key.startswith("parameter/")} != {f"parameter/{name}" for name in ema.trained}:
             raise ValueError(f"{path}: the state of another model; was the checkpoint replaced?")
-        if not any(key.startswith("adam/step/") for key in stored):
-            raise ValueError(f"{path}: it lacks Adam's state: a damaged file; begin the run again in another --out")
+        of_adam = [{key.rpartition("/")[2] for key in stored if key.startswith(f"adam/{kind}/")}
+                   for kind in ("step", "exp_avg", "exp_avg_sq")]
+        if not of_adam[0] == of_adam[1] == of_adam[2] != set():
+            raise ValueError(f"{path}: a part of Adam's state is missing: begin the run again in another --out")
         if told.get("data", about.get("data")) != about.get("data"):
             print("warning: the files of --data are not those that the run began with: they come in another order now")
         for name, parameter in ema.trained.items():

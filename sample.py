@@ -74,8 +74,9 @@ def read_result(weights):
     path = Path(weights).with_name("result.json")
     try:
         result = from_json(read_text(path)) if path.exists() else {}
-        if result and not (isinstance(result["task"], str) and isinstance(result.get("ckpt") or "", str)):
-            raise ValueError("its task or ckpt is no text")
+        if result and not (isinstance(result["task"], str) and isinstance(result.get("ckpt") or "", str)
+                           and isinstance(result.get("use_ema", False), bool)):
+            raise ValueError("its task, ckpt or use_ema is no such thing")
         return dict(result)
     except (ValueError, TypeError, KeyError, OSError) as error:
         print(f"warning: {path} is not as train.py wrote it ({error}): it is left out", file=sys.stderr)

@@ -5,7 +5,6 @@ A run on a few thousand pictures needs none of this. `python train.py --data "la
 """
 import hashlib
 import itertools
-import json
 import os
 import random
 import sys
@@ -17,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from data import SUFFIXES, Keys, centre_crop, open_rgb, progress, random_crop
-from files import open_tensors, save_tensors
+from files import from_json, open_tensors, save_tensors
 from model import hash_of
 
 # ------------------------------------------------------------------ latents and text states (--cache)
@@ -155,7 +154,7 @@ def read_sample(sample):
     image = open_rgb(sample["__key__"] + suffix, sample[suffix[1:]])
     if "txt" in sample:
         return image, sample["txt"].decode().strip()
-    return image, str(json.loads(sample.get("json", "{}")).get("caption") or "").strip()
+    return image, str(from_json(sample.get("json", "{}")).get("caption") or "").strip()
 
 
 class Tars(IterableDataset):

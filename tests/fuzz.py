@@ -370,7 +370,7 @@ def finished_run(rng, good):
     path = copied(good, "runs/one") / "result.json"
     what, bad = rng.choice([break_bytes, break_json])(rng, path)
     bad = bad and what != "gone"
-    return Case(what, sample, DRAW, "result.json", bad, may_be_left_out=True)
+    return Case(what, sample, DRAW, "result.json" if bad else "", bad, may_be_left_out=True)
 
 
 def pairs(rng, good):

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,14 +142,16 @@ class DepthFolders(torch.utils.data.Dataset):
     """Pictures with depth: image (3, H, W), depth (1, H, W) by normalise_depth, valid (1, H, W), caption "".
 
     Item `key` is drawn by (seed, key): first a folder by its weight (default: its number of pictures), then a picture
-    of it, which is scaled to cover height x width, cropped and flipped.
+    of it, which is scaled to cover height x width, cropped and flipped. Where no pixel of a picture has a valid depth,
+    the folder's next one takes its place.
     """
 
     def __init__(self, folders, weights, height, width, seed=0):
-        if weights and (len(weights) != len(folders) or min(weights) <= 0):
-            raise ValueError(f"{len(weights)} weights for {len(folders)} folders: one above 0 for each")
+        if weights and (len(weights) != len(folders) or not all(0 < weight <= 1e9 for weight in weights)):
+            raise ValueError(f"--weights {' '.join(map(str, weights))} for {len(folders)} folders: one for each, above "
+                             "0 and at most 1e9")
         self.height, self.width, self.seed = height, width, seed
-        self.folders = [find_depth(folder) for folder in folders]
+        self.folders, self.empty = [find_depth(folder) for folder in folders], set()    # depth files without a depth
         weights = np.array(weights or [len(found) for found in self.folders], np.float64)
         self.weights = weights / weights.sum()
 
@@ -158,22 +161,37 @@ class DepthFolders(torch.utils.data.Dataset):
     def __getitem__(self, key):
         rng = np.random.default_rng((self.seed, key))
         found = self.folders[rng.choice(len(self.folders), p=self.weights)]
-        picture, path, layout = found[int(rng.integers(len(found)))]
-        image, depth = open_rgb(picture), read_depth(path, layout.unit)
+        picture, path, depth, valid = self.first_valid(found, int(rng.integers(len(found))))
+        image = open_rgb(picture)
         if image.size != depth.shape[::-1]:
             raise ValueError(f"{picture} is {image.width}x{image.height}, its depth {path} "
                              f"{depth.shape[1]}x{depth.shape[0]}")
         box = left, top, right, bottom = crop_box(image, self.height, self.width, rng.random(), rng.random())
         columns = left + (np.arange(self.width) + 0.5) * (right - left) / self.width
         rows = top + (np.arange(self.height) + 0.5) * (bottom - top) / self.height
-        depth = depth[rows.astype(int)[:, None], columns.astype(int)]       # nearest pixels: a mean would blur edges
-        depth = torch.from_numpy(depth)[None]                               # (1, H, W)
+        pixels = rows.astype(int)[:, None], columns.astype(int)             # the nearest: a mean would blur edges
+        depth, valid = torch.from_numpy(depth[pixels])[None], torch.from_numpy(valid[pixels])[None]     # (1, H, W)
         image = to_tensor(image.resize((self.width, self.height), Image.LANCZOS, box=box))
-        valid = torch.isfinite(depth) & (depth > layout.near) & (depth < layout.far)
         depth = normalise_depth(torch.where(valid, depth, 1.0), valid)
         if rng.random() < 0.5:
             image, depth, valid = image.flip(-1), depth.flip(-1), valid.flip(-1)
         return {"image": image, "depth": depth, "valid": valid, "caption": ""}
+
+    def first_valid(self, found, i):
+        """The first from the i-th on that has a valid pixel -> its picture, its file, depth (H, W), valid (H, W)."""
+        for step in range(len(found)):
+            picture, path, layout = found[(i + step) % len(found)]
+            if path in self.empty:
+                continue
+            depth = read_depth(path, layout.unit)
+            valid = np.isfinite(depth) & (depth > layout.near) & (depth < layout.far)
+            if valid.any():
+                return picture, path, depth, valid
+            self.empty.add(path)
+            print(f"warning: {path}: no pixel has a valid depth ({layout.near:g} to {layout.far:g} m), taking the next "
+                  "picture", file=sys.stderr)
+        raise ValueError(f"none of the {len(found)} depth files has a valid pixel, last {path}: are they in another "
+                         "unit?")
 
 
 class DepthScenes(Scenes):
@@ -278,16 +296,17 @@ class Protocol(NamedTuple):
     far: float
     rows: slice = slice(None)
     columns: slice = slice(None)
+    shape: tuple = ()               # height and width of all its depth files; (): they differ, or are the user's own
 
 
 KITTI_CROP = (352, 1216)            # height and width of the benchmark's crop; Eigen's crop below lies in it
 ETH3D_SHAPE = (4032, 6048)          # height and width: its files have no header
 PROTOCOLS = {
-    "nyu": Protocol(1e-3, 1e-3, 10.0, slice(45, 471), slice(41, 601)),      # Eigen's crop
+    "nyu": Protocol(1e-3, 1e-3, 10.0, slice(45, 471), slice(41, 601), (480, 640)),      # Eigen's crop
     "scannet": Protocol(1e-3, 1e-3, 10.0),
     "kitti": Protocol(1 / 256, 1e-5, 80.0, slice(117, 321), slice(43, 1172)),
     "eth3d": Protocol(1.0, 1e-5, math.inf),
-    "diode": Protocol(1.0, 0.6, 350.0),
+    "diode": Protocol(1.0, 0.6, 350.0, shape=(768, 1024)),
     "plain": Protocol(1.0, 1e-5, math.inf),
 }
 SPACES = {                          # of the fit: from depth to it, and back
@@ -307,6 +326,17 @@ def kitti_crop(depth):
     return depth[top:, left:left + width]
 
 
+def read_mask(path, shape):
+    """DIODE's file of which pixels count -> bool of that shape (H, W)."""
+    try:
+        mask = np.load(path, allow_pickle=False).squeeze()
+    except Exception as error:      # damaged bytes can raise anything in a parser
+        raise ValueError(f"{path} cannot be read as a mask: {error}") from error
+    if mask.shape != shape:
+        raise ValueError(f"{path}: a mask of the shape {mask.shape} for a depth of {shape}")
+    return mask.astype(bool)
+
+
 def read_truth(folder, dataset, name, mask=None, unit=None):
     """The depth file `name` in `folder` -> depth (H, W) in metres, valid (H, W).
 
@@ -320,12 +350,15 @@ def read_truth(folder, dataset, name, mask=None, unit=None):
         depth = depth.reshape(ETH3D_SHAPE)
     else:
         depth = read_depth(path, protocol.unit if unit is None else unit)
+    if protocol.shape and depth.shape != protocol.shape:
+        raise ValueError(f"{path} is {depth.shape[0]}x{depth.shape[1]}, where the depth of {dataset} is "
+                         f"{protocol.shape[0]}x{protocol.shape[1]}: give the right --dataset, or plain for your own")
     if dataset == "kitti":
         depth = kitti_crop(depth)
     counts = np.zeros(depth.shape, bool)
     counts[protocol.rows, protocol.columns] = True
     if dataset == "diode" and mask is not None:
-        counts &= np.load(Path(folder) / mask, allow_pickle=False).squeeze().astype(bool)
+        counts &= read_mask(Path(folder) / mask, depth.shape)
     valid = counts & np.isfinite(depth) & (depth > protocol.near) & (depth < protocol.far)
     return np.where(valid, depth, 1).astype(np.float64), valid
 
@@ -351,7 +384,7 @@ def read_list(path):
     out: the list has "None" in place of their depth file."""
     lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
     if short := [line for line in lines if len(line) < 2]:
-        raise ValueError(f"{path}: a line has a picture and its depth file, not {short[0][0]!r} alone")
+        raise ValueError(f"{path}: a line has a picture and its depth file, not {short[0][0]!r:.80} alone")
     return [(line[0], line[1], line[2] if len(line) > 2 else None) for line in lines if line[1] != "None"]
 
 
@@ -366,7 +399,10 @@ def measure(args):
         entries = read_list(args.list)
     for picture, name, mask in tqdm(entries, "depth", dynamic_ncols=True):
         truth, valid = read_truth(root, args.dataset, name, mask, args.scale)
-        prediction = read_depth((predictions / picture).with_suffix(".npy")).astype(np.float64)
+        path = (predictions / picture).with_suffix(".npy")
+        prediction = read_depth(path).astype(np.float64)
+        if not np.isfinite(prediction).all():
+            raise ValueError(f"{path} holds NaN or infinity, which is no prediction of depth.py: make it again")
         if args.dataset == "kitti" and prediction.shape != truth.shape:
             prediction = kitti_crop(prediction)
         if prediction.shape != truth.shape:
@@ -418,8 +454,9 @@ def arguments():
 
 def main():
     args = arguments()
-    check_range(args, 1, math.inf, "steps", "ensemble")
+    check_range(args, 1, 1e9, "steps", "ensemble")
     check_range(args, 0, 2**32, "seed")
+    check_range(args, 1e-12, 1e12, "scale")
     if args.truth is not None:
         measure(args)
     elif args.list is not None or args.dataset != "plain":

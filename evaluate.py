@@ -12,7 +12,6 @@ Nothing is downloaded but Inception's weights, and these only without --inceptio
 """
 import argparse
 import json
-import math
 import tempfile
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from data import SUFFIXES, open_rgb, pictures_in
 from files import check_range, cli, open_tensors, read_text
+from model import is_plain
 from sample import pick_device
 
 FID_NETWORK = "inception-v3-compat"     # torch-fidelity's copy of the original TensorFlow network
@@ -61,12 +61,16 @@ def read_weights(path):
         else:
             weights = torch.load(path, "cpu", weights_only=True)
     except Exception as error:                          # damaged bytes can raise anything in a parser
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path}: a TorchScript archive, as OpenAI's of CLIP, is code, which is not run: take "
+                             "open_clip's .safetensors or .bin of the network from the Hugging Face hub") from error
         raise ValueError(f"{path}: no file of plain tensors, damaged, or with code in it, which is not run "
                          f"({type(error).__name__}); take another copy, or save its state_dict anew") from error
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not weights or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()):
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) and is_plain(tensor)
+            for name, tensor in weights.items()):
         raise ValueError(f"{path}: it holds other things than named tensors: save the network's state_dict alone")
     for name, tensor in weights.items():
         if not tensor.float().isfinite().all():
@@ -117,16 +121,35 @@ def embed_prompts(network, tokenizer, prompts, batch, device):
     return torch.cat(embeddings)
 
 
-def aesthetics_predictor(path):
-    """LAION's predictors are linear layers with nothing between them -> network: embeddings (N, D) -> scores (N, 1)."""
+def aesthetics_predictor(path, width):
+    """LAION's predictors are linear layers with nothing between -> network: embeddings (N, width) -> scores (N, 1)."""
     weights, layers = read_weights(path), []
-    for name in weights:
-        if name.endswith("weight"):
-            outputs, inputs = weights[name].shape
-            layer = nn.Linear(inputs, outputs)
-            layer.load_state_dict({"weight": weights[name], "bias": weights[name.removesuffix("weight") + "bias"]})
-            layers.append(layer)
-    return nn.Sequential(*layers).requires_grad_(False)
+    try:
+        for name in weights:
+            if name.endswith("weight"):
+                outputs, inputs = weights[name].shape
+                layer = nn.Linear(inputs, outputs)
+                layer.load_state_dict({"weight": weights[name], "bias": weights[name.removesuffix("weight") + "bias"]})
+                layers.append(layer)
+        network = nn.Sequential(*layers).requires_grad_(False)
+        assert network(torch.zeros(1, width)).shape == (1, 1)
+    except (ValueError, KeyError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{path}: no linear layers from CLIP's {width} numbers to one score: take LAION's predictor "
+                         "for the network that --clip names") from error
+    return network
+
+
+def load_clip(name, path, device):
+    """open_clip's name of a network, and the file of its weights -> the network, and its transform of a picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        safe = str(Path(folder) / "clip.pth")           # open_clip may run what it reads, so it reads the tensors alone
+        torch.save(read_weights(path), safe)
+        try:
+            network, _, transform = open_clip.create_model_and_transforms(name, pretrained=safe, device=device)
+        except Exception as error:                      # what weights of another network raise depends on the network
+            raise ValueError(f"--clip {name} {path}: not the weights of that network, or open_clip knows none of that "
+                             f"name ({str(error)[:200]})") from error
+    return network.eval(), transform
 
 
 def clip_results(samples, clip, prompts, aesthetics, batch, device):
@@ -136,25 +159,27 @@ def clip_results(samples, clip, prompts, aesthetics, batch, device):
     aesthetics: the file of the predictor's weights, or None.
     """
     name, weights = clip
-    network, _, transform = open_clip.create_model_and_transforms(name, pretrained=weights, device=device)
-    network.eval()
+    network, transform = load_clip(name, weights, device)
     pictures, results = embed_pictures(network, transform, samples.paths, batch, device), {}
     if prompts:
         texts = embed_prompts(network, open_clip.get_tokenizer(name), prompts, batch, device)
         results["clip_score"] = (pictures * texts).sum(1).mean().item()
     if aesthetics is not None:
-        results["aesthetics_score"] = aesthetics_predictor(aesthetics).to(device)(pictures).mean().item()
+        predictor = aesthetics_predictor(aesthetics, pictures.shape[1]).to(device)
+        results["aesthetics_score"] = predictor(pictures).mean().item()
     return results
 
 
 def check(args):
     """ValueError for options that do not go together, and for files of weights that are missing."""
-    check_range(args, 1, math.inf, "batch")
+    check_range(args, 1, 1e9, "batch")
     measures_clip = args.prompts is not None or args.aesthetics is not None
     if measures_clip != (args.clip is not None):
         raise ValueError("--clip MODEL WEIGHTS goes with --prompts FILE, --aesthetics WEIGHTS, or both")
     if args.real is None and args.clip is None:
         raise ValueError("nothing to measure: give --real FOLDER for FID, --clip MODEL WEIGHTS for CLIP and aesthetics")
+    if args.clip is not None and ":" in args.clip[0]:
+        raise ValueError(f"--clip {args.clip[0]}: it would be downloaded; give a name of open_clip's own, as ViT-L-14")
     clip_weights = None if args.clip is None else args.clip[1]
     for flag, path in ("--inception", args.inception), ("--clip", clip_weights), ("--aesthetics", args.aesthetics):
         if path is not None and not Path(path).is_file():

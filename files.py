@@ -19,15 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 SOFTWARE = "Diff2Flow"      # what pictures and results that are written here name as their maker
+NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|Unable to allocate|_ALLOC_FAILED")
 
 
 def cli(main):
     """Run main(). What the user can mend becomes one line and exit code 2, an interrupt one line and 130."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = re.split(r"\n[\w.]+Error: ", str(error))[-1]     # a DataLoader's worker sends its traceback before it
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        if isinstance(error, MemoryError) or NO_MEMORY.search(message):     # torch has no error of its own on a CPU
+            message = f"out of memory: lower --batch or --size; train.py takes --checkpointing too ({message})"
+        elif isinstance(error, RuntimeError):
+            raise                                                   # a fault of ours
+        message = " ".join(message.split())
+        print("error:", message if len(message) < 1500 else f"{message[:1000]} ... {message[-400:]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -35,12 +41,14 @@ def cli(main):
 
 
 def check_range(args, low, high, *names):
-    """ValueError if args.NAME, or a number of that list, is not between `low` and `high`. None is not checked."""
+    """ValueError if args.NAME, or a number of that list, is NaN or not between `low` and `high`. None is not checked.
+    """
     for name in names:
         value = getattr(args, name)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not low <= number <= high:
-                raise ValueError(f"--{name.replace('_', '-')} {number:g}: it must be between {low:g} and {high:g}")
+                given = str(number).removesuffix(".0")
+                raise ValueError(f"--{name.replace('_', '-')} {given}: it must be between {low:g} and {high:g}")
 
 
 @contextlib.contextmanager
@@ -104,6 +112,14 @@ def open_tensors(path):
     except SafetensorError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: cannot be read; truncated, or no .safetensors file? ({reason})") from error
+
+
+def from_json(text):
+    """-> what the text says, or a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("lists in lists, or objects in objects, thousands deep") from None
 
 
 def read_text(path):

@@ -12,7 +12,6 @@ checkpoint: a single file, or a folder of diffusers'; to follow a call, start wi
 import functools
 import hashlib
 import itertools
-import json
 import math
 import re
 import zipfile
@@ -25,9 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files import open_tensors, read_text, save_tensors
+from files import from_json, open_tensors, read_text, save_tensors
 
 LATENT_SCALE = 0.18215  # latents have unit variance after this factor
+LARGEST = 100_000       # pixels a side of a picture
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 OPEN_CLIP, HF_CLIP = "cond_stage_model.model.", "cond_stage_model.transformer.text_model."   # SD 2.x, SD 1.x
 
@@ -485,11 +485,22 @@ def tokenizer():
     return SimpleTokenizer()
 
 
+def first_tokens(prompt):
+    """-> the first 75 of open_clip's encode(prompt). A word is one token or more, so later words cannot matter. A token
+    is at most 32 bytes long, so 75 end before letter 2400 of a word; the letters behind that change them only through
+    a chain of merges that reaches back over 600 more. Pairs are merged in a time that is quadratic in the word."""
+    clip, tokens = tokenizer(), []
+    for word in itertools.islice(clip.pat.finditer(clip.clean_fn(prompt)), 75):
+        letters = "".join(clip.byte_encoder[byte] for byte in word[0][:3000].encode())
+        tokens += [clip.encoder[token] for token in clip.bpe(letters).split(" ")]
+    return tokens[:75]
+
+
 def tokenize(prompts, pad_token):
     """prompts (B strings) -> token ids (B, 77): 49406, at most 75 tokens of content, 49407, pad_token."""
     ids = torch.full((len(prompts), 77), pad_token)
     for row, prompt in zip(ids, prompts):
-        tokens = [tokenizer().sot_token_id, *tokenizer().encode(prompt)[:75], tokenizer().eot_token_id]
+        tokens = [tokenizer().sot_token_id, *first_tokens(prompt), tokenizer().eot_token_id]
         row[:len(tokens)] = torch.tensor(tokens)
     return ids
 
@@ -586,7 +597,7 @@ class StableDiffusion(nn.Module):
         super().__init__()
         self.config, self.prediction, self.zero_snr = config, prediction, False
         self.text_prefix = OPEN_CLIP if config.open_clip else HF_CLIP
-        self.metadata, self.extra, self.dtypes, self.unet_hash = {}, {}, {}, None   # what the file says, has, is
+        self.path, self.metadata, self.extra, self.dtypes, self.unet_hash = None, {}, {}, {}, None  # of the file
         self.model = nn.ModuleDict({"diffusion_model": UNet(config)})
         self.first_stage_model = AutoencoderKL(config)
         tower = text_tower(config)
@@ -623,13 +634,17 @@ class StableDiffusion(nn.Module):
 
     def picture_size(self, size=None):
         """[side] or [height, width] in pixels (None: the file's own, or 512) -> height, width, or a ValueError."""
-        size = size or [int(side) for side in self.metadata.get("resolution", "512").split()]
+        if size is None:
+            told = self.metadata.get("resolution", "512")
+            size = [int(side) for side in told.split() if side.isdecimal()]
+            if not 1 <= len(size) <= 2 or " ".join(map(str, size)) != told:
+                raise ValueError(f"{self.path}: its metadata says resolution {told!r}, which is no size: give --size")
         if len(size) > 2:
             raise ValueError(f"--size takes one number, or height and width, not {len(size)} numbers")
         height, width = size[0], size[-1]
-        if height % self.multiple or width % self.multiple or min(height, width) < self.multiple:
+        if height % self.multiple or width % self.multiple or not self.multiple <= min(height, width) <= LARGEST:
             raise ValueError(f"size {height}x{width}: both sides must be multiples of {self.multiple} for this "
-                             "checkpoint")
+                             f"checkpoint, at most {LARGEST}")
         return height, width
 
     @torch.no_grad()
@@ -719,6 +734,11 @@ def read_safetensors(path, names):
             yield from ((name, file.get_tensor(name)) for name in batch)
 
 
+def is_plain(tensor):
+    """Whether a tensor of a pickle holds its numbers, one by one: it may be sparse, or without memory."""
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+
+
 class CheckpointFile:
     """A single file's tensors: .shapes by name, .metadata, .names(parameter), and .tensors(names) one by one."""
 
@@ -756,7 +776,8 @@ class CheckpointFile:
                 [(stub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
             content = torch.load(self.path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path) or None)
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        return {name: tensor.detach() for name, tensor in content.items()
+                if isinstance(name, str) and isinstance(tensor, torch.Tensor) and is_plain(tensor)}
 
     def tensors(self, names):
         if self.path.suffix == ".safetensors":
@@ -783,7 +804,7 @@ class DiffusersFolder:
                 self.read_names(part, file)
         try:
             self.config, scheduler = self.read_config(), self.json("scheduler/scheduler_config.json")
-            self.metadata = {"prediction_type": scheduler["prediction_type"],
+            self.metadata = {"prediction_type": str(scheduler["prediction_type"]),
                              "zero_snr": str(scheduler.get("rescale_betas_zero_snr", False)).lower()}
             betas = scheduler["beta_schedule"], scheduler["beta_start"], scheduler["beta_end"]
         except (KeyError, TypeError) as error:
@@ -793,7 +814,7 @@ class DiffusersFolder:
 
     def json(self, name):
         try:
-            return dict(json.loads(read_text(self.path / name)))
+            return dict(from_json(read_text(self.path / name)))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{self.path / name}: missing or damaged ({type(error).__name__})") from error
 
@@ -966,6 +987,9 @@ def guess_prediction(file, prediction):
 def check_architecture(file):
     """ValueError that says why a file makes no model of ours."""
     config = file.config
+    numbers = [number for entry in vars(config).values() for number in (entry if isinstance(entry, tuple) else [entry])]
+    if not all(isinstance(number, int) and 0 <= number < 10**6 for number in numbers):
+        raise ValueError(f"{file.path}: sizes that no network has, in a config.json or in the shapes: {numbers}")
     if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
         raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels: an inpainting, depth or "
                          "upscaling variant, which is not supported")
@@ -1032,6 +1056,8 @@ def read_weights(file, sd, stored, device, dtype):
     read, state, hashes = {}, {}, {}
     for name, tensor in file.tensors(parameter_of):
         parameter = parameter_of[name]
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+            raise ValueError(f"{file.path}: {name} holds NaN, infinity or no real numbers: take another copy of it")
         sd.dtypes[parameter] = tensor.dtype
         if parameter.startswith(UNET):
             hashes[parameter] = hashlib.sha256(tensor.flatten()[:1024].half().numpy()).hexdigest()
@@ -1058,7 +1084,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, us
     sd = build_empty(file, prediction)
     stored, others = find_tensors(file, sd, use_ema)
     read_weights(file, sd, stored, device, dtype)
-    sd.zero_snr = zero_snr or "ztsnr" in file.shapes or file.metadata.get("zero_snr") == "true"
+    sd.path, sd.zero_snr = path, zero_snr or "ztsnr" in file.shapes or file.metadata.get("zero_snr") == "true"
     if isinstance(file, CheckpointFile):        # what it is saved with again; of a folder a plain single file is made
         sd.text_prefix, sd.extra = file.text_prefix, dict(file.tensors(others))
         sd.metadata = {name: value for name, value in file.metadata.items() if name != "format"}

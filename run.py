@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from data import files_in
-from files import check_replaceable, open_tensors, save_tensors
+from files import check_replaceable, from_json, open_tensors, save_tensors
 
 RESUMABLE = 75      # exit code of a run that was told to stop and saved: sysexits' EX_TEMPFAIL, try again
 FILES = ("lora*.safetensors", "model*.safetensors", "metrics.jsonl", "validation.jsonl", "result.json", "step_*.png",
@@ -180,7 +180,7 @@ def trim_log(path, last_step):
     with open(path, "rb+") as file:
         while line := file.readline():
             try:
-                kept = line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+                kept = line.endswith(b"\n") and from_json(line)["step"] <= last_step
             except (ValueError, KeyError, TypeError):
                 kept = False
             if not kept:
@@ -236,13 +236,34 @@ def state_file(folder):
 
 def saved_settings(folder):
     path = state_file(folder)
+    with open_tensors(path) as file:
+        told = file.metadata()
     try:
-        with open_tensors(path) as file:
-            settings = json.loads(file.metadata()["args"])
-            settings["task"]
-            return settings
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        settings = from_json(told["args"])
+        if not isinstance(settings["task"], str) or int(told["step"]) < 0:
+            raise ValueError(f"task {settings['task']}, step {told['step']}")
+        return settings
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not written by train.py ({error})") from error
+
+
+def parsed_again(parser, settings, path):
+    """-> the settings that the state at `path` holds, as the parser makes them of a command line: ValueError for what
+    it would refuse there."""
+    def refuse(message):
+        raise ValueError(f"{path}: not written by train.py ({message})")
+
+    words = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words.append(f"{flag}={value}")
+    parser.error = refuse
+    return parser.parse_args(words)
 
 
 def resumed_settings(folder, given):
@@ -281,6 +302,15 @@ def save_state(out, args, step, ema, optimizer, **about):
     save_tensors(out / "state.safetensors", tensors, metadata)
 
 
+def fitting(path, file, key, parameter):
+    """-> a tensor of the state at `path`, which is open as `file`. ValueError if it does not fit its parameter."""
+    tensor = file.get_tensor(key)
+    if (tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype) or not tensor.isfinite().all():
+        raise ValueError(f"{path}: {key} {list(tensor.shape)} does not fit the model's {list(parameter.shape)}, or is "
+                         "not finite: a damaged file; begin the run again in another --out")
+    return tensor
+
+
 def restore(path, ema, optimizer, **about):
     """-> the step to go on from. Fused Adam wants its averages in the parameter's own memory format. ValueError for the
     state of another model, or on another base than in `about`; other data are said."""
@@ -291,14 +321,19 @@ def restore(path, ema, optimizer, **about):
                              f"{about['base_hash'][:10]}): was the file replaced?")
         if {key for key in stored if key.startswith("parameter/")} != {f"parameter/{name}" for name in ema.trained}:
             raise ValueError(f"{path}: the state of another model; was the checkpoint replaced?")
+        of_adam = [{key.rpartition("/")[2] for key in stored if key.startswith(f"adam/{kind}/")}
+                   for kind in ("step", "exp_avg", "exp_avg_sq")]
+        if not of_adam[0] == of_adam[1] == of_adam[2] != set():
+            raise ValueError(f"{path}: a part of Adam's state is missing: begin the run again in another --out")
         if told.get("data", about.get("data")) != about.get("data"):
             print("warning: the files of --data are not those that the run began with: they come in another order now")
         for name, parameter in ema.trained.items():
-            parameter.copy_(file.get_tensor(f"parameter/{name}"))
-            ema.average[name].copy_(file.get_tensor(f"average/{name}"))
+            parameter.copy_(fitting(path, file, f"parameter/{name}", parameter))
+            ema.average[name].copy_(fitting(path, file, f"average/{name}", parameter))
             if f"adam/step/{name}" in stored:  # not where no gradient arrives: the last layer of an OpenCLIP tower
-                state = {"step": file.get_tensor(f"adam/step/{name}").to(parameter.device)}
+                state = {"step": fitting(path, file, f"adam/step/{name}", torch.tensor(0.0)).to(parameter.device)}
                 for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = torch.empty_like(parameter).copy_(file.get_tensor(f"adam/{key}/{name}"))
+                    average = fitting(path, file, f"adam/{key}/{name}", parameter)
+                    state[key] = torch.empty_like(parameter).copy_(average)
                 optimizer.state[parameter] = state
         return int(told["step"])

@@ -8,10 +8,12 @@ A diffusion model is sampled as it is, before any training: Diff2Flow makes it a
 for DDIM instead. What a file was trained for is read from its metadata. --print-sigmas gives the steps to other tools.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +36,11 @@ from data import (
     to_pil,
 )
 from diff2flow import OBJECTIVES
-from files import check_range, check_replaceable, cli, read_text, save_tensors
+from files import check_range, check_replaceable, cli, from_json, read_text, save_tensors
 from model import DepthUNet, load_checkpoint, prediction_of
 from run import Ranks
 from schedule import sd_schedule
-from toy.scenes import Scenes
+from toy.scenes import PLAIN, Scenes
 
 BUNDLED_PRIOR = Path(__file__).parent / "toy" / "tiny-v.safetensors"
 PAIRS_A_FILE = 256
@@ -68,9 +70,17 @@ def pick_precision(name, device):
 
 
 def read_result(weights):
-    """What train.py wrote beside its weights when it had finished (result.json), or {}."""
+    """What train.py wrote beside its weights when it had finished (result.json), or {}. A damaged one is left out."""
     path = Path(weights).with_name("result.json")
-    return json.loads(read_text(path)) if path.exists() else {}
+    try:
+        result = from_json(read_text(path)) if path.exists() else {}
+        if result and not (isinstance(result["task"], str) and isinstance(result.get("ckpt") or "", str)
+                           and isinstance(result.get("use_ema", False), bool)):
+            raise ValueError("its task, ckpt or use_ema is no such thing")
+        return dict(result)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        print(f"warning: {path} is not as train.py wrote it ({error}): it is left out", file=sys.stderr)
+        return {}
 
 
 def newest_weights(task):
@@ -86,9 +96,12 @@ def find_base(lora_file):
     was that one's EMA weights. ValueError if neither tells."""
     result = read_result(lora_file)
     if result:
-        return result.get("ckpt") or BUNDLED_PRIOR, result.get("use_ema", False)
+        base = result.get("ckpt") or BUNDLED_PRIOR
+        if not os.path.exists(base):
+            raise ValueError(f"{lora_file}: result.json says it was trained on {base}, which is not there: give --ckpt")
+        return base, result.get("use_ema", False)
     name = lora.read_metadata(lora_file).get("base")
-    bundled = BUNDLED_PRIOR.with_name(name or "no name")
+    bundled = BUNDLED_PRIOR.parent / Path(name or "no name").name
     if not bundled.is_file():
         raise ValueError(f"{lora_file}: trained on {name or 'a checkpoint that it does not name'}: give it by --ckpt")
     return bundled, False
@@ -123,8 +136,8 @@ def check_base(lora_file, told, ckpt, sd, prediction):
         raise ValueError(f"{lora_file}: trained on {told.get('base', 'a base')}, whose UNet predicts {kind}; {ckpt} "
                          f"predicts {sd.prediction}: give the right --ckpt (or --prediction, if that is wrong)")
     if theirs is not None:
-        print(f"warning: {lora_file} was trained on {told['base']} (UNet {theirs[:10]}); {ckpt} has another UNet "
-              f"({sd.unet_hash[:10]})")
+        print(f"warning: {lora_file} was trained on {told.get('base', 'a base')} (UNet {theirs[:10]}); {ckpt} has "
+              f"another UNet ({sd.unet_hash[:10]})")
 
 
 def load_flow(ckpt=None, lora_file=None, *, device="cpu", dtype=torch.float32, task="text-to-image", objective=None,
@@ -142,7 +155,9 @@ def load_flow(ckpt=None, lora_file=None, *, device="cpu", dtype=torch.float32, t
         told = lora.read_metadata(lora_file)
         check_base(lora_file, told, ckpt, sd, prediction)
         sd.metadata |= {name: value for name, value in told.items() if not name.startswith(("ss_", "modelspec."))}
-        sd.prediction = prediction or prediction_of(told)[0] or sd.prediction
+        sd.path, sd.prediction = lora_file, prediction or prediction_of(told)[0] or sd.prediction
+        if sd.prediction not in ("v", "eps"):
+            raise ValueError(f"{lora_file}: prediction {sd.prediction!r} is neither 'v' nor 'eps': give --prediction")
         sd.zero_snr = sd.zero_snr or told.get("zero_snr") == "true"
         if told.get("task") == "depth":
             sd.add_picture_input()
@@ -167,6 +182,17 @@ def make_flow(sd, objective):
 def objective_of(flow):
     """-> its name among OBJECTIVES."""
     return next(name for name, kind in OBJECTIVES.items() if type(flow) is kind)
+
+
+def guidance(sd, cfg=None):
+    """-> cfg, or where that is None the scale that the model's file asks for, or 4."""
+    told = sd.metadata.get("cfg", 4.0) if cfg is None else cfg
+    try:
+        if abs(float(told)) <= 1e6:                             # which NaN is not
+            return float(told)
+    except ValueError:
+        pass
+    raise ValueError(f"{sd.path}: its metadata says cfg {told!r}, which is no scale of guidance: give --cfg")
 
 
 def noises(numbers, shape, seed):
@@ -195,7 +221,9 @@ def count_made_pairs(shard, settings):
     n = 0
     for path, start, made in files_of_shard(shard):
         if made["settings"] != settings:
-            raise ValueError(f"{path}: its pairs were made with other settings; choose another --out")
+            others = [name for name, value in settings.items() if made["settings"].get(name) != value]
+            raise ValueError(f"{path}: its pairs were made with other settings; choose another --out "
+                             f"(what differs: {', '.join(others)})")
         n = start + len(made["prompts"])
     return n
 
@@ -217,10 +245,12 @@ def join_batches(shard, settings):
         path.unlink()
 
 
-def pair_settings(args, flow, size):
-    """-> what the pairs of one folder must have in common."""
+def pair_settings(args, sd, flow, prompts, size):
+    """-> what the pairs of one folder must have in common. prompts: a list, or what they are in a word."""
     return {"ckpt": args.ckpt.name, "lora": args.lora, "objective": objective_of(flow), "seed": args.seed,
-            "steps": args.steps, "cfg": args.cfg, "negative": args.negative, "size": size}
+            "steps": args.steps, "cfg": args.cfg, "negative": args.negative, "size": size, "unet_hash": sd.unet_hash,
+            "lora_hash": args.lora and hashlib.sha256(Path(args.lora).read_bytes()).hexdigest(),
+            "prompts_hash": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
 
 
 def make_pairs(args, sd, flow, prompts, size, settings, ranks, amp):
@@ -302,7 +332,7 @@ def arguments():
 
 def check(args):
     """ValueError for a setting that cannot work."""
-    check_range(args, 1, math.inf, "steps", "batch", "n", "pairs")
+    check_range(args, 1, 1e9, "steps", "batch", "n", "pairs")
     check_range(args, 0, 2**32, "seed")
     check_range(args, -1e6, 1e6, "cfg")
     if args.shards:
@@ -404,19 +434,21 @@ def main():
         sigmas = ", ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, args.steps))
         print(f"ComfyUI, ManualSigmas: {sigmas}\ndiffusers: sigmas=[{sigmas}]")
         return
-    if args.cfg is None:
-        args.cfg = float(sd.metadata.get("cfg", 4.0))
-    size = list(sd.picture_size(args.size))
+    args.cfg, size = guidance(sd, args.cfg), list(sd.picture_size(args.size))
     n = args.pairs or args.n or len(prompts) or 8
-    prompts = prompts or SceneCaptions(n, sd.metadata.get("style", "solid"))
+    style = sd.metadata.get("style") if sd.metadata.get("style") in PLAIN else "solid"
+    settings = pair_settings(args, sd, flow, prompts or style, size) if args.pairs else None
+    prompts = prompts or SceneCaptions(n, style)
     if args.pairs:
-        make_pairs(args, sd, flow, prompts, size, pair_settings(args, flow, size), ranks, amp)
+        make_pairs(args, sd, flow, prompts, size, settings, ranks, amp)
         return
     prompts = [prompts[i % len(prompts)] for i in range(n)]
     files = single_files(args, n) if args.singles else []
-    in_grid, columns = prompts[:PICTURES_IN_GRID] if files else prompts, min(n, 8)
+    in_grid = prompts[:PICTURES_IN_GRID] if files else prompts
+    columns = min(len(in_grid), 8)
     check_picture_file(args.out, GridPlan(len(in_grid), *size, columns, captions=in_grid).size)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)    # what cannot be written is an error before the work
+    for path in [Path(args.out), *files[:1]]:
+        path.parent.mkdir(parents=True, exist_ok=True)      # what cannot be written is an error before the work
     print(f"{n} pictures of {size[0]}x{size[1]}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
           f"seed {args.seed}")
     making = partial(in_words, args, sd, flow, negative=args.negative,

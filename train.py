@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 import lora
 import run
-from data import Cached, ImageFolder, Kept, Keys, Pairs, Store, Tars, progress, save_grid, seed_of
+from data import ImageFolder, Kept, Keys, Pairs, progress, save_grid, seed_of
 from depth import DepthFolders, DepthScenes
 from diff2flow import OBJECTIVES, velocity_error
 from files import SOFTWARE, check_range, cli, replacing
-from model import hash_of, load_checkpoint
+from model import load_checkpoint
 from sample import BUNDLED_PRIOR, draw, make_flow, pick_device, pick_precision
+from storage import Tars, fill_cache
 from toy.scenes import Scenes
 
 TASKS = ("text-to-image", "reflow", "depth")
@@ -122,7 +123,7 @@ def arguments():
         settings = run.resumed_settings(args.resume, run.given_flags(parser, args))
         if settings["task"] not in TASKS:
             raise ValueError(f"--resume {args.resume}: a run of toy.make_prior, whose own --resume goes on with it")
-        return argparse.Namespace(**{**vars(args), **settings})
+        args = run.parsed_again(parser, settings, run.state_file(args.resume))
     args.ckpt = args.ckpt and os.path.abspath(args.ckpt)            # a run may be resumed from another folder
     args.cache = args.cache and os.path.abspath(args.cache)
     args.data = args.data and [os.path.abspath(folder) for folder in args.data]
@@ -130,14 +131,17 @@ def arguments():
     for name, value in recipe(args.task, bundled).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check(args)
+    try:
+        check(args)
+    except ValueError as error:
+        raise ValueError(f"{run.state_file(args.resume)}: {error}" if args.resume else str(error)) from None
     return args
 
 
 def check(args):
     """ValueError for a setting that cannot work."""
-    check_range(args, 1, math.inf, "steps", "batch", "grad_accum", "scenes", "validation", "previews", "save_every")
-    check_range(args, 0, math.inf, "preview_every", "warmup")
+    check_range(args, 1, 1e9, "steps", "batch", "grad_accum", "scenes", "validation", "previews", "save_every")
+    check_range(args, 0, 1e9, "preview_every", "warmup")
     check_range(args, 0, 2**32, "seed")
     check_range(args, 1e-12, 1, "lr")
     check_range(args, 1e-12, math.inf, "clip")
@@ -222,25 +226,6 @@ def to_latents(sd, batch):
     if "image" in batch:
         return {"x1": sd.encode(batch["image"]).float(), "caption": batch["caption"]}
     return batch
-
-
-def fill_cache(args, sd, amp, ranks, images):
-    """-> the ImageFolder's pictures as latents and text states, after those that --cache lacks were computed."""
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32      # in which a step computes them
-    size, made = (images.height, images.width), f"{args.precision}, version 1"  # to be raised when encoding changes
-    latents = Store(Path(args.cache), f"latents {size} {hash_of(sd.first_stage_model)} {made}",
-                    (sd.config.latent_channels, *(side // sd.factor for side in size)))
-    states = Store(Path(args.cache), f"text {hash_of(sd.text_encoder)} {made}", (77, sd.config.context_width))
-
-    def encode(image):
-        return encode_item(sd, {"image": image, "caption": ""})["x1"].to(dtype)
-
-    def encode_text(caption):
-        return sd.encode_text([caption])[0].to(dtype)
-    cached = Cached(images, latents, states)
-    with torch.no_grad(), amp:
-        cached.fill(encode, encode_text, ranks)
-    return cached
 
 
 def encode_item(sd, item):
@@ -634,7 +619,7 @@ def main():
           f"{args.precision} on {device}, into {out}/")
     with run.job(out, ranks, shlex.join(["python", "train.py", "--resume", str(out)])) as job:
         if args.cache:
-            dataset = fill_cache(args, sd, amp, ranks, dataset)
+            dataset = fill_cache(args.cache, sd, dataset, args.precision, amp, ranks)
             items = [dataset[i] for i in range(args.validation)]
         validation, before = None, None
         if ranks.leads:

@@ -31,6 +31,7 @@ import lora
 import train
 from model import LATENT_SCALE, load_checkpoint
 from run import Ranks
+from storage import fill_cache
 from tests import checkpoints
 from tests.checkpoints import CONFIGS, PROMPTS, manifest, relative
 
@@ -148,7 +149,7 @@ def measure_cache(path, sizes=(64, 128, 256), turns=5):
     for size in sizes:
         args.size = [size]
         live = train.open_data(args, sd)[0]
-        datasets, seconds = {"without": live, "with": train.fill_cache(args, sd, amp, Ranks(cpu), live)}, {}
+        datasets, seconds = {"without": live, "with": fill_cache(args.cache, sd, live, "fp32", amp, Ranks(cpu))}, {}
         for turn in range(turns + 1):
             for what, dataset in datasets.items():
                 begin = time.process_time()

@@ -341,6 +341,13 @@ def test_the_part_that_a_file_lacks_is_named(files, tmp_path, prefixes, lacks):
         write(tensors, tmp_path))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1])
+def test_weights_that_are_no_real_and_finite_numbers_are_refused_by_their_tensor(files, tmp_path, value):
+    name, tensors = UNET + "out.2.bias", load_file(files["sd21"])
+    tensors[name] = torch.full_like(tensors[name], value, dtype=torch.int32 if value == 1 else None)
+    assert f"{name} holds NaN, infinity or no real numbers" in refusal_of(tensors, tmp_path)
+
+
 def test_a_text_encoder_under_the_names_of_the_other_version_is_refused(files, tmp_path):
     both = load_file(files["sd15"]), load_file(files["sd21"])
     tensors = {key: value for key, value in both[0].items() if key.startswith(TEXT)} | {

@@ -1,10 +1,10 @@
 """data.py: pictures are read as they look, the order of items is a function of (seed, position), what is written comes
 back."""
 import json
+import math
 import os
 import shutil
-import sys
-from itertools import islice
+import struct
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import ImageFolder, Kept, Keys, Pairs, Tars, read_pairs, save_grid, save_picture, to_pil
+from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_picture, to_pil
 from files import save_tensors
-from tests.runs import picture_bytes, save_photo, save_photos, save_shards, save_tar
+from tests.runs import save_photo, save_photos
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_missing_captions_are_empty_and_counted_in_one_line(photos, capsys):
     assert error.count("\n") == 1 and "1 of 3 images without a caption" in error and "roof.jpg" in error
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a.jpg"}'])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a.jpg"}', "[" * 100_000])
 def test_a_broken_line_of_metadata_is_named(photos, line):
     with open(photos / "metadata.jsonl", "a") as file:
         file.write(line)
@@ -170,6 +170,13 @@ def test_a_folder_that_is_missing_a_file_or_empty_is_refused(tmp_path):
             ImageFolder(tmp_path / name, 16, 16)
 
 
+def test_a_picture_of_more_pixels_than_a_computer_holds_is_named(tmp_path):
+    header = struct.pack("<2sIIIIiiHH6I", b"BM", 54, 0, 54, 40, 60_000, 60_000, 1, 24, *[0] * 6)
+    (tmp_path / "bomb.bmp").write_bytes(header)
+    with pytest.raises(ValueError, match="bomb.bmp: cannot be read as a picture .*3600000000 pixels"):
+        data.open_rgb(tmp_path / "bomb.bmp")
+
+
 def test_crop_and_flip_depend_on_the_seed_and_the_key_alone(photos):
     images, again = ImageFolder(photos, 48, 32, seed=5), ImageFolder(photos, 48, 32, seed=5)
     images[3]
@@ -247,104 +254,6 @@ def test_the_exif_orientation_is_obeyed(tmp_path):
     assert shown[:, :12].max() < -0.8 and shown[:, 20:].min() > 0.8
 
 
-# ------------------------------------------------------------------ tars
-
-def shards(folder, **options):
-    return Tars([f"{folder}/{{00000..00004}}.tar"], 8, 12, **options)
-
-
-def captions(items, n):
-    return [item["caption"] for item in islice(items, n)]
-
-
-ALL = {f"picture {i}" for i in range(20)}
-
-
-def test_tars_give_each_picture_with_its_caption_in_the_range_of_photographs(tmp_path):
-    save_shards(tmp_path)
-    tars = shards(tmp_path)
-    assert captions(tars.first(3), 9) == ["picture 0", "picture 1", "picture 2"] and len(tars.tars) == 5
-    for item in islice(tars, 20):
-        number = int(item["caption"].split()[1])
-        assert item["image"].shape == (3, 8, 12) and torch.allclose(item["image"], torch.tensor(2 * number / 127.5 - 1))
-
-
-def test_a_pass_over_tars_has_every_picture_once_in_an_order_by_seed_start_and_pass(tmp_path):
-    save_shards(tmp_path)
-    passes = captions(shards(tmp_path), 60)
-    passes = [passes[:20], passes[20:40], passes[40:]]
-    assert all(set(one) == ALL for one in passes) and passes[0] == captions(shards(tmp_path), 20)
-    late = shards(tmp_path)
-    late.start = 7
-    orders = [*passes, captions(late, 20), captions(shards(tmp_path, seed=1), 20)]
-    assert len({tuple(order) for order in orders}) == 5 and set(orders[3]) == ALL
-
-
-@pytest.mark.parametrize("ranks, workers", [(1, 2), (2, 0), (2, 2), (4, 0)])
-def test_processes_and_their_workers_share_a_pass_over_tars_without_overlap(tmp_path, ranks, workers):
-    save_shards(tmp_path, tars=4)
-    seen = []
-    for rank in range(ranks):
-        tars = Tars([f"{tmp_path}/{{00000..00003}}.tar"], 8, 12, rank=rank, ranks=ranks)
-        batches = DataLoader(tars, 1, num_workers=workers)          # a picture of each worker in turn
-        seen += [batch["caption"][0] for batch in islice(batches, 16 // ranks)]
-    assert sorted(seen) == sorted(f"picture {i}" for i in range(16))
-
-
-def test_pictures_of_tars_are_cropped_and_flipped_at_random(tmp_path):
-    save_photo(tmp_path / "a.jpg", 48, 96)
-    save_tar(tmp_path / "a.tar", {"a.jpg": (tmp_path / "a.jpg").read_bytes()})
-    crops = [item["image"] for item in islice(Tars([str(tmp_path / "a.tar")], 32, 32), 20)]
-    assert not any(torch.equal(crops[0], crop) for crop in crops[1:])
-
-
-def test_tars_hold_jpg_png_and_webp_with_captions_in_json_too_and_nothing_else_is_opened(tmp_path, capsys):
-    save_tar(tmp_path / "a.tar", {
-        "0.jpg": picture_bytes(9, "JPEG"), "0.json": b'{"caption": " a boat "}', "0.pyd": b"a pickle", "0.pth": b"too",
-        "1.PNG": picture_bytes(9), "1.json": b'{"caption": null}',
-        "deep/2.webp": picture_bytes(9, "WEBP"), "deep/2.txt": "Blüte\n".encode()})
-    assert captions(Tars([str(tmp_path / "a.tar")], 8, 8).first(9), 9) == ["a boat", "", "Blüte"]
-    assert capsys.readouterr().err == f"warning: 1 of the first 3 pictures in {tmp_path}/a.tar are without a caption\n"
-
-
-def test_what_is_damaged_in_a_tar_is_left_out_and_said_once(tmp_path, capsys):
-    save_tar(tmp_path / "a.tar", {"0.png": picture_bytes(0)[:40], "1.png": picture_bytes(1), "1.txt": b"good",
-                                  "2.png": picture_bytes(2), "2.txt": b"\xff", "3.png": picture_bytes(3),
-                                  "3.json": b"[1]", "4.txt": b"alone"})
-    save_tar(tmp_path / "b.tar", {"5.png": picture_bytes(5), "5.txt": b"too", "6.png": picture_bytes(6), "6.PNG": b""})
-    tars = Tars([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], 8, 8)
-    assert set(captions(tars, 6)) == {"good", "too"}
-    lines = capsys.readouterr().err.splitlines()
-    assert sorted(line.split(": ")[1] for line in lines) == [
-        *(f"{tmp_path}/a.tar, {key}" for key in "0234"), f"{tmp_path}/b.tar"]
-    assert "0.png: cannot be read as a picture" in "".join(lines) and "4: no picture, is left out" in "".join(lines)
-
-
-def test_a_tar_that_is_missing_empty_truncated_or_without_a_picture_is_named(tmp_path):
-    save_shards(tmp_path)
-    whole = (tmp_path / "00003.tar").read_bytes()
-    for content in b"", b"no tar", bytes(10240), whole[:3000], whole[:1536]:
-        (tmp_path / "00003.tar").write_bytes(content)
-        with pytest.raises(ValueError, match="00003.tar: empty, truncated, or no tar"):
-            shards(tmp_path)
-    (tmp_path / "00003.tar").unlink()
-    with pytest.raises(ValueError, match="00003.tar: no such file"):
-        shards(tmp_path)
-    save_tar(tmp_path / "a.tar", {"0.txt": b"alone"})
-    with pytest.raises(ValueError, match="a.tar: no picture in 1 tars"):
-        Tars([str(tmp_path / "a.tar")], 8, 8).first(1)
-    with pytest.raises(ValueError, match="1 tars for 2 processes"):
-        Tars([str(tmp_path / "a.tar")], 8, 8, ranks=2)
-    with pytest.raises(ValueError, match=r"or its tars: .*\*.tar"):
-        ImageFolder(tmp_path, 8, 8)
-
-
-def test_tars_without_webdataset_say_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(ValueError, match="reading tars takes webdataset: pip install webdataset"):
-        shards(tmp_path)
-
-
 # ------------------------------------------------------------------ Reflow's pairs
 
 def write_pairs(folder, number, n, settings):
@@ -353,14 +262,14 @@ def write_pairs(folder, number, n, settings):
     tensors = {"noise": values.expand(n, 4, 2, 2).half(), "latent": -values.expand(n, 4, 2, 2).half()}
     prompts = [f"prompt {int(value)}" for value in values.flatten()]
     save_tensors(folder / f"pairs-{number:06d}.safetensors", tensors,
-                 {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
+                 {"prompts": json.dumps(prompts), "about": json.dumps({"size": [16, 16], "cfg": 3} | settings)})
 
 
 def test_pairs_come_back_over_the_borders_of_files_and_the_last_ones_are_held_out(tmp_path):
-    write_pairs(tmp_path, 0, 4, {"size": [16, 16]})
-    write_pairs(tmp_path, 1, 3, {"size": [16, 16]})
+    write_pairs(tmp_path, 0, 4, {})
+    write_pairs(tmp_path, 1, 3, {})
     pairs = Pairs(tmp_path, validation=2)
-    assert len(pairs) == 5 and pairs.settings == {"size": [16, 16]}
+    assert len(pairs) == 5 and pairs.settings == {"size": [16, 16], "cfg": 3}
     for key, i in (0, 0), (3, 3), (4, 4), (5, 0), (13, 3):
         pair = pairs[key]
         assert pair["caption"] == f"prompt {i}" and (pair["noise"] == i).all() and (pair["latent"] == -i).all()
@@ -379,8 +288,26 @@ def test_batches_of_a_file_in_progress_are_pairs_too_but_not_those_that_it_holds
     assert len(pairs) == 8
 
 
+def test_pairs_that_do_not_belong_together_are_refused_by_their_file(tmp_path):
+    path, about = tmp_path / "pairs-000000.safetensors", {"size": [16, 16], "cfg": 3}
+    whole = {name: torch.zeros(2, 4, 2, 2).half() for name in ("noise", "latent")}
+    broken = [(whole, ["a"], about), (whole, ["a", 5], about), (whole, ["a", "b"], {"size": [16, 16]}),
+              (whole, ["a", "b"], []), (whole, ["a", "b"], about | {"size": ["16", 16]}),
+              ({"noise": whole["noise"]}, ["a", "b"], about),
+              (whole | {"latent": torch.zeros(1, 4, 2, 2).half()}, ["a", "b"], about),
+              ({name: tensor.int() for name, tensor in whole.items()}, ["a", "b"], about)]
+    for tensors, prompts, settings in broken:
+        save_tensors(path, tensors, {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
+        with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or no pairs of sample.py: delete"):
+            Pairs(tmp_path, validation=1)
+    whole["noise"] *= math.nan
+    save_tensors(path, whole, {"prompts": '["a", "b"]', "about": json.dumps(about)})
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: pair 0 holds NaN"):
+        Pairs(tmp_path, validation=1)[0]
+
+
 def test_pairs_of_other_settings_are_not_mixed(tmp_path):
-    write_pairs(tmp_path, 0, 4, {"cfg": 3})
+    write_pairs(tmp_path, 0, 4, {})
     write_pairs(tmp_path, 1, 4, {"cfg": 4})
     with pytest.raises(ValueError, match="pairs-000001.* other settings than those of .*pairs-000000"):
         Pairs(tmp_path, validation=1)

@@ -167,15 +167,32 @@ def test_depth_that_does_not_fit_its_picture_is_named(tmp_path, make, says):
         item_of(tmp_path)
 
 
+def test_a_picture_without_a_valid_depth_gives_way_to_the_next_and_is_said_once(tmp_path, capsys):
+    for name, metres in ("a", np.nan), ("b", 3.0), ("c", 0.0):
+        save_rgb(tmp_path / f"{name}.png")
+        np.save(tmp_path / f"{name}.npy", np.full((48, 64), metres))
+    for seed in range(2):
+        items = depth.DepthFolders([tmp_path], None, 48, 64, seed)
+        assert len(items) == 3 and all(items[key]["valid"].all() for key in range(9))
+        error = capsys.readouterr().err
+        assert error.count(f"{tmp_path}/a.npy: no pixel has a valid depth") == error.count("c.npy: no pixel has") == 1
+        assert torch.equal(depth.DepthFolders([tmp_path], None, 48, 64, seed)[7]["image"], items[7]["image"])
+        capsys.readouterr()
+    (tmp_path / "b.npy").unlink()
+    with pytest.raises(ValueError, match="none of the 2 depth files has a valid pixel, last .*npy"):
+        item_of(tmp_path)
+
+
 def test_without_h5py_its_name_and_use_are_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ValueError, match="pip install h5py"):
         depth.read_depth(tmp_path / "x.hdf5")
 
 
-def test_a_weight_that_no_folder_has_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="2 weights for 1 folders"):
-        depth.DepthFolders([tmp_path], [1, 2], 8, 8)
+@pytest.mark.parametrize("weights", [[1, 2], [0], [-1], [float("nan")], [float("inf")]])
+def test_weights_are_one_for_each_folder_and_above_0(tmp_path, weights):
+    with pytest.raises(ValueError, match="for 1 folders: one for each, above 0"):
+        depth.DepthFolders([tmp_path], weights, 8, 8)
 
 
 def test_scenes_have_items_like_those_of_folders():
@@ -404,7 +421,7 @@ def test_each_data_set_has_its_unit_and_its_crop(tmp_path, dataset, unit, shape,
 @pytest.mark.parametrize("dataset, near, far", [
     ("nyu", 0.001, 10), ("scannet", 0.001, 10), ("kitti", 1e-5, 80), ("diode", 0.6, 350), ("plain", 1e-5, np.inf)])
 def test_depth_outside_a_data_sets_range_is_invalid(tmp_path, dataset, near, far):
-    metres = np.full((375, 1242), 5, np.float32)
+    metres = np.full(depth.PROTOCOLS[dataset].shape or (375, 1242), 5, np.float32)
     metres[250, 500:504] = 0.99 * near, 1.01 * near, min(0.99 * far, 1e6), 1.01 * far
     np.save(tmp_path / "x.npy", metres)
     valid = depth.read_truth(tmp_path, dataset, "x.npy", unit=1)[1]
@@ -428,12 +445,12 @@ def test_a_kitti_prediction_of_a_full_picture_is_cropped_like_the_truth_and_a_sm
 
 
 def test_diodes_mask_is_the_third_word_of_a_line(measure, tmp_path):
-    values = np.random.default_rng(0).uniform(1, 9, (48, 64))
-    mask = np.arange(48) >= 20
+    values = np.random.default_rng(0).uniform(1, 9, (768, 1024))
+    mask = np.arange(768) >= 320
     for folder in "truth", "pred":
         (tmp_path / folder).mkdir()
     np.save(tmp_path / "truth/x.npy", values[..., None])
-    np.save(tmp_path / "truth/mask.npy", np.tile(mask[:, None], 64).astype(np.float32))
+    np.save(tmp_path / "truth/mask.npy", np.tile(mask[:, None], 1024).astype(np.float32))
     np.save(tmp_path / "pred/x.npy", np.where(mask[:, None], np.log(values), 0))
     results = []
     for line in "x.png x.npy mask.npy", "x.png x.npy":
@@ -461,6 +478,26 @@ def test_a_missing_prediction_and_a_line_without_depth_are_named(measured, measu
     (measured / "list.txt").write_text("a.jpg a.npy\nb.jpg\n")
     with pytest.raises(ValueError, match="list.txt.*'b.jpg' alone"):
         measure(measured, "--list", measured / "list.txt")
+
+
+def test_what_cannot_be_measured_is_named(measured, measure):
+    for dataset, shape in ("nyu", "480x640"), ("diode", "768x1024"), ("kitti", "352x1216"):
+        with pytest.raises(ValueError, match=f"48x64.*{shape}"):
+            measure(measured, "--dataset", dataset)
+    for scale in "0", "-1", "nan", "inf":
+        with pytest.raises(ValueError, match=f"--scale {scale}: it must be"):
+            measure(measured, f"--scale={scale}")
+    np.save(measured / "pred/a.npy", np.full((48, 64), np.nan))
+    with pytest.raises(ValueError, match="pred/a.npy holds NaN or infinity"):
+        measure(measured)
+
+
+@pytest.mark.parametrize("make, says", [(lambda path: np.save(path, np.ones((3, 4))), r"shape \(3, 4\) for a depth of"),
+                                        (lambda path: path.write_bytes(b""), "cannot be read as a mask")])
+def test_a_mask_that_does_not_fit_is_named(tmp_path, make, says):
+    make(tmp_path / "mask.npy")
+    with pytest.raises(ValueError, match=f"mask.npy.* {says}"):
+        depth.read_mask(tmp_path / "mask.npy", (768, 1024))
 
 
 # ------------------------------------------------------------------ files that are no depth

@@ -150,7 +150,7 @@ def test_a_file_of_weights_that_holds_code_is_refused_and_its_code_does_not_run(
             with pytest.raises(ValueError, match=f"{name}.pth: (no file of plain tensors|it holds other things)"):
                 measure(*words)
         with pytest.raises(ValueError, match=f"{name}.pth: "):
-            evaluate.aesthetics_predictor(folder / f"{name}.pth")
+            evaluate.aesthetics_predictor(folder / f"{name}.pth", 16)
     assert not (folder / "made").exists()
 
 
@@ -164,3 +164,26 @@ def test_the_weights_of_another_network_than_inception_are_named(folder, measure
     torch.save({"x": torch.ones(1)}, folder / "other.pth")
     with pytest.raises(ValueError, match="--inception .*other.pth: the weights of another network"):
         measure("--real", folder / "real", "--inception", folder / "other.pth")
+
+
+def test_weights_of_another_network_than_clip_or_its_head_are_named(folder, measure, small_clip):
+    words = "--clip", "small-clip", folder / "clip.pt", "--aesthetics"
+    broken = {"deep": {"0.weight": torch.ones(1, 16, 1), "0.bias": torch.ones(1)}, "none": {"x": torch.ones(1)},
+              "bare": {"0.weight": torch.ones(1, 16)}, "wide": {"0.weight": torch.ones(1, 9), "0.bias": torch.ones(1)},
+              "two": {"0.weight": torch.ones(2, 16), "0.bias": torch.ones(2)}}
+    for name, tensors in broken.items():
+        torch.save(tensors, folder / f"{name}.pth")
+        with pytest.raises(ValueError, match=f"{name}.pth: no linear layers from CLIP's 16 numbers to one score"):
+            measure(*words, folder / f"{name}.pth")
+    weights = torch.load(folder / "clip.pt", weights_only=True)
+    weights.pop("ln_final.bias")
+    torch.save(weights, folder / "part.pt")
+    torch.jit.script(torch.nn.Linear(1, 1)).save(str(folder / "script.pt"))
+    torch.save(Intruder(folder / "made"), folder / "code.pt")
+    for name, file, says in (
+            ("small-clip", "part.pt", "part.pt: not the weights of that network"), ("x", "clip.pt", "none of that na"),
+            ("small-clip", "script.pt", "script.pt: a TorchScript archive.*take open_clip's .safetensors"),
+            ("small-clip", "code.pt", "code.pt: no file of plain tensors"), ("hf-hub:a/b", "clip.pt", "downloaded")):
+        with pytest.raises(ValueError, match=says):
+            measure("--clip", name, folder / file, "--aesthetics", folder / "head.pt")
+    assert not (folder / "made").exists()

@@ -5,11 +5,12 @@ import stat
 from argparse import Namespace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from files import check_range, cli, open_tensors, read_text, replacing, save_tensors
+from files import check_range, cli, from_json, open_tensors, read_text, replacing, save_tensors
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -108,3 +109,35 @@ def test_an_interrupt_is_one_word_and_exit_code_130_and_a_bug_keeps_its_tracebac
     assert exit_of(interrupted, capsys) == (130, "interrupted\n")
     with pytest.raises(AssertionError):
         cli(bug)
+
+
+def out_of_cuda():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 3 GiB.\nSee PYTORCH_ALLOC")
+
+
+def too_long():
+    raise ValueError("photo.png: " + "x" * 10_000 + ": give another")
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(2**50), lambda: np.empty(2**50), lambda: bytearray(2**50),
+                                 out_of_cuda])
+def test_out_of_memory_is_a_line_that_says_what_to_lower(ask, capsys):
+    code, line = exit_of(ask, capsys)
+    assert code == 2 and line.startswith("error: out of memory: lower --batch or --size") and line.count("\n") == 1
+
+
+def test_the_line_of_an_error_has_an_end(capsys):
+    _, line = exit_of(too_long, capsys)
+    assert line.startswith("error: photo.png: x") and line.endswith("x: give another\n") and len(line) < 1500
+
+
+def test_an_error_of_torch_that_is_not_the_users_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        cli(lambda: torch.ones(1, 2) @ torch.ones(3, 1))
+
+
+def test_json_of_any_depth_is_a_value_or_a_value_error():
+    assert from_json('{"a": [1]}') == {"a": [1]}
+    for text in "[" * 100_000, "{", "", "9" * 5000:
+        with pytest.raises(ValueError):
+            from_json(text)

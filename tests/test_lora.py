@@ -1,4 +1,6 @@
 """lora.py: its arithmetic, the paper's presets, and files that diffusers reads and writes too."""
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -267,6 +269,14 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp
     lora.save(unet, path, {})
     save_file({key: value for key, value in {**load_file(path), **changes}.items() if value is not None}, path)
     assert refusal(path, meta_unet(SMALL_SD2)).match(f".*{says}")
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, [1.0, 1.0], [], 4])
+def test_an_alpha_that_is_no_real_number_is_refused(tmp_path, alpha):
+    path, name = tmp_path / "bad.safetensors", "lora_unet_conv_in.alpha"
+    lora.save(adapted_unet(SMALL_SD1, 4), path, {})
+    save_file(load_file(path) | {name: torch.tensor(alpha)}, path)
+    assert refusal(path, meta_unet(SMALL_SD1)).match(f".*{name} (is torch|holds NaN or infinity)")
 
 
 def test_a_file_for_another_base_one_without_adapters_and_a_damaged_one_are_refused(tmp_path):

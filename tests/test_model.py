@@ -2,6 +2,9 @@
 
 The checkpoints are random and nowhere zero, with the real files' names, at a tenth of the width.
 """
+import random
+import time
+
 import open_clip
 import pytest
 import torch
@@ -9,7 +12,18 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file
 
-from model import SD15, SD21, DepthUNet, StableDiffusion, attend, load_checkpoint, text_tower, tokenize
+from model import (
+    SD15,
+    SD21,
+    DepthUNet,
+    StableDiffusion,
+    attend,
+    first_tokens,
+    load_checkpoint,
+    text_tower,
+    tokenize,
+    tokenizer,
+)
 from tests.checkpoints import NARROW, PROMPTS, clip_ids, randn, references, relative
 
 TOLERANCE = 1e-9  # in float64: summation order is 1e-15, a wrong GroupNorm eps in one layer 3e-9 or more
@@ -72,6 +86,27 @@ def test_token_ids_equal_transformers_and_open_clip():
     for pad_token in (0, 49407):
         assert torch.equal(tokenize(PROMPTS, pad_token), clip_ids(PROMPTS, pad_token))
     assert torch.equal(tokenize(PROMPTS, 0), open_clip.get_tokenizer("ViT-H-14")(PROMPTS))
+
+
+ODD_WORDS = ["&amp;amp;lt;", "\t", "\u00a0 ", "İ", "ß", "١", "1", "'ll", "ï¬‚", "😂", "<end_of_text>", "x" * 60,
+             "\u200b", "\ud800", "thinkbigsundaywithmarsha", "!?", "é", "東京"]
+
+
+def test_the_first_75_tokens_are_those_of_open_clips_encode_however_long_the_words_are():
+    rng, clip = random.Random(0), tokenizer()
+    spelled = [bytes(clip.byte_decoder[c] for c in token.removesuffix("</w>")).decode(errors="ignore")
+               for token in clip.encoder if "_of_text" not in token]
+    longest = sorted(spelled, key=len)[-300:]
+    for i in range(20):
+        words = [ODD_WORDS, longest, spelled, [rng.choice(spelled), rng.choice(longest)]][i % 4]
+        text = "".join(rng.choices(words, k=rng.choice([20, 200, 1500])))[:6000]
+        assert first_tokens(text) == clip.encode(text)[:75], text[:100]
+
+
+def test_a_caption_of_200_000_letters_takes_no_minute():
+    start, rng = time.time(), random.Random(0)
+    tokenize(["".join(chr(rng.randrange(0x4e00, 0x9fff)) for _ in range(200_000))], 0)
+    assert time.time() - start < 15
 
 
 def test_typographic_characters_are_read_as_plain_ones_as_in_clips_training():

@@ -1,4 +1,6 @@
 """run.py: a run ends when it is told to and goes on to the same result, owns its folder, and is shared by processes."""
+import json
+import math
 import os
 import re
 import shutil
@@ -201,6 +203,47 @@ def test_a_state_without_settings_is_refused(whole, args):
     assert "run/state.safetensors: not written by train.py" in refusal(train, "--resume run")
 
 
+def damaged(change):
+    """Change the tensors and the metadata of run/state.safetensors by `change`."""
+    tensors, told = load_file("run/state.safetensors"), metadata("run/state.safetensors")
+    change(tensors, told)
+    save_file(tensors, "run/state.safetensors", told)
+
+
+def set_to(start, make):
+    """Change the first tensor whose name begins with `start`."""
+    def change(tensors, told):
+        name = min(name for name in tensors if name.startswith(start))
+        tensors[name] = make(tensors[name])
+    return change
+
+
+def without(start):
+    """Leave out the tensors whose names begin with `start`."""
+    def change(tensors, told):
+        for name in [name for name in tensors if name.startswith(start)]:
+            del tensors[name]
+    return change
+
+
+def args_with(**changes):
+    return lambda tensors, told: told.update(args=json.dumps({**json.loads(told["args"]), **changes}))
+
+
+@pytest.mark.parametrize("change", [
+    set_to("parameter/", lambda x: x.flatten()[:1]), set_to("average/", lambda x: x * math.nan), without("average/"),
+    set_to("adam/exp_avg/", lambda x: x[None]), set_to("adam/step/", lambda x: x * math.inf),
+    without("adam/exp_avg"), without("adam/"), without("parameter/"), lambda tensors, told: told.pop("step"),
+    lambda tensors, told: told.update(step="x"), lambda tensors, told: told.update(step="-1"),
+    lambda tensors, told: told.update(args="[" * 100_000), args_with(batch="two"), args_with(task=[]),
+    args_with(unknown=3), args_with(objective="x"), args_with(seed={}), args_with(batch=0)])
+def test_a_damaged_state_is_one_line_that_names_it(whole, change):
+    shutil.copytree(whole, "run")
+    damaged(change)
+    assert "run/state.safetensors: " in refusal(train, "--resume run --steps 5")
+    assert not rows_of("run/metrics.jsonl")[-1]["step"] > 4
+
+
 # ------------------------------------------------------------------ several processes
 
 def torchrun(words):
@@ -288,7 +331,8 @@ def test_two_processes_fill_a_cache_together_with_what_one_puts_there(tiny):
 
 
 def test_two_processes_share_pictures_and_draw_the_grid_that_one_draws(tiny):
-    words = f"{FEW} --n 5 --batch 2 --ckpt {tiny} --out"
+    Path("prompts.txt").write_text("red\ngreen\nblue\nblack\nwhite\n")
+    words = f"{FEW} --prompts prompts.txt --batch 2 --ckpt {tiny} --out"
     works(sample, f"{words} one.png")
     out = printed_by(torchrun(f"{ROOT}/sample.py {words} two.png --singles"))
     assert out.count("5 pictures of 32x32") == 1                        # rank 0 alone prints

@@ -171,6 +171,8 @@ def test_a_lora_remembers_the_prediction_that_it_was_trained_with(tiny):
 
 def test_the_newest_finished_run_of_the_task_is_taken_with_the_base_that_its_lora_was_trained_from(tiny):
     adapter = write_lora("lora.safetensors", tiny)
+    for base in "sd.safetensors", "other.safetensors":
+        shutil.copy(tiny, base)
     assert find_files(None, None, False, "text-to-image") == (tiny, None, False)
     full = write_run("full", tiny)
     depth = write_run("depth", adapter, "depth", ckpt="sd.safetensors")
@@ -188,6 +190,9 @@ def test_what_is_named_is_taken_and_a_lora_alone_is_on_its_own_base(tiny):
     adapter = write_run("lora", write_lora("lora.safetensors", tiny), ckpt=None)
     moved = write_run("moved", "lora.safetensors", ckpt="other.safetensors", use_ema=True)
     write_run("full", tiny)
+    with pytest.raises(ValueError, match="moved/.*trained on other.safetensors, which is not there: give --ckpt"):
+        find_files(None, moved, False, "text-to-image")
+    shutil.copy(tiny, "other.safetensors")
     assert find_files(None, adapter, False, "text-to-image") == (tiny, adapter, False)
     assert find_files(None, moved, False, "text-to-image") == (Path("other.safetensors"), moved, True)
     assert find_files("own.safetensors", moved, False, "text-to-image") == (Path("own.safetensors"), moved, False)
@@ -359,6 +364,26 @@ def test_pairs_of_other_settings_are_not_mixed(small_files):
     assert "other settings; choose another --out" in refusal(sample, PAIRS + "--steps 1 --cfg 2")
 
 
+def test_pairs_of_another_model_or_prompts_are_not_mixed_though_the_names_are_the_same(tiny, small_files):
+    base, told = Path("base.safetensors"), "pairs-000000.safetensors: its pairs were made with other settings"
+    adapter, words = write_lora("lora.safetensors", tiny), PAIRS + "--ckpt base.safetensors --lora lora.safetensors "
+    shutil.copy(tiny, base)
+    works(sample, words)
+    works(sample, words)
+    for another in "--prompt 'a cat'", "--prompts prompts.txt":
+        Path("prompts.txt").write_text("a tree\n")
+        assert f"{told}; choose another --out (what differs: prompts_hash)" in refusal(sample, words + another)
+    tensors, about = load_file(adapter), metadata(adapter)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, adapter, about)
+    assert f"{told}; choose another --out (what differs: lora_hash)" in refusal(sample, words)
+    save_file(tensors, adapter, about)
+    sd = load_checkpoint(tiny)
+    sd.unet.out[2].bias += 1
+    sd.save(base)
+    line = refusal(sample, words)
+    assert told in line and "unet_hash" in line
+
+
 # ------------------------------------------------------------------ what is refused
 
 REFUSED = {
@@ -385,6 +410,37 @@ def test_what_cannot_be_sampled_is_one_line_and_leaves_nothing_behind(tiny, word
     before = sorted(bad.rglob("*"))
     assert REFUSED[words] in refusal(sample, words.format(bad))
     assert sorted(bad.rglob("*")) == before and not os.listdir()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", "null", "{}", "[" * 100_000, '{"task": 5}', '{"ckpt": null}',
+                                     '{"task": "depth", "ckpt": [1]}', "a folder"])
+def test_a_result_of_any_content_stops_no_sampling_and_is_named(tiny, content):
+    write_run("older", tiny)
+    path = write_run("newer", tiny).with_name("result.json")
+    if content == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(content)
+    done = call(sample, FEW + "--n 1 --steps 1")
+    assert done.code == 0 and "runs/older/model.safetensors: " in done.out and "Traceback" not in done.err
+    assert content in ("[]", "null", "{}") or "warning: runs/newer/result.json is not as train.py wrote it" in done.err
+
+
+ODD_WORDS_OF_A_FILE = [  # what a LoRA's metadata says, and how a number on the command line gets around it
+    ({"cfg": "much"}, "says cfg 'much'", "--cfg 2"), ({"cfg": "nan"}, "says cfg 'nan'", "--cfg 2"),
+    ({"resolution": "64 by 64"}, "says resolution '64 by 64'", "--size 32"),
+    ({"resolution": ""}, "says resolution ''", "--size 32"),
+    ({"prediction": "x0"}, "prediction 'x0' is neither", "--prediction v"), ({"base": "../x"}, "", "--steps 1")]
+
+
+@pytest.mark.parametrize("told, says, way_out", ODD_WORDS_OF_A_FILE)
+def test_what_a_file_says_of_itself_is_refused_by_its_name_where_it_makes_no_sense(tiny, told, says, way_out):
+    write_lora("odd.safetensors", tiny, base_hash=load_checkpoint(tiny).unet_hash, **told)
+    words = f"--n 1 --steps 1 --device cpu --lora odd.safetensors --ckpt {tiny} "
+    line = refusal(sample, words) if says else ""
+    assert not says or f"odd.safetensors: {'its metadata ' if 'says' in says else ''}{says}" in line
+    works(sample, words + way_out)
 
 
 # ------------------------------------------------------------------ the bundled priors

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import data
 import depth
 import sample
 import train
@@ -36,7 +35,6 @@ from tests.runs import (
     same,
     save_photo,
     save_photos,
-    save_shards,
     working_in,
     works,
 )
@@ -190,7 +188,7 @@ def test_a_lora_says_what_it_was_trained_for(whole, tiny):
         "format": "pt", "objective": "diff2flow", "style": "outline", "prediction": "v", "preset": "base",
         "task": "text-to-image", "schedule": "scaled_linear", "base": tiny.name, "base_hash": base.unet_hash,
         "resolution": "32 32", "cfg": "4.0", "ss_base_model_version": "sd_v2_v", "ss_v2": "True",
-        "ss_network_module": "networks.lora", "ss_network_dim": "Dynamic"}
+        "ss_network_module": "networks.lora", "ss_network_dim": "Dynamic", "software": "Diff2Flow"}
 
 
 def test_the_zero_snr_schedule_is_remembered_and_sampled_with(tiny):
@@ -513,97 +511,7 @@ def test_the_cards_command_trains_a_lora_on_photographs_from_a_file_of_stable_di
     works(sample, f"{words} --steps 1 --n 1 --size 64 --device cpu")
 
 
-# ------------------------------------------------------------------ tars, --cache, and waiting for data
-
-def test_tars_are_trained_on_with_their_first_pictures_held_out_and_a_resumed_run_says_what_repeats():
-    save_shards("shards")
-    words = SHORT + "--steps 2 --lora 2 --caption-dropout 0 --data 'shards/{00000..00004}.tar' --out run"
-    with pytest.MonkeyPatch.context() as patch:
-        prompts, plain = [], StableDiffusion.encode_text
-        patch.setattr(StableDiffusion, "encode_text", lambda sd, words: prompts.append(words) or plain(sd, words))
-        out = works(train, words)
-    trained = [prompt for batch in prompts for prompt in batch if prompt not in ("", "picture 0", "picture 1")]
-    assert ["picture 0", "picture 1"] in prompts and trained and set(trained) < {f"picture {i}" for i in range(20)}
-    assert f"data: 5 tars, first {Path.cwd()}/shards/00000.tar, 32x32" in out
-    again = works(train, "--resume run --steps 4")
-    assert "after --resume, pictures come in another order, some of them again before" in again
-    assert "warning" not in again
-    works(train, words.replace("'shards/{00000..00004}.tar' --out run", "shards/00000.tar shards/00003.tar --out two"))
-
-
-CACHED = SHORT + "--caption-dropout 0.5 --lora 2 --data photos "
-
-
-def made(words):
-    """Train -> how many pictures and captions went through the networks one by one, as those for --cache do."""
-    counts = []
-    plain = data.Store.write
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.Store, "write", lambda store, *what: counts.append(len(store.shape)) or plain(store, *what))
-        works(train, words)
-    return counts.count(3), counts.count(2)
-
-
-@pytest.mark.parametrize("words", ["--precision fp32", "--precision bf16", "--precision bf16 --lora none"])
-def test_a_run_with_a_cache_equals_one_that_encodes_the_centre_of_the_pictures_in_each_step(words, monkeypatch):
-    def one_by_one(plain):
-        return lambda sd, batch: torch.cat([plain(sd, batch[i:i + 1]) for i in range(len(batch))])
-    save_photos("photos")
-    with monkeypatch.context() as patch:                # the last bits of a result depend on the batch
-        patch.setattr(data, "random_crop", lambda image, height, width, rng: data.centre_crop(image, height, width))
-        patch.setattr(StableDiffusion, "encode", one_by_one(StableDiffusion.encode))
-        patch.setattr(StableDiffusion, "encode_text", one_by_one(StableDiffusion.encode_text))
-        works(train, f"{CACHED} {words} --out live")
-    assert made(f"{CACHED} {words} --cache cache --out cached") == (3, 4)
-    assert same("live/state.safetensors", "cached/state.safetensors")
-    assert rows_of("live/validation.jsonl") == rows_of("cached/validation.jsonl")
-
-
-def test_a_second_run_with_a_cache_reads_all_and_makes_what_has_changed(tiny, monkeypatch):
-    save_photos("photos")
-    works(train, CACHED + "--cache cache --out 0")
-    with monkeypatch.context() as patch:
-        patch.setattr(StableDiffusion, "encode", lambda sd, images: pytest.fail("encoded"))
-        works(train, CACHED + "--cache cache --seed 1 --objective fm --out 1")
-        works(train, "--resume 1 --steps 5")
-    Path("photos/boat.txt").write_text("a blue boat")
-    assert made(CACHED + "--cache cache --out 2") == (0, 1)
-    shutil.copy("photos/tree.jpg", "photos/copy.jpg")
-    save_photo("photos/roof.jpg", seed=9)
-    assert made(CACHED + "--cache cache --out 3") == (1, 0)         # the copy has no caption, the empty one is there
-    assert made(CACHED + "--cache cache --size 32 48 --out 4") == (4, 0)
-    assert made(CACHED + "--cache cache --precision bf16 --out 5") == (4, 4)
-    for name, weight in ("vae", "first_stage_model.encoder.conv_in.bias"), ("text", "token_embedding.weight"):
-        sd = load_checkpoint(tiny)
-        next(value for key, value in sd.state_dict().items() if key.endswith(weight))[0] += 1
-        sd.save(f"{name}.safetensors")
-    assert made(CACHED + "--cache cache --ckpt vae.safetensors --out 6") == (4, 0)
-    assert made(CACHED + "--cache cache --ckpt text.safetensors --out 7") == (0, 4)
-
-
-def test_a_damaged_file_of_the_cache_is_said_and_made_again():
-    save_photos("photos")
-    works(train, CACHED + "--cache cache --out 0")
-    shutil.copytree("cache", "whole")
-    paths = sorted(Path("cache").rglob("*.safetensors"))
-    first, second, *_ = paths
-    first.write_bytes(first.read_bytes()[:100])
-    save_file({"tensor": torch.ones(3)}, second)
-    result = call(train, CACHED + "--cache cache --out 1")
-    assert result.code == 0 and f"{first}: cannot be read; truncated" in result.err
-    assert f"{second}: a tensor of (3,), not (" in result.err
-    assert len(paths) == 3 + 4 and all(same(path, Path("whole", *path.parts[1:])) for path in paths)
-
-
-def test_a_picture_that_cannot_be_encoded_is_left_out_of_the_cache():
-    save_photos("photos")
-    Path("photos/tree.jpg").write_bytes(Path("photos/tree.jpg").read_bytes()[:700])
-    result = call(train, CACHED + "--cache cache --out 0")
-    assert result.code == 0 and "tree.jpg: cannot be read as a picture" in result.err
-    for name in "boat", "roof":
-        Path(f"photos/{name}.jpg").write_bytes(Path("photos/tree.jpg").read_bytes())
-    assert "none of the 3 images can be decoded" in refusal(train, CACHED + "--cache cache --out 1")
-
+# ------------------------------------------------------------------ waiting for data
 
 def test_the_share_of_time_spent_waiting_for_data_is_logged(monkeypatch):
     now = [0.0]

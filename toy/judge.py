@@ -34,7 +34,7 @@ from data import save_grid
 from depth import align, depth_errors
 from diff2flow import OBJECTIVES, Diffusion, alpha_sigma
 from files import SOFTWARE, check_range, check_replaceable, cli, open_tensors, replacing, save_tensors
-from sample import BUNDLED_PRIOR, draw, load_flow, objective_of, pick_device, pick_precision, read_result
+from sample import BUNDLED_PRIOR, draw, guidance, load_flow, objective_of, pick_device, pick_precision, read_result
 from schedule import sd_schedule
 from toy.scenes import LABELS, PLAIN, Scenes, render
 
@@ -281,10 +281,11 @@ def save_samples(path, pictures, rows, real):
 
 
 def captions(args):
-    check_range(args, 1, math.inf, "batch", "steps")
-    check_range(args, 2, math.inf, "n")                     # of one picture there is no covariance
+    check_range(args, 1, 1e9, "batch", "steps")
+    check_range(args, 2, 1e9, "n")                     # of one picture there is no covariance
     check_range(args, 0, 2**32, "seed")
     check_range(args, 0, 1, "t_shift")
+    check_range(args, -1e6, 1e6, "cfg")
     if args.t_shift and args.objective != "dm":
         raise ValueError(f"--t-shift {args.t_shift:g}: only DDIM has a timestep to shift; add --objective dm")
     device, out = pick_device(args.device), Path(args.out)
@@ -302,7 +303,7 @@ def captions(args):
     for (sd, flow, origin), size in zip(models, sizes):
         if args.t_shift:
             flow = ShiftedDiffusion(flow, args.t_shift)
-        cfg = float(sd.metadata.get("cfg", 4.0)) if args.cfg is None else args.cfg
+        cfg = guidance(sd, args.cfg)
         shape = (args.n, sd.config.latent_channels, *(side // sd.factor for side in size))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:
@@ -330,7 +331,7 @@ def mean_errors(predictions, truths):
 
 def depth(args):
     """Depth of held-out scenes by models of train.py --task depth: the mean of an ensemble, aligned in log depth."""
-    check_range(args, 1, math.inf, "n", "steps", "ensemble")
+    check_range(args, 1, 1e9, "n", "steps", "ensemble")
     check_range(args, 0, 2**32, "seed")
     device, rows = pick_device(args.device), []
     check_replaceable(Path(args.out) / "depth.jsonl")

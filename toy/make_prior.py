@@ -13,7 +13,6 @@ A run is a folder as train.py's are. toy/README.md has the commands and the time
 """
 import argparse
 import copy
-import math
 import shlex
 from pathlib import Path
 
@@ -82,8 +81,8 @@ def arguments():
     for name, row in RECIPES.items():
         if getattr(args, name) is None:
             setattr(args, name, row[TASKS.index(args.task)])
-    check_range(args, 1, math.inf, "steps", "batch", "scenes", "validation", "save_every")
-    check_range(args, 0, math.inf, "preview_every", "warmup")
+    check_range(args, 1, 1e9, "steps", "batch", "scenes", "validation", "save_every")
+    check_range(args, 0, 1e9, "preview_every", "warmup")
     check_range(args, 0, 2**32, "seed")
     check_range(args, 1e-12, 1, "lr")
     if args.prediction and args.task != "prior":

@@ -1,0 +1,249 @@
+"""On paper: the memory and the GPU hours of finetuning. Computed, not measured: this never ran on a GPU.
+
+    python -m tests.costs                   SD 2.1 at 512 and 768 px, LoRA and all weights (two to five minutes)
+    python -m tests.costs sd15              the same of SD 1.5
+    python -m tests.costs --tflops 300      hours at a rate of your own: 10^12 floating-point operations a second
+
+The code that train.py runs is run for one batch, on torch's fake tensors: they have shapes, types and owners, but no
+numbers. LiveBytes adds up the memory that they would take, FlopCounterMode the multiplications and additions. Fake
+tensors of the CPU are taken, since they can be compared with real ones, and what differs on CUDA is set as it is there:
+bf16 autocast, fused attention in the UNet (which keeps q, k, v, the result and a number a row, no N x N matrix), and no
+fast path in the text encoder.
+
+What is not counted: the CUDA context, cuDNN's workspaces, temporaries inside a kernel, and memory lost between blocks,
+together a guess of 1 to 3 GiB. The rates are assumptions: 40 % of the dense bf16 peak, which only well-tuned code
+reaches, so the hours are a lower estimate; reading pictures, Adam and previews are not in them.
+"""
+import argparse
+import contextlib
+import weakref
+from argparse import Namespace
+from types import SimpleNamespace
+from unittest import mock
+
+import open_clip  # noqa: F401  before fake tensors: some versions compute with numbers while they are imported
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import model
+import train
+from model import StableDiffusion
+from tests.checkpoints import CONFIGS
+
+GIB = 2**30
+PRESETS = {"small": "LoRA small", "base": "LoRA base", "none": "all weights"}
+PEAKS = {"H100": 989.0, "A100": 312.0}      # dense bf16, in 10^12 operations a second, by NVIDIA's data sheets
+SHARE_OF_PEAK = 0.4
+PAIRS, PAIR_STEPS, PAIR_CFG, PAIR_SIZE = 1_800_000, 40, 7.5, 512
+ATTENTION = {  # FlopCounterMode knows the fused attention of CUDA only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *more, **options: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda gradient, q, k, v, *more, **options: sdpa_backward_flop_count(gradient, q, k, v)}
+
+
+# ------------------------------------------------------------------ what counts
+
+class LiveBytes(TorchDispatchMode):
+    """Inside `with`: .now, the bytes of all memory that operations made and that something still holds, and .peak.
+    Each piece counts once, however many tensors share it; that of the tensors `before` does not count."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in before)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage):
+        if storage not in self.known:
+            self.known.add(storage)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.subtract, storage.nbytes())
+
+    def subtract(self, size):
+        self.now -= size
+
+
+def count_flops():
+    return FlopCounterMode(display=False, custom_mapping=ATTENTION)
+
+
+def size_of(tensors):
+    """-> bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# ------------------------------------------------------------------ the model and a step, as in train.py
+
+@contextlib.contextmanager
+def as_on_cuda(mode):
+    """Inside `with`, code for the CPU takes the ways that it takes on CUDA, and makes tensors of `mode`."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)              # CUDA's autocast shuts it
+    try:
+        with mode, mock.patch.object(model, "attend", F.scaled_dot_product_attention):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def without_file(config):
+    """-> a load_checkpoint that makes a model of `config` on the meta device, in place of a file's."""
+    def load_checkpoint(path, device, dtype, *options):
+        with torch.device("meta"):
+            sd = StableDiffusion(config, "v")
+        sd.to(dtype).requires_grad_(False).eval()
+        sd.unet.time_embed.float()
+        return sd
+    return load_checkpoint
+
+
+def build(config, preset, mode, checkpointing=False, precision="bf16"):
+    """-> sd, flow, {name: parameter} of what is trained, as train.load_trainable gives them, in tensors of `mode`:
+    FakeTensorMode() or, for real ones, contextlib.nullcontext()."""
+    args = Namespace(lora=preset, precision=precision, checkpointing=checkpointing, task="text-to-image",
+                     objective="diff2flow", ckpt=None, prediction=None, use_ema=False, zero_snr=False)
+    with mock.patch.object(train, "load_checkpoint", without_file(config)):
+        sd, _, _ = train.load_trainable(args, "meta")
+    shapes = sd.state_dict()
+    with mode:
+        sd.load_state_dict({name: torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype).fill_(0.01)
+                            for name, meta in shapes.items()}, assign=True)
+        sd.text_encoder.attn_mask = torch.full((77, 77), float("-inf")).triu(1)
+        trained = {name: parameter for name, parameter in sd.unet.named_parameters() if parameter.requires_grad}
+        return sd, train.make_flow(sd, args.objective), trained
+
+
+def fill_memory(sd, flow, trained):
+    """Make what stays in memory beside the weights: gradients, Adam's averages, EMA -> their bytes, and all tensors."""
+    for parameter in trained.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer, ema = torch.optim.Adam(trained.values(), fused=True), train.EMA(trained)
+    optimizer.step()
+    parts = {
+        "weights": list(sd.parameters()),
+        "gradients": [parameter.grad for parameter in trained.values()],
+        "Adam": [tensor for state in optimizer.state.values() for tensor in state.values()],
+        "EMA": list(ema.average.values())}
+    others = [flow.f_table, *sd.buffers(), sd.text_encoder.attn_mask]
+    return {name: size_of(part) for name, part in parts.items()}, others + sum(parts.values(), [])
+
+
+def one_pass(sd, flow, amp, images, read):
+    """A batch in the loop of train.train -> read() after the encoding, the forward and the backward pass."""
+    with amp:
+        x1, x0, context, mask = train.text_to_image(sd, train.to_latents(sd, images))
+        marks = [read()]
+        loss = flow.loss(x1, context, x0, mask=mask)
+    marks.append(read())
+    loss.backward()
+    return [*marks, read()]
+
+
+def one_batch(config, preset, size, checkpointing=False, batch=4, precision="bf16", mode=None):
+    """-> what stays in memory, in bytes by part (.stays); what the forward pass leaves for the backward pass (.kept);
+    what encoding, forward and backward pass take at most (.peak); their operations by part (.flops)."""
+    mode = mode or FakeTensorMode()
+    sd, flow, trained = build(config, preset, mode, checkpointing, precision)
+    amp = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with as_on_cuda(mode):
+        stays, tensors = fill_memory(sd, flow, trained)
+        images = {"image": torch.zeros(batch, 3, size, size), "caption": ["a red boat"] * batch}
+        with LiveBytes([*tensors, images["image"]]) as live:
+            before, after, _ = one_pass(sd, flow, amp, images, lambda: live.now)
+        with count_flops() as counter:                      # not at once: it holds tensors
+            encoding, forward, total = one_pass(sd, flow, amp, images, counter.get_total_flops)
+    flops = {"encoding": encoding, "forward": forward - encoding, "backward": total - forward}
+    return SimpleNamespace(stays=stays, kept=after - before, peak=live.peak, flops=flops)
+
+
+def pair_flops(config):
+    """-> operations for one of Reflow's pairs: PAIR_STEPS steps of two forward passes, for guidance."""
+    mode = FakeTensorMode()
+    sd, flow, _ = build(config, "none", mode)
+    side = PAIR_SIZE // sd.factor
+    with as_on_cuda(mode), count_flops() as counter:
+        context, uncond = sd.encode_text(["a red boat"]), sd.encode_text([""])
+        text = counter.get_total_flops()
+        flow.sample(torch.zeros(1, config.latent_channels, side, side), context, 1, uncond, PAIR_CFG)
+    return text + PAIR_STEPS * (counter.get_total_flops() - text)
+
+
+# ------------------------------------------------------------------ tables
+
+def table(heading, rows):
+    """Print rows of words as Markdown."""
+    print("\n| " + " | ".join(heading) + " |\n|" + "---|" * len(heading))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def memory_row(name, plain, checkpointed):
+    stays = plain.stays
+    beside = sum(stays.values()) - stays["weights"]
+    numbers = [stays["weights"], beside, plain.peak, sum(stays.values()) + plain.peak, checkpointed.peak,
+               sum(stays.values()) + checkpointed.peak]
+    return [name, *(f"{number / GIB:.1f}" for number in numbers)]
+
+
+def hours(operations, rates):
+    """At each rate, in 10^12 operations a second -> GPU hours in words."""
+    return [f"{operations / (rate * 1e12) / 3600:,.0f}" for rate in rates]
+
+
+def flops_row(name, cost, passes, rates):
+    """passes: of a batch of 4, in the whole run."""
+    tera = [f"{cost.flops[part] / 1e12:.1f}" for part in ("encoding", "forward", "backward")]
+    total = passes * sum(cost.flops.values())
+    return [name, *tera, f"{total / 1e18:,.0f}", *hours(total, rates)]
+
+
+def print_memory(costs, names):
+    table(["GiB", "weights of all networks", "gradients, Adam, EMA", "batch of 4", "**together**",
+           "batch of 4 with `--checkpointing`", "**together**"],
+          [memory_row(names[key], *pair) for key, pair in costs.items()])
+
+
+def print_hours(costs, names, pairs, rates):
+    recipe = train.recipe("text-to-image", bundled=False)
+    rows = [flops_row(f"{names[key]}{with_flag}", cost, recipe["steps"] * recipe["grad_accum"], rates.values())
+            for with_flag, which in (("", 0), (", `--checkpointing`", 1))
+            for key, cost in ((key, pair[which]) for key, pair in costs.items())]
+    total = PAIRS * pairs
+    rows.append([f"{PAIRS:,} pairs, {PAIR_SIZE} px, {PAIR_STEPS} steps with guidance", "", "", "",
+                 f"{total / 1e18:,.0f}", *hours(total, rates.values())])
+    table(["10^12 operations for 4 images", "encoding pictures and text", "forward", "backward",
+           f"10^18 operations for {recipe['steps']:,} steps of 64 images, or for the pairs",
+           *(f"hours, {name}" for name in rates)], rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", choices=list(CONFIGS), default="sd21", help="the model (default: sd21)")
+    parser.add_argument("--tflops", type=float, help="10^12 operations a second that your GPU reaches (default: "
+                                                     f"{SHARE_OF_PEAK:g} of the peak of {' and '.join(PEAKS)})")
+    args = parser.parse_args()
+    config, rates = CONFIGS[args.name], {name: SHARE_OF_PEAK * peak for name, peak in PEAKS.items()}
+    if args.tflops:
+        rates = {f"{args.tflops:g} TFLOP/s": args.tflops}
+    print(f"{args.name}, bf16 autocast, batches of 4. COMPUTED, NOT MEASURED: no GPU was at hand. Assumed rates: "
+          + ", ".join(f"{name} {rate:.0f} TFLOP/s" for name, rate in rates.items()))
+    names = {(preset, size): f"{words}, {size} px" for size in (512, 768) for preset, words in PRESETS.items()}
+    costs = {key: [one_batch(config, *key, checkpointing) for checkpointing in (False, True)] for key in names}
+    print_memory(costs, names)
+    print_hours(costs, names, pair_flops(config), rates)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,660 @@
+"""Broken input of every kind: is it a result or one line that names the file, and never a traceback or a lost file?
+
+    python -m tests.fuzz                1,100 cases, about seven minutes on one core; exit code 1 if there is a fault
+    python -m tests.fuzz --cases 100    the first hundred, which are spread over all kinds
+    python -m tests.fuzz 417            case 417 alone, with all that it prints
+
+A case is made from its number alone: good files are copied, one of them is broken, and a command is run on it in this
+process, with a time limit. What came of it is
+    result      exit code 0, of input that may be good enough
+    said        exit code 0 with a warning that names the file, of input that may be left out
+    refused     exit code 2 and one line that names what is wrong
+or a fault: traceback, silent (a result of input that is known to be bad), unnamed (the line does not name the file),
+hang, executed (code in a file was run), half-written (a *.partial.* file is left), lost (a file has changed).
+"""
+import argparse
+import collections
+import contextlib
+import json
+import os
+import pickle
+import random
+import resource
+import shlex
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import depth
+import evaluate
+import lora
+import sample
+import train
+from model import TINY, UNET, VAE, StableDiffusion, folder_names
+from tests.runs import call, metadata, save_photo, save_photos, working_in, works
+
+CASES = 1100
+SECONDS = 60                    # that a command may take, before it counts as hanging
+MORE_MEMORY = 6 * 2**30         # bytes of addresses that a case may ask for beside what the process has
+DRAW = "--n 1 --steps 1 --cfg 1 --size 32 --device cpu "
+LEARN = ("--batch 1 --grad-accum 1 --lora 2 --validation 1 --previews 1 --scenes 2 --preview-every 0 --device cpu ")
+DEEP = '{"a":' * 50_000
+ODD = ["", " ", "nan", "inf", "-1", "0", "1e999", "9" * 30, "64 64 64", "[]", "{}", "null", "abc", "é\u200b🦊", "../x",
+       "x" * 3000, "v", "fm", "\x00", DEEP]
+ODD_JSON = [None, True, -1, 0, 1e300, float("nan"), 10**30, "", "abc", [], {}, [[]], {"a": []}, "x" * 3000]
+PROMPTS = ["a" * 20_000, "東" * 5_000, "🦊" * 3_000, "&amp;" * 4_000, "a\tb\u00a0c", "\u202e\u0000\x07",
+           "e" + "\u0301" * 2_000, "a " * 5_000, "<start_of_text>", "\ufeff", "%s {0} \\n", "'ll 't", "ÿ" * 500,
+           "a\x85b\u2028c", "-n"]
+
+
+@dataclass
+class Case:
+    """A command on broken input. known_bad: it must be refused; may_be_left_out: or be said, in a warning; names: a
+    word that the line must have."""
+    what: str
+    module: object
+    words: str
+    names: str = ""
+    known_bad: bool = False
+    may_be_left_out: bool = False
+
+
+# ------------------------------------------------------------------ good files
+
+def tiny_model(open_clip_text):
+    torch.manual_seed(0)
+    config = replace(TINY, unet_widths=(32, 64), vae_widths=(32, 32, 32), text_layers=2, open_clip=open_clip_text,
+                     text_projection=open_clip_text)
+    sd = StableDiffusion(config, "v")
+    for parameter in sd.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return sd
+
+
+def save_folder(sd, path):
+    """A diffusers folder of `sd`."""
+    parts, config = collections.defaultdict(dict), sd.config
+    for parameter, value in sd.state_dict().items():
+        names = folder_names(parameter, config)
+        for name, tensor in zip(names, value.half().chunk(len(names))):
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor.clone()
+    configs = {
+        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "unet/config.json": {
+            "block_out_channels": list(config.unet_widths), "layers_per_block": config.unet_res_blocks,
+            "down_block_types": ["CrossAttn" * attention + "DownBlock2D" for attention in config.attention],
+            "cross_attention_dim": config.context_width, "in_channels": 4, "out_channels": 4, "attention_head_dim": 8},
+        "vae/config.json": {"block_out_channels": list(config.vae_widths), "layers_per_block": config.vae_res_blocks,
+                            "latent_channels": 4},
+        "text_encoder/config.json": {"hidden_act": "quick_gelu", "hidden_size": config.text_width,
+                                     "num_hidden_layers": config.text_layers, "vocab_size": config.vocabulary},
+        "scheduler/scheduler_config.json": {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear",
+                                            "beta_start": 0.00085, "beta_end": 0.012}}
+    for name, content in configs.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(json.dumps(content))
+    for part, tensors in parts.items():
+        save_file(tensors, path / part / "model.safetensors")
+
+
+def save_clip(good):
+    """A random CLIP of open_clip's, called small-clip, and a head for aesthetics."""
+    (good / "configs").mkdir()
+    (good / "configs/small-clip.json").write_text(json.dumps({
+        "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}))
+    open_clip.add_model_config(good / "configs")
+    torch.save(open_clip.create_model("small-clip").half().state_dict(), good / "clip.pth")
+    torch.save({"layers.0.weight": torch.randn(3, 16), "layers.0.bias": torch.randn(3),
+                "layers.2.weight": torch.randn(1, 3), "layers.2.bias": torch.randn(1)}, good / "head.pth")
+
+
+def save_depth_folder(folder):
+    """Pictures with depth, one as .npy and one as a 16-bit .png, and predictions for them."""
+    for name in "ab":
+        save_photo(folder / f"depth/{name}.jpg", 32, 48)
+        metres = np.random.default_rng(0).uniform(1, 9, (32, 48))
+        for part in "depth", "predicted":
+            (folder / part).mkdir(exist_ok=True)
+        np.save(folder / f"predicted/{name}.npy", np.log(metres).astype(np.float32))
+        if name == "a":
+            np.save(folder / "depth/a.npy", metres.astype(np.float32))
+        else:
+            Image.fromarray((metres * 1000).astype(np.uint16)).save(folder / "depth/b.png")
+    (folder / "list.txt").write_text("a.jpg a.npy\nb.jpg b.png\n")
+
+
+def make_good(folder):
+    """-> the folder of the good files."""
+    good = folder / "good"
+    good.mkdir()
+    sd = tiny_model(True)
+    sd.save(good / "tiny.safetensors", torch.float16, resolution="64", style="solid", cfg="2")
+    torch.save({"state_dict": load_file(good / "tiny.safetensors")}, good / "tiny.ckpt")
+    save_folder(tiny_model(False), good / "folder")
+    save_photos(good / "photos")
+    save_depth_folder(good)
+    save_clip(good)
+    (good / "prompts.txt").write_text("a red boat\na tree\n")
+    with working_in(good, good / "tiny.safetensors"):
+        works(train, LEARN + f"--size 32 --steps 1 --ckpt {good}/tiny.safetensors --out runs/one")
+        works(sample, DRAW + "--pairs 3 --prompt a --prompt b --out pairs")
+        shutil.copy("runs/one/lora.safetensors", "lora.safetensors")
+    return good
+
+
+# ------------------------------------------------------------------ how a file is broken
+
+def break_bytes(rng, path):
+    """Any file -> what was done, and whether nobody can read it now."""
+    content = path.read_bytes()
+    how = rng.choice(["cut", "empty", "bits", "zeros", "text", "noise", "folder", "gone", "doubled"])
+    if how in ("folder", "gone"):
+        path.unlink()
+        if how == "folder":
+            path.mkdir()
+        return how, True
+    changed = bytearray(content)
+    if how == "bits":
+        for _ in range(rng.choice([1, 8, 64])):         # anywhere, or in the header
+            place = rng.randrange(min(len(content), rng.choice([64, 4096, len(content)])))
+            changed[place] ^= 1 << rng.randrange(8)
+    elif how == "zeros":
+        start = rng.randrange(len(content))
+        changed[start:start + 256] = bytes(len(changed[start:start + 256]))
+    else:
+        cut = content[:rng.randrange(1, max(2, len(content) // 2))]
+        changed = {"cut": cut, "empty": b"", "text": b"<html>no</html>", "noise": rng.randbytes(2000),
+                   "doubled": content + content}[how]
+    path.write_bytes(changed)
+    return how, how in ("cut", "empty", "text", "noise")
+
+
+def break_header(rng, path):
+    """The JSON in front of a .safetensors file."""
+    content = path.read_bytes()
+    size, = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8:8 + size]), content[8 + size:]
+    name = rng.choice([name for name in header if name != "__metadata__"])
+    how = rng.choice(["dtype", "shape", "offsets", "deep", "length", "no JSON", "list", "entry", "metadata"])
+    if how == "dtype":
+        header[name]["dtype"] = rng.choice(["F8_E8M0", "BOOL", "I8", "F64", "X", "F4", "C64", "U16", None])
+    elif how == "shape":
+        header[name]["shape"] = rng.choice([[], [-1], [2**62], [0], "x", header[name]["shape"][::-1] + [1]])
+    elif how == "offsets":
+        header[name]["data_offsets"] = rng.choice([[0, 2**60], [5, 3], [0], [-1, 2]])
+    elif how == "entry":
+        header[name] = rng.choice(ODD_JSON)
+    elif how == "metadata":
+        header["__metadata__"] = rng.choice([{"a": 1}, [], "x", {"args": {}}])
+    text = json.dumps(header).encode()
+    text = {"deep": DEEP.encode(), "no JSON": text[:-2], "list": b"[]"}.get(how, text)
+    length = rng.choice([2**63, 2**40, 1, 0]) if how == "length" else len(text)
+    path.write_bytes(struct.pack("<Q", length) + text + data)
+    return f"header, {how}", how in ("deep", "length", "no JSON", "list", "offsets", "entry", "metadata")
+
+
+def break_tensor(rng, path, key=""):
+    """A tensor whose name contains `key`."""
+    tensors, told = load_file(path), metadata(path)
+    name = rng.choice(sorted(name for name in tensors if key in name))
+    tensor = tensors[name]
+    how = rng.choice(["NaN", "inf", "shape", "one number", "missing", "ints", "empty", "complex"])
+    tensors[name] = {"NaN": lambda: tensor * float("nan"), "inf": lambda: tensor + float("inf"),
+                     "shape": lambda: torch.cat([tensor.flatten(), torch.ones(1).to(tensor)]),
+                     "one number": lambda: torch.ones((1,) * (tensor.ndim + 1)).to(tensor),
+                     "ints": lambda: torch.ones(tensor.shape, dtype=torch.int32), "empty": lambda: tensor.flatten()[:0],
+                     "complex": lambda: tensor.float() + 1j, "missing": lambda: None}[how]()
+    if how == "missing":
+        del tensors[name]
+    save_file(tensors, path, told)
+    return f"{how} in {name}", True
+
+
+def break_metadata(rng, path, names):
+    """What a .safetensors file says of itself, which may be good enough."""
+    told = metadata(path) or {}
+    name = rng.choice(names)
+    told[name] = rng.choice(ODD)
+    if rng.random() < 0.1:
+        told.pop(name)
+    save_file(load_file(path), path, told)
+    return f"metadata {name} = {told.get(name)!r:.40}", False
+
+
+def break_value(rng, value):
+    """JSON -> the same with an odd value somewhere, or without one."""
+    if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
+        return rng.choice(ODD_JSON)
+    places = list(value) if isinstance(value, dict) else range(len(value))
+    place = rng.choice(places)
+    if rng.random() < 0.2:
+        del value[place]
+    else:
+        value[place] = break_value(rng, value[place])
+    return value
+
+
+def break_json(rng, path):
+    if rng.random() < 0.1:
+        path.write_text(DEEP)
+        return "deep", True
+    value = break_value(rng, json.loads(path.read_text()))
+    path.write_text(json.dumps(value))
+    return f"JSON {value!r:.60}", False
+
+
+class Intruder:
+    """What makes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def hide_code(rng, path):
+    """A pickle with code in it, in place of tensors."""
+    content = {"state_dict": {"x": Intruder(), "y": torch.ones(1)}, "z": Intruder()}
+    if rng.random() < 0.5:
+        torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.5)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    return "code", True
+
+
+def break_pickle(rng, path):
+    """A file of torch.save: other things in it than plain tensors, or code."""
+    if rng.random() < 0.3:
+        return hide_code(rng, path)
+    content = rng.choice([[], {}, 5, None, {"state_dict": 3}, {"state_dict": {}}, {1: torch.ones(1)}, {"x": [1]},
+                          {"x": torch.ones(1).to_sparse()}, {"x": torch.ones((), dtype=torch.int8)},
+                          {"x": torch.nn.Parameter(torch.ones(2))}, torch.ones(3), {"x": torch.ones(0, device="meta")}])
+    torch.save(content, path)
+    return f"pickle of {content!r:.50}", True
+
+
+def odd_text(rng):
+    return rng.choice([rng.choice(PROMPTS), "".join(map(chr, rng.sample(range(32, 0xD7FF), 40))),
+                       "\n".join(rng.choice(PROMPTS) for _ in range(3))])
+
+
+# ------------------------------------------------------------------ the cases, by kind
+
+def copied(good, name):
+    """-> the path of a copy of a good file or folder, in the folder where the case is at work."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (shutil.copytree if (good / name).is_dir() else shutil.copy)(good / name, path)
+    return path
+
+
+def of_safetensors(rng, path, names, key=""):
+    """Break a .safetensors file in one of four ways."""
+    return rng.choice([break_bytes, break_header, lambda r, p: break_tensor(r, p, key),
+                       lambda r, p: break_metadata(r, p, names)])(rng, path)
+
+
+TOLD = ["resolution", "prediction", "modelspec.prediction_type", "cfg", "style", "objective", "task", "zero_snr"]
+
+
+def checkpoint(rng, good):
+    path = copied(good, "tiny.safetensors")
+    what, bad = of_safetensors(rng, path, TOLD, rng.choice([UNET, VAE]))
+    size = rng.choice(["", "--size 32 "])
+    return Case(what, sample, f"--n 1 --steps 1 --device cpu {size}--ckpt {path}", path.name, bad)
+
+
+def pickled_checkpoint(rng, good):
+    path = copied(good, "tiny.ckpt")
+    what, bad = rng.choice([break_bytes, break_pickle, hide_code])(rng, path)
+    return Case(what, sample, DRAW + f"--ckpt {path}", path.name, bad)
+
+
+def diffusers_folder(rng, good):
+    path = copied(good, "folder")
+    file = rng.choice(sorted(file for file in path.rglob("*") if file.is_file()))
+    if file.suffix == ".json":
+        what, bad = rng.choice([break_bytes, break_json, break_json])(rng, file)
+    else:
+        what, bad = of_safetensors(rng, file, ["format"])
+    return Case(f"{file}: {what}", sample, DRAW + f"--ckpt {path}", "folder", bad)
+
+
+def lora_file(rng, good):
+    path = copied(good, "lora.safetensors")
+    tensors, told = load_file(path), metadata(path)
+    if rng.random() < 0.3:
+        name = min(tensors).partition(".")[0]
+        alpha = torch.tensor(rng.choice([float("nan"), float("inf"), [1.0, 1.0], [], 1]))
+        save_file(tensors | {f"{name}.alpha": alpha}, path, told)
+        what, bad = f"alpha {alpha}", True
+    else:
+        what, bad = of_safetensors(rng, path, [*TOLD, "base", "base_hash"])
+    if rng.random() < 0.2:
+        words = f"--merge {path} --ckpt {good}/tiny.safetensors --out merged.safetensors"
+        return Case(what, lora, words, path.name, bad)
+    base = rng.choice(["", f"--ckpt {good}/tiny.safetensors "])
+    return Case(what, sample, f"--n 1 --steps 1 --device cpu --lora {path} {base}", path.name, bad)
+
+
+def run_state(rng, good):
+    path = copied(good, "runs/one") / "state.safetensors"
+    if rng.random() < 0.4:
+        told = metadata(path)
+        before, settings = json.loads(told["args"]), break_value(rng, json.loads(told["args"]))
+        told["args"] = json.dumps(settings)
+        save_file(load_file(path), path, told)
+        if isinstance(settings, dict):
+            settings = {name: settings.get(name, "no more") for name in before if settings.get(name) != before[name]}
+        return Case(f"args {settings!r:.60}", train, f"--resume {path.parent} --steps 2")
+    what, bad = of_safetensors(rng, path, ["args", "step", "base_hash", "data", "version"])
+    return Case(what, train, f"--resume {path.parent} --steps 2", "runs/one", bad)
+
+
+def finished_run(rng, good):
+    path = copied(good, "runs/one") / "result.json"
+    what, bad = rng.choice([break_bytes, break_json])(rng, path)
+    bad = bad and what != "gone"
+    return Case(what, sample, DRAW, "result.json" if bad else "", bad, may_be_left_out=True)
+
+
+def pairs(rng, good):
+    path = copied(good, "pairs") / "pairs-000000.safetensors"
+    if rng.random() < 0.3:
+        told = metadata(path)
+        name = rng.choice(["prompts", "about"])
+        told[name] = json.dumps(break_value(rng, json.loads(told[name])))
+        save_file(load_file(path), path, told)
+        what, bad = f"{name} {told[name]:.60}", False
+    else:
+        what, bad = of_safetensors(rng, path, ["prompts", "about"])
+    if rng.random() < 0.5:
+        bad = bad and not what.startswith(("NaN", "inf", "ints", "complex", "gone"))    # whole files are not read again
+        return Case(what, sample, DRAW + "--pairs 3 --prompt a --prompt b --out pairs", "pairs", bad)
+    return Case(what, train, LEARN + f"--task reflow --data {path.parent} --steps 2 --batch 2 --out run", "pairs", bad)
+
+
+def picture(rng, good):
+    """All pictures are seen: the first three items are held out."""
+    os.cpu_count = lambda: 0                                    # the DataLoader stays in this process
+    path = rng.choice(sorted(copied(good, "photos").glob("*.jpg")))
+    if rng.random() < 0.4:
+        image, suffix = Image.open(path), rng.choice([".png", ".webp", ".bmp", ".jpg"])
+        mode = rng.choice(["1", "L", "P", "LA", "RGBA", "I;16", "CMYK", "HSV", "F", "I"])
+        kind = {"F": "TIFF", "I": "TIFF", "HSV": "TIFF", "CMYK": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+        path = path.with_name(f"new{suffix}")
+        with contextlib.suppress(OSError, ValueError):          # a mode that this kind of file cannot have
+            image.convert("L").convert(mode).save(path, kind.get(mode, kind.get(suffix, "PNG")))
+        what, bad = f"mode {mode} in {path.name}", False
+    elif rng.random() < 0.2:
+        size = rng.choice([(40_000, 40_000), (2**31 - 1, 1), (1, 2**31 - 1)])
+        path.write_bytes(struct.pack("<2sIIIIiiHH6I", b"BM", 54, 0, 54, 40, *size, 1, 24, *[0] * 6))      # a .bmp
+        what, bad = "a picture of a billion pixels", True
+    else:
+        what, bad = break_bytes(rng, path)
+        bad = bad and what not in ("gone", "folder")
+    words = LEARN + "--data photos --size 32 --steps 1 --validation 4 --out run"
+    return Case(f"{path.name}: {what}", train, words, path.name, bad, may_be_left_out=True)
+
+
+def caption(rng, good):
+    path = copied(good, "photos") / rng.choice(["boat.txt", "metadata.jsonl"])
+    if path.suffix == ".txt":
+        content = rng.choice([odd_text(rng).encode(), odd_text(rng).encode("utf-16"), rng.randbytes(50) + b"\xff"])
+        path.write_bytes(content)
+        what, bad = f"caption {content!r:.40}", content.endswith(b"\xff")
+    else:
+        line = rng.choice([DEEP, "5", "[]", "null", "{", '{"file_name": 5, "text": "a"}', '{"file_name": "roof.jpg"}',
+                           '{"file_name": "roof.jpg", "text": []}', '{"file_name": "roof.jpg", "text": "\\ud800"}',
+                           '{"file_name": "\\u0000", "text": "a"}',
+                           json.dumps({"file_name": "roof.jpg", "text": odd_text(rng)})])
+        path.write_text(line)
+        what, bad = f"jsonl {line!r:.60}", '"text": "' not in line or '": 5' in line
+    return Case(what, sample, "--steps 1 --cfg 1 --size 32 --device cpu --data photos", path.name, bad,
+                may_be_left_out=path.suffix == ".txt")
+
+
+def prompt(rng, good):
+    if rng.random() < 0.5:
+        text = odd_text(rng).replace("\0", "")
+        return Case(f"prompt {text!r:.40}", sample, DRAW + shlex.join([f"--prompt={text}", f"--negative={text}"]))
+    path = copied(good, "prompts.txt")
+    if rng.random() < 0.5:
+        path.write_text(odd_text(rng))
+        return Case("odd prompts", sample, DRAW + f"--prompts {path}", path.name)
+    what, _ = break_bytes(rng, path)
+    return Case(what, sample, DRAW + f"--prompts {path}", path.name, what in ("empty", "folder", "gone"))
+
+
+def depth_data(rng, good):
+    """Training sees both pictures: they are held out."""
+    os.cpu_count = lambda: 0
+    path = copied(good, "depth") / rng.choice(["a.npy", "b.png"])
+    how, bad = rng.choice(["bytes", "numbers"]), True
+    if how == "bytes":
+        how, bad = break_bytes(rng, path)
+        bad = bad and how not in ("gone", "folder")
+    elif path.suffix == ".npy":
+        metres, how = np.load(path), rng.choice(["NaN", "zeros", "far", "ints", "text", "objects", "shape", "complex"])
+        content = {"NaN": metres * np.nan, "zeros": metres * 0, "far": metres * np.inf, "ints": metres.astype(int),
+                   "text": metres.astype(str), "objects": metres.astype(object), "shape": metres[None, None, :5],
+                   "complex": metres * 1j}[how]
+        np.save(path, content)
+        bad = how != "ints"
+    else:
+        how = rng.choice(["zeros", "colours", "8 bits"])
+        pixels = {"zeros": np.zeros((32, 48), np.uint16), "colours": np.zeros((32, 48, 3), np.uint8),
+                  "8 bits": np.ones((32, 48), np.uint8)}[how]
+        Image.fromarray(pixels).save(path)
+    words = LEARN + "--task depth --data depth --size 32 --steps 1 --validation 8 --out run"
+    return Case(f"{path.name}: {how}", train, words, path.name, bad, may_be_left_out=True)
+
+
+def depth_errors(rng, good):
+    """What is measured: truth, predictions, the list, a mask."""
+    for name in "depth", "predicted", "list.txt":
+        copied(good, name)
+    words = "predicted --truth depth --list list.txt "
+    if rng.random() < 0.3:
+        flags = [f"--scale {number}" for number in (0, -1, "nan", "1e300", "1e-30")]
+        flags += [f"--dataset {name}" for name in ("nyu", "kitti", "diode", "eth3d")]
+        flag = rng.choice(flags)
+        return Case(flag, depth, words + flag, known_bad=True)
+    path = Path(rng.choice(["depth/a.npy", "predicted/a.npy", "list.txt"]))
+    if path.suffix == ".txt" and rng.random() < 0.7:
+        text = rng.choice([odd_text(rng), "a.jpg a.npy none\n", "a.jpg ../x\n", "a.jpg\n", "a.jpg a.npy a.npy\n", ""])
+        path.write_text(text)
+        return Case(f"list {text!r:.40}", depth, words + rng.choice(["", "--dataset diode "]))
+    if path.parent.name == "predicted" and rng.random() < 0.4:
+        np.save(path, np.load(path) * rng.choice([np.nan, np.inf]))
+        return Case("NaN or inf predicted", depth, words, path.name, True)
+    what, bad = break_bytes(rng, path)
+    if path.suffix == ".txt":
+        return Case(f"{path}: {what}", depth, words)
+    return Case(f"{path}: {what}", depth, words, path.name, bad)
+
+
+def weights(rng, good):
+    """Of CLIP and of the aesthetics head."""
+    copied(good, "photos")
+    name, other = rng.choice([("clip.pth", "head.pth"), ("head.pth", "clip.pth")])
+    path, bad = copied(good, name), True
+    how = rng.choice(["bytes", "pickle", "code", "other", "tensor", "script"])
+    if how == "bytes":
+        how, bad = break_bytes(rng, path)
+    elif how in ("pickle", "code"):
+        how, bad = {"pickle": break_pickle, "code": hide_code}[how](rng, path)
+    elif how == "other":
+        shutil.copy(good / other, path)
+    elif how == "script":
+        torch.jit.script(torch.nn.Linear(1, 1)).save(str(path))
+    else:
+        tensors = torch.load(path, weights_only=True)
+        key = rng.choice(sorted(tensors))
+        tensors[key] = rng.choice([tensors[key] * float("nan"), torch.ones(2, 3, 5), torch.ones(7)])
+        torch.save(tensors, path)
+    files = {name: good / name for name in ("clip.pth", "head.pth")} | {name: path}
+    words = f"photos --device cpu --clip small-clip {files['clip.pth']} --aesthetics {files['head.pth']}"
+    return Case(f"{name}: {how}", evaluate, words, name, bad)
+
+
+WHOLE, REAL = ["-1", "x", "1.5", "9" * 20, "nan", ""], ["nan", "inf", "-inf", "x", "1e999", ""]
+FLAGS = [  # script, words that are good without the flag, {flag: values that must be refused}
+    (sample, DRAW, {
+        **dict.fromkeys(["--n", "--steps", "--batch", "--seed", "--pairs", "--size"], WHOLE), "--cfg": REAL,
+        "--objective": ["x"], "--device": ["cuda:77", "x"], "--out": ["x.txt", ".", "/dev/null/x.png"],
+        "--prompts": ["none", "."], "--data": ["none"], "--ckpt": ["none", ".", "a/b"], "--lora": ["none", "."],
+        "--size ": ["99968", "99968 99968", "0", "33", "64 64 64"]}),
+    (train, LEARN + "--steps 1 --size 32 --out run ", {
+        **dict.fromkeys(["--steps", "--batch", "--grad-accum", "--seed", "--scenes", "--validation", "--previews",
+                         "--save-every", "--preview-every", "--warmup"], WHOLE),
+        **dict.fromkeys(["--lr", "--caption-dropout", "--ema"], REAL), "--clip": ["nan", "-1", "0", "x"],
+        "--lora": ["x", "0", "-3", "²"], "--resume": ["none", "."], "--data": ["none"], "--weights": REAL,
+        "--task": ["reflow", "x"]}),
+    (depth, "photo.jpg --device cpu ", {
+        **dict.fromkeys(["--steps", "--ensemble", "--seed", "--size"], WHOLE), "--ckpt": ["none"],
+        "--truth": ["none", "/dev/null"], "--list": ["none"], "--scale": REAL}),
+    (evaluate, "photos --device cpu ", {"--batch": WHOLE, "--clip": ["hf-hub:a/b x", "x y"], "--real": ["none"]}),
+]
+
+
+def flag(rng, good):
+    module, words, flags = rng.choice(FLAGS)
+    name = rng.choice(sorted(flags))
+    value = rng.choice(flags[name])
+    words += f"{name} {value}" if " " in name + value else shlex.join([f"{name}={value}"])
+    return Case(f"{module.__name__} {name} {value!r:.30}", module, words, known_bad=True)
+
+
+KINDS = [checkpoint, lora_file, prompt, diffusers_folder, flag, run_state, pickled_checkpoint, caption, pairs, picture,
+         depth_errors, finished_run, weights, checkpoint, depth_data, flag, diffusers_folder, lora_file, run_state]
+
+
+# ------------------------------------------------------------------ running a case
+
+class Hang(BaseException):
+    pass
+
+
+def on_alarm(number, frame):
+    raise Hang
+
+
+def contents(folder):
+    """{path: bytes} of the files that no command may change. Logs are cut and written again."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file() and path.suffix in
+            (".safetensors", ".ckpt", ".json", ".npy", ".txt", ".jpg", ".pth")}
+
+
+def outcome(case):
+    """Run a case where it was made -> what came of it, and what it printed."""
+    before = contents(".")
+    signal.alarm(SECONDS)
+    try:
+        result = call(case.module, case.words)
+    except Hang:
+        return "hang", ""
+    except Exception:
+        return "traceback", traceback.format_exc()
+    finally:
+        signal.alarm(0)
+    last, printed = (result.err.splitlines() or [""])[-1], result.out + result.err
+    if Path("executed").exists():
+        return "executed", printed
+    if list(Path(".").rglob("*.partial.*")):
+        return "half-written", printed
+    if result.code == 2:
+        if any(not path.exists() or path.read_bytes() != content for path, content in before.items()):
+            return "lost", printed
+        if "error: " not in last or len(last) > 2000 or "Traceback" in printed:
+            return "no line", printed
+        return "refused" if case.names in last else "unnamed", printed
+    if result.code != 0:
+        return f"exit code {result.code}", printed
+    said = any("warning: " in line and case.names in line for line in printed.splitlines())
+    if case.known_bad and not (case.may_be_left_out and said):
+        return "silent", printed
+    return "said" if said else "result", printed
+
+
+def run_case(number, good):
+    """-> its kind, its Case, what came of it, what was printed. It works in an empty folder of its own."""
+    kind, rng = KINDS[number % len(KINDS)], random.Random(number)
+    cpu_count, before = os.cpu_count, signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        with tempfile.TemporaryDirectory() as folder, working_in(folder, good / "tiny.safetensors"):
+            case = kind(rng, good)
+            return SimpleNamespace(kind=kind.__name__, case=case, **dict(zip(("what", "printed"), outcome(case))))
+    finally:
+        os.cpu_count = cpu_count
+        signal.signal(signal.SIGALRM, before)
+
+
+FINE = ("result", "said", "refused")
+
+
+@contextlib.contextmanager
+def limited_memory():
+    """Inside `with`, an allocation of many gigabytes fails, as on a small machine."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MORE_MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def run_cases(numbers, folder):
+    """Run the cases in an empty folder -> {kind: Counter of what came of them}, and the lines of the faults."""
+    counts, faults, good = collections.defaultdict(collections.Counter), [], make_good(folder)
+    with limited_memory(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in numbers:
+            ran = run_case(number, good)
+            counts[ran.kind][ran.what] += 1
+            if ran.what not in FINE:
+                last = (ran.printed.strip().splitlines() or [""])[-1]
+                faults.append(f"{ran.what}: python -m tests.fuzz {number}    {ran.kind}, {ran.case.what}: {last:.300}")
+    return counts, faults
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("number", nargs="?", type=int, help="run this case alone")
+    parser.add_argument("--cases", type=int, default=CASES, help=f"run as many, from the first on (default: {CASES})")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.number is not None:
+            ran = run_case(args.number, make_good(Path(folder)))
+            command = f"{ran.case.module.__name__} {ran.case.words:.300}"
+            print(f"{ran.kind}, {ran.case.what}", command, ran.printed[-6000:], ran.what, sep="\n")
+            sys.exit(ran.what not in FINE)
+        start = time.time()
+        counts, faults = run_cases(range(args.cases), Path(folder))
+    total = sum(counts.values(), collections.Counter())
+    columns = [*FINE, *sorted(total.keys() - set(FINE))]
+    print(f"{'':20}", *(f"{name:>12}" for name in columns))
+    for kind, of_kind in [*sorted(counts.items()), ("all", total)]:
+        print(f"{kind:20}", *(f"{of_kind[name]:12}" for name in columns))
+    print(*faults, f"{args.cases} cases in {time.time() - start:.0f} s, {len(faults)} faults", sep="\n")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

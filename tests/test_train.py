@@ -595,6 +595,7 @@ REFUSED = {
     "--lr nan": "--lr nan", "--caption-dropout 2": "--caption-dropout 2", "--seed -1": "--seed -1",
     "--lora foo": "--lora foo", "--lora 0": "--lora 0", "--weights 1": "--weights", "--data a b": "one folder",
     "--data a b.tar": "no folders beside them", "--task depth --data a.tar": "only the task text-to-image reads tars",
+    "--data 'a{{0..9.tar'": "a{0..9.tar'; tars are given as",
     "--data {}/none.tar": "none.tar: no such file", "--data {}/file.tar": "file.tar: empty, truncated, or no tar",
     "--cache c": "--cache: it keeps", "--cache c --data a.tar": "--cache: it keeps",
     "--cache c --task depth --data a": "--cache: it keeps", "--data {}/none": "not there",

@@ -336,7 +336,7 @@ def check_picture_file(path, size):
     path = Path(path)
     largest = LARGEST_SIDE.get(path.suffix.lower())
     if largest is None or path.is_dir():
-        raise ValueError(f"{path}: it must be the name of a picture, which ends in {' '.join(LARGEST_SIDE)}")
+        raise ValueError(f"--out {path}: it must be the name of a picture, which ends in {' '.join(LARGEST_SIDE)}")
     if max(size) > largest:
         raise ValueError(f"{path}: it would have {size[0]}x{size[1]} pixels, a {path.suffix} at most {largest} "
                          "a side: write a .png, or fewer pictures")

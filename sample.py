@@ -444,9 +444,11 @@ def main():
         return
     prompts = [prompts[i % len(prompts)] for i in range(n)]
     files = single_files(args, n) if args.singles else []
-    in_grid, columns = prompts[:PICTURES_IN_GRID] if files else prompts, min(n, 8)
+    in_grid = prompts[:PICTURES_IN_GRID] if files else prompts
+    columns = min(len(in_grid), 8)
     check_picture_file(args.out, GridPlan(len(in_grid), *size, columns, captions=in_grid).size)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)    # what cannot be written is an error before the work
+    for path in [Path(args.out), *files[:1]]:
+        path.parent.mkdir(parents=True, exist_ok=True)      # what cannot be written is an error before the work
     print(f"{n} pictures of {size[0]}x{size[1]}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
           f"seed {args.seed}")
     making = partial(in_words, args, sd, flow, negative=args.negative,

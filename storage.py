@@ -127,9 +127,11 @@ def find_tars(patterns):
     try:
         import webdataset  # noqa: F401  Tars needs it
         from braceexpand import braceexpand
+        tars = [path for pattern in patterns for path in braceexpand(pattern)]
     except ImportError:
         raise ValueError(f"{patterns[0]}: reading tars takes webdataset: pip install webdataset") from None
-    tars = [path for pattern in patterns for path in braceexpand(pattern)]
+    except ValueError as error:         # unbalanced braces
+        raise ValueError(f"{error}; tars are given as 'FOLDER/{{00000..00099}}.tar'") from None
     for path in progress(tars, "looking at both ends of tars", unit="tar"):
         check_tar(path)
     return tars

@@ -2,18 +2,19 @@
 
     python -m tests.full_size sd15 sd21            read: peak memory, seconds, float32 parity with diffusers, folders
     python -m tests.full_size sd15 sd21 --train    train two steps on photographs by each task, LoRA in diffusers
-    python -m tests.full_size sd21 --cache         images a second of ten steps with --cache and without, in turns
+    python -m tests.full_size sd21 --cache         seconds of a step with --cache and without, in turns
 
 Each file is random, in the real layout, written for the purpose (5 GB in the temporary folder), and deleted. Peak
 memory is VmHWM after loading less VmHWM after the imports. float32 weights stay views of the mapped file, so every
 weight is read once before the figure is taken.
 """
 import argparse
-import itertools
+import contextlib
 import json
 import math
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,9 +25,13 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import default_collate
 
 import lora
+import train
 from model import LATENT_SCALE, load_checkpoint
+from run import Ranks
+from storage import fill_cache
 from tests import checkpoints
 from tests.checkpoints import CONFIGS, PROMPTS, manifest, relative
 
@@ -133,6 +138,30 @@ def compare_folder(name, path):
     shutil.rmtree(folder)
 
 
+def measure_cache(path, sizes=(64, 128, 256), turns=5):
+    """Seconds of a processor, which other jobs hardly change, that batches of two photographs take with --cache and
+    without, by turns. The first turn, which is slower, does not count."""
+    folder, cpu = Path(path).parent, torch.device("cpu")
+    sys.argv = f"train.py --ckpt {path} --data {folder}/photos --cache {folder}/cache --lora 16".split()
+    args, amp = train.arguments(), contextlib.nullcontext()
+    args.precision = "fp32"
+    sd, flow, _ = train.load_trainable(args, cpu)
+    for size in sizes:
+        args.size = [size]
+        live = train.open_data(args, sd)[0]
+        datasets, seconds = {"without": live, "with": fill_cache(args.cache, sd, live, "fp32", amp, Ranks(cpu))}, {}
+        for turn in range(turns + 1):
+            for what, dataset in datasets.items():
+                begin = time.process_time()
+                batch = train.to_latents(sd, default_collate([dataset[2 * turn], dataset[2 * turn + 1]]))
+                x1, x0, context, mask = train.text_to_image(sd, batch)
+                flow.loss(x1, context, x0, None, mask).backward()
+                seconds.setdefault(what, []).append(time.process_time() - begin)
+        without, cached = (statistics.median(seconds[what][1:]) for what in ("without", "with"))
+        print(f"  {size} px: a batch of 2 takes {without:.2f} s without --cache, {cached:.2f} s with it, "
+              f"which is {without / cached:.2f} times the images a second", flush=True)
+
+
 def measure(what, name, path):
     if what == "folder":
         compare_folder(name, path)
@@ -140,6 +169,8 @@ def measure(what, name, path):
         torch.save({"state_dict": load_file(path)}, Path(path).with_suffix(".ckpt"))
     elif what == "lora":
         compare_lora(name, path)
+    elif what == "cache":
+        measure_cache(path)
     elif what == "compare":
         compare_networks(name, path)
     else:
@@ -174,7 +205,7 @@ def write_photographs(folder):
             np.save(folder / f"{source.stem}.npy", np.linspace(2, 9, image.height)[:, None] * np.ones(image.width))
 
 
-def train(name, path):
+def train_all(name, path):
     folder = path.parent
     photos = folder / "photos"
     write_photographs(photos)
@@ -199,16 +230,8 @@ def train(name, path):
 
 
 def cache(name, path):
-    folder = path.parent
-    write_photographs(folder / "photos")
-    for size, turn in itertools.product((64, 128), range(3)):
-        for what, words in ("without", ""), ("with", f"--cache {folder}/cache"):
-            out = folder / f"{what}-{size}-{turn}"
-            run(*f"train.py {FEW} --steps 10 --batch 2 --validation 1 --previews 1 --preview-every 0 --lora 16 "
-                f"--data {folder}/photos --size {size} --ckpt {path} --out {out} {words}".split())
-            row = json.loads((out / "metrics.jsonl").read_text())
-            print(f"  {size} px, {what} --cache: {row['img_s']} images a second", flush=True)
-            shutil.rmtree(out)
+    write_photographs(path.parent / "photos")
+    run("-m", "tests.full_size", "--measure", "cache", name, path)
 
 
 def main():
@@ -225,7 +248,7 @@ def main():
             path = Path(folder) / f"{name}.safetensors"
             write_random_checkpoint(name, path)
             print(f"{name}: {path.stat().st_size / 2**20:.0f} MiB in {len(manifest(name))} tensors", flush=True)
-            (train if args.train else cache if args.cache else read)(name, path)
+            (train_all if args.train else cache if args.cache else read)(name, path)
 
 
 if __name__ == "__main__":

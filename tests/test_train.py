@@ -188,7 +188,7 @@ def test_a_lora_says_what_it_was_trained_for(whole, tiny):
         "format": "pt", "objective": "diff2flow", "style": "outline", "prediction": "v", "preset": "base",
         "task": "text-to-image", "schedule": "scaled_linear", "base": tiny.name, "base_hash": base.unet_hash,
         "resolution": "32 32", "cfg": "4.0", "ss_base_model_version": "sd_v2_v", "ss_v2": "True",
-        "ss_network_module": "networks.lora", "ss_network_dim": "Dynamic"}
+        "ss_network_module": "networks.lora", "ss_network_dim": "Dynamic", "software": "Diff2Flow"}
 
 
 def test_the_zero_snr_schedule_is_remembered_and_sampled_with(tiny):
@@ -595,6 +595,7 @@ REFUSED = {
     "--lr nan": "--lr nan", "--caption-dropout 2": "--caption-dropout 2", "--seed -1": "--seed -1",
     "--lora foo": "--lora foo", "--lora 0": "--lora 0", "--weights 1": "--weights", "--data a b": "one folder",
     "--data a b.tar": "no folders beside them", "--task depth --data a.tar": "only the task text-to-image reads tars",
+    "--data 'a{{0..9.tar'": "a{0..9.tar'; tars are given as",
     "--data {}/none.tar": "none.tar: no such file", "--data {}/file.tar": "file.tar: empty, truncated, or no tar",
     "--cache c": "--cache: it keeps", "--cache c --data a.tar": "--cache: it keeps",
     "--cache c --task depth --data a": "--cache: it keeps", "--data {}/none": "not there",

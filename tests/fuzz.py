@@ -527,18 +527,20 @@ FLAGS = [  # script, words that are good without the flag, {flag: values that mu
         "--lora": ["x", "0", "-3", "²"], "--resume": ["none", "."], "--data": ["none"], "--weights": REAL,
         "--task": ["reflow", "x"]}),
     (depth, "photo.jpg --device cpu ", {
-        **dict.fromkeys(["--steps", "--ensemble", "--seed", "--size"], WHOLE), "--ckpt": ["none"],
+        **dict.fromkeys(["--steps", "--ensemble", "--seed"], WHOLE), "--ckpt": ["none"],
         "--truth": ["none", "/dev/null"], "--list": ["none"], "--scale": REAL}),
     (evaluate, "photos --device cpu ", {"--batch": WHOLE, "--clip": ["hf-hub:a/b x", "x y"], "--real": ["none"]}),
 ]
 
 
 def flag(rng, good):
+    shutil.copy(copied(good, "photos") / "boat.jpg", "photo.jpg")
     module, words, flags = rng.choice(FLAGS)
     name = rng.choice(sorted(flags))
     value = rng.choice(flags[name])
+    told = name.strip(" -") if flags[name] in (WHOLE, REAL) else ""
     words += f"{name} {value}" if " " in name + value else shlex.join([f"{name}={value}"])
-    return Case(f"{module.__name__} {name} {value!r:.30}", module, words, known_bad=True)
+    return Case(f"{module.__name__} {name} {value!r:.30}", module, words, told, known_bad=True)
 
 
 KINDS = [checkpoint, lora_file, prompt, diffusers_folder, flag, run_state, pickled_checkpoint, caption, pairs, picture,

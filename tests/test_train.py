@@ -602,7 +602,7 @@ REFUSED = {
     "--data {}/empty": "no readable image",
     "--task reflow": "--pairs N", "--task reflow --data {}/empty --objective dm": "velocity field",
     "--task reflow --data {}/empty": "no pairs-", "--task depth --data {}/empty": "no picture with a depth file",
-    "--task depth --data {}/empty --weights 1 2": "2 weights for 1 folders",
+    "--task depth --data {}/empty --weights 1 2": "--weights 1.0 2.0 for 1 folders",
     "--resume {}/none": "no such file", "--resume {}/truncated": "truncated", "--resume {}/zeros": "zeros/state",
     "--resume {}/foreign": "not written by train.py", "--device nonsense": "--device nonsense",
     "--out {}/file": "file", "--out {}/file/run": "file",

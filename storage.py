@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,10 @@ from files import from_json, open_tensors, save_tensors
 from model import hash_of
 
 # ------------------------------------------------------------------ latents and text states (--cache)
+
+def checksum(tensor):
+    return str(zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy()))
+
 
 class Store(NamedTuple):
     """Tensors of one shape, each in a file below a folder. The file's name is a hash of all that its tensor depends on:
@@ -34,15 +39,16 @@ class Store(NamedTuple):
         return self.folder / name[:2] / f"{name}.safetensors"       # 256 folders: a million files are slow in one
 
     def write(self, source, tensor):
-        save_tensors(self.path(source), {"tensor": tensor})
+        save_tensors(self.path(source), {"tensor": tensor}, {"checksum": checksum(tensor)})
 
     def read(self, source):
         path = self.path(source)
         try:
             with open_tensors(path) as file:
-                tensor = file.get_tensor("tensor")
-            if tuple(tensor.shape) != self.shape:
-                raise ValueError(f"{path}: a tensor of {tuple(tensor.shape)}, not {self.shape}")
+                tensor, told = file.get_tensor("tensor"), (file.metadata() or {}).get("checksum")
+            if tuple(tensor.shape) != self.shape or checksum(tensor) != told:
+                raise ValueError(f"{path}: a tensor of {tuple(tensor.shape)}, where {self.shape} was written, or with "
+                                 "other numbers")
             return tensor
         except ValueError as error:
             raise ValueError(f"{error}; every start of a run with this --cache makes anew what is damaged") from error

@@ -45,7 +45,8 @@ def test_a_saved_file_has_the_same_tensors_bit_for_bit_and_the_metadata(files, t
     load_checkpoint(tmp_path / "before.safetensors").save(tmp_path / "folder" / "after.safetensors", step="3")
     assert same(load_file(tmp_path / "folder" / "after.safetensors"), before)
     with safe_open(tmp_path / "folder" / "after.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "style": "outline", "step": "3", "prediction": "v"}
+        assert file.metadata() == {"format": "pt", "style": "outline", "step": "3", "prediction": "v",
+                                   "software": "Diff2Flow"}
 
 
 def test_a_float16_file_loads_as_float32_and_saves_as_float16_again(files, tmp_path):
@@ -439,7 +440,7 @@ SPOILED = {
     "unet/config.json: missing or damaged": lambda folder: (folder / "unet/config.json").write_text("{"),
     "scheduler_config.json: missing": lambda folder: shutil.rmtree(folder / "scheduler"),
     "unet/config.json: missing or damaged (TypeError)": lambda folder: (folder / "unet/config.json").write_text("5"),
-    "the widths of its tensors make no model": lambda folder: edit_json(
+    "sizes that no network has": lambda folder: edit_json(
         folder, "unet/config.json", layers_per_block=[2, 2]),
     "lacks 'block_out_channels'": lambda folder: (folder / "vae/config.json").write_text("{}"),
     "noise schedule of its scheduler is ('linear', 0.00085, 0.012)": lambda folder: edit_json(

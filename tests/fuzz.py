@@ -1,6 +1,6 @@
 """Broken input of every kind: is it a result or one line that names the file, and never a traceback or a lost file?
 
-    python -m tests.fuzz                1,100 cases, about seven minutes on one core; exit code 1 if there is a fault
+    python -m tests.fuzz                1,100 cases, two to seven minutes on one core; exit code 1 if there is a fault
     python -m tests.fuzz --cases 100    the first hundred, which are spread over all kinds
     python -m tests.fuzz 417            case 417 alone, with all that it prints
 

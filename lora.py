@@ -176,12 +176,13 @@ def read_tensors(path):
     with open_tensors(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     for key, tensor in tensors.items():
-        if key.endswith((".lora_down.weight", ".lora_up.weight")) and (tensor.ndim < 2 or not tensor.numel()):
-            raise ValueError(f"{path}: {key} has the shape {list(tensor.shape)}, which is no matrix: a damaged file")
-        if not tensor.is_floating_point() or (key.endswith(".alpha") and tensor.numel() != 1):
-            raise ValueError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, where a matrix of real numbers "
-                             "should be, or one as alpha: a damaged file")
-        if not tensor.float().isfinite().all():
+        is_matrix = tensor.ndim >= 2 and tensor.numel() and tensor.is_floating_point()
+        if key.endswith((".lora_down.weight", ".lora_up.weight")) and not is_matrix:
+            raise ValueError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, no matrix of real numbers: a "
+                             "damaged file")
+        if key.endswith(".alpha") and (tensor.numel() != 1 or tensor.is_complex()):
+            raise ValueError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, no number: a damaged file")
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinity: its training failed")
         if key.endswith("attn2_to_k.lora_down.weight") and BASES.get(tensor.shape[1]) == "SDXL":
             raise ValueError(f"{path}: made for another base (SDXL)")

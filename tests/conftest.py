@@ -1,8 +1,15 @@
-"""Fixtures that several files of tests share."""
+"""Fixtures that several files of tests share. With -n auto there is a process a core, so each takes one thread."""
+import os
+
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from tests.checkpoints import NARROW, random_checkpoint
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"         # of the processes that tests start
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,8 @@ def validation(tmp_path):
                 run = tmp_path / f"{lora}-{objective}-{seed}"
                 rows = [{"step": step, "velocity_error": factor * (1 + seed) / (1 + step)} for step in (10, 0)]
                 files.append(write_lines(run / "validation.jsonl", rows))
-                (run / "result.json").write_text(json.dumps({"lora": lora, "objective": objective}))
+                result = {"task": "text-to-image", "lora": lora, "objective": objective}
+                (run / "result.json").write_text(json.dumps(result))
     return files
 
 

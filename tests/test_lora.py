@@ -271,7 +271,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp
     assert refusal(path, meta_unet(SMALL_SD2)).match(f".*{says}")
 
 
-@pytest.mark.parametrize("alpha", [math.nan, math.inf, [1.0, 1.0], [], 4])
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, [1.0, 1.0], [], 4j])
 def test_an_alpha_that_is_no_real_number_is_refused(tmp_path, alpha):
     path, name = tmp_path / "bad.safetensors", "lora_unet_conv_in.alpha"
     lora.save(adapted_unet(SMALL_SD1, 4), path, {})

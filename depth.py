@@ -278,6 +278,7 @@ def predict_pictures(args):
     args.ckpt, args.lora, args.use_ema = find_files(args.ckpt, args.lora, args.use_ema, task="depth")
     sd, flow = load_flow(args.ckpt, args.lora, device=device, dtype=dtype, task="depth", objective=args.objective,
                          prediction=args.prediction, use_ema=args.use_ema)
+    sd.pack()
     sd.picture_size(args.size)      # a size that does not fit is an error here, before anything is written
     out.mkdir(parents=True, exist_ok=True)
     making = in_words(args, sd, flow, "depth", Ensemble=args.ensemble)
@@ -435,7 +436,8 @@ def arguments():
     add("--ensemble", type=int, default=1, help="number of samples whose mean is the prediction (default: 1)")
     add("--size", type=int, nargs="+", help="pixels at which the network sees a picture: one number, or height and "
         "width (default: as many as in training, in the picture's own shape)")
-    add("--precision", choices=["bf16", "fp32"], help="number format (default: bf16 on CUDA, fp32 on CPU)")
+    add("--precision", choices=["bf16", "fp32"],
+        help="number format (default: bf16 where the device computes it, else fp32)")
     add("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", default="depth", help="folder for NAME.npy (log depth, -1 near to 1 far), NAME_16bit.png (0 near to "

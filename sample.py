@@ -62,10 +62,17 @@ def pick_device(name=None):
     return torch.device(name)
 
 
+def computes_bf16():
+    """Whether the processor itself multiplies bf16 numbers; others take longer for them than for float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+
+
 def pick_precision(name, device):
-    """-> "bf16" or "fp32" (None: bf16 on CUDA, fp32 on CPU), and the autocast of the forward pass that goes with it."""
+    """-> "bf16" or "fp32" (None: bf16 on CUDA, and on processors that compute it), and the autocast of the forward pass
+    that goes with it."""
     if name is None:
-        name = "bf16" if device.type == "cuda" else "fp32"
+        name = "bf16" if device.type == "cuda" or computes_bf16() else "fp32"
     return name, torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
 
 
@@ -312,7 +319,8 @@ def arguments():
     add("--zero-snr", action="store_true",
         help="the network's noise schedule ends at zero terminal SNR (default: as the file says)")
     add("--batch", type=int, default=8, help="pictures at a time (default: 8)")
-    add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: bf16 on CUDA, fp32 on CPU)")
+    add("--precision", choices=["bf16", "fp32"],
+        help="of the forward pass (default: bf16 where the device computes it, else fp32)")
     add("--seed", type=int, default=0, help="seed of the noise; a picture does not depend on --batch (default: 0)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", help="the PNG grid (default: samples.png), or the folder of the pairs (default: pairs)")
@@ -434,6 +442,7 @@ def main():
         sigmas = ", ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, args.steps))
         print(f"ComfyUI, ManualSigmas: {sigmas}\ndiffusers: sigmas=[{sigmas}]")
         return
+    sd.pack()
     args.cfg, size = guidance(sd, args.cfg), list(sd.picture_size(args.size))
     n = args.pairs or args.n or len(prompts) or 8
     style = sd.metadata.get("style") if sd.metadata.get("style") in PLAIN else "solid"
@@ -450,7 +459,7 @@ def main():
     for path in [Path(args.out), *files[:1]]:
         path.parent.mkdir(parents=True, exist_ok=True)      # what cannot be written is an error before the work
     print(f"{n} pictures of {size[0]}x{size[1]}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
-          f"seed {args.seed}")
+          f"seed {args.seed}, {precision} on {device}")
     making = partial(in_words, args, sd, flow, negative=args.negative,
                      **{"CFG scale": f"{args.cfg:g}", "Size": f"{size[1]}x{size[0]}"})
     pictures = make_pictures(args, sd, flow, prompts, size, files, making, ranks, amp)

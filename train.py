@@ -107,7 +107,8 @@ def arguments():
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1.0)")
     add("--ema", type=float, default=0.999, help="decay of the averaged weights, which are saved (default: 0.999)")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, about a third slower")
-    add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: bf16 on CUDA, fp32 on CPU)")
+    add("--precision", choices=["bf16", "fp32"],
+        help="of the forward pass (default: bf16 where the device computes it, else fp32)")
     add("--validation", type=int, help=f"held-out pictures for the velocity error {defaults('validation')}")
     add("--previews", type=int, help=f"pictures in a preview {defaults('previews')}")
     add("--preview-every", type=int, default=1000, help="steps between previews, 0 for none (default: 1000)")

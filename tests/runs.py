@@ -20,8 +20,9 @@ import train
 from files import cli, open_tensors
 from model import TINY, StableDiffusion
 
-SHORT = "--steps 4 --batch 2 --grad-accum 1 --lr 1e-3 --validation 2 --previews 2 --scenes 8 --size 32 --device cpu "
-FEW = "--steps 2 --size 32 --device cpu "
+SHORT = "--steps 4 --batch 2 --grad-accum 1 --lr 1e-3 --validation 2 --previews 2 --scenes 8 --size 32 "
+SHORT += "--device cpu --precision fp32 "                # on every processor
+FEW = "--steps 2 --size 32 --device cpu --precision fp32 "
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 The checkpoints are random and nowhere zero, with the real files' names, at a tenth of the width.
 """
+import platform
 import random
 import time
 
@@ -16,6 +17,7 @@ from model import (
     SD15,
     SD21,
     DepthUNet,
+    PackedConv2d,
     StableDiffusion,
     attend,
     first_tokens,
@@ -184,6 +186,20 @@ def test_under_bf16_autocast_the_unet_stays_close_and_its_norms_and_time_embeddi
         rough = sd.unet(*inputs())
     assert dtypes == dict.fromkeys(("group_norm", "layer_norm", "time"), {torch.float32})
     assert 1e-4 < relative(rough, exact) < 2.5e-2
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])  # sums in another order
+def test_a_packed_model_gives_what_it_gave_before_whatever_the_size(files, name, dtype, tolerance):
+    def outputs():
+        return [sd.unet(*inputs()), sd.unet(randn(1, 4, 16, 8).float(), torch.tensor([5.0]), randn(1, 77, 128).float()),
+                sd.encode(randn(1, 3, 16, 32).float()), sd.decode(randn(1, 4, 2, 4).float())]
+    sd = load_checkpoint(files[name], dtype=dtype)
+    before, convs = outputs(), sum(isinstance(layer, torch.nn.Conv2d) for layer in sd.modules())
+    sd.pack()
+    packed = sum(isinstance(layer, PackedConv2d) for layer in sd.modules())
+    assert packed in (0, convs) and (dtype == torch.bfloat16 or platform.machine() != "x86_64" or packed)
+    assert all(relative(after, plain) < tolerance for after, plain in zip(outputs(), before))
 
 
 def test_a_model_read_as_bf16_stays_close_to_float32(files):

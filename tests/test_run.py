@@ -270,7 +270,7 @@ def close(a, b, kind):
 
 
 SHARED = ("--steps 20 --batch 1 --grad-accum 4 --lr 1e-3 --decay constant --warmup 0 --caption-dropout 0.1 --ema 0.9 "
-          "--style outline --preview-every 0 --device cpu ")
+          "--style outline --preview-every 0 --device cpu --precision fp32 ")
 
 
 @pytest.mark.parametrize("words", ["--lora 2", "--lora none --lr 1e-5 --data photos", "--task depth --lora 2",

@@ -399,6 +399,15 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("capabilities, precision", [
+    ({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"avx512_f": True, "amx_bf16": True}, "bf16")])
+def test_a_cpu_takes_bf16_where_it_computes_it_unless_told_and_that_is_said(monkeypatch, capabilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    words = "--steps 1 --n 1 --size 32 --device cpu "
+    assert f"{precision} on cpu" in works(sample, words)
+    assert "fp32 on cpu" in works(sample, words + "--precision fp32")
+
+
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_cannot_be_sampled_is_one_line_and_leaves_nothing_behind(tiny, words, monkeypatch, tmp_path_factory):
     bad = tmp_path_factory.mktemp("bad")

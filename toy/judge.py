@@ -369,7 +369,7 @@ def add_common_arguments(parser, n, steps, out):
     add("--n", type=int, default=n, help=f"number of held-out scenes (default: {n})")
     add("--seed", type=int, default=0, help="seed of the scenes and of the noise (default: 0)")
     add("--precision", choices=["bf16", "fp32"],
-        help="number format of the networks while they sample (default: bf16 on CUDA, fp32 on the CPU)")
+        help="number format of the networks while they sample (default: bf16 where the device computes it, else fp32)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", default=out, help=f"folder that the results are written to (default: {out})")
 

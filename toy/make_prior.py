@@ -67,7 +67,8 @@ def arguments():
     add("--validation", type=int, help=f"number of held-out pictures {default('validation')}")
     add("--preview-every", type=int, default=1000, help="steps between previews, 0 for none (default: 1000)")
     add("--save-every", type=int, default=1000, help="steps between saves (default: 1000)")
-    add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: bf16 on CUDA, fp32 on CPU)")
+    add("--precision", choices=["bf16", "fp32"],
+        help="of the forward pass (default: bf16 where the device computes it, else fp32)")
     add("--seed", type=int, default=0, help="seed of the scenes, their order, the noise and the times (default: 0)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", help="folder of the run (default: runs/, the task and the time)")

@@ -1,0 +1,433 @@
+"""How fast is it, and beside whom? Ours and a peer's, with the same weights and shapes, measured in turn.
+
+    python bench.py unet --arch sd15 sd21 --size 256 512 --dtype fp32 autocast bf16
+    python bench.py train --arch sd21 --weights base none --json rows.jsonl
+    python bench.py sample load data
+
+what      ours                                         the peer
+unet      a forward pass of model.UNet                 diffusers' UNet2DConditionModel, on CUDA with fused q, k and v
+train     a step of train.py's loop, latents cached    diffusers' UNet in the loop of its text-to-image example; peft
+sample    sample.draw with guidance 4, decoded         diffusers' StableDiffusionPipeline with the same sigmas
+load      model.load_checkpoint, in the file's format  reading the file's bytes
+data      data.ImageFolder in a DataLoader             torchvision's transforms in a DataLoader of as many workers
+
+A ratio is our time over the peer's: below 1, we are faster. A machine's speed drifts, so the two sides take turns, each
+time in a new process, --rounds times: the table has medians, and the smallest and largest ratio of a round. Memory is
+the peak of a process while it works. On CUDA, "of the chip" is the network's arithmetic over the time, as a share of
+what a large bf16 matrix product reaches there. Weights are random, in the real files' layout, 2 GB each in runs/bench/.
+Needs the packages of requirements-test.txt.
+"""
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+import lora
+from data import ImageFolder, progress
+from files import check_range, cli, replacing
+from model import SD15, SD21, StableDiffusion, load_checkpoint
+from sample import draw, make_flow, pick_device, sigma_grid
+from train import EMA
+
+ARCHITECTURES = {"sd15": (SD15, "eps"), "sd21": (SD21, "v")}
+FOLDER, PROMPT = Path("runs/bench"), "a red boat on a lake"
+
+
+class Case(NamedTuple):
+    """A row of the table. size is in pixels; weights are those that are trained: none for all, or a LoRA."""
+    what: str
+    arch: str = "-"
+    size: int = 0
+    batch: int = 1
+    dtype: str = "fp32"
+    weights: str = "-"
+    steps: int = 1
+    device: str = "cpu"
+    compile: bool = False
+    repeat: int = 3
+
+
+# ------------------------------------------------------------------ what both sides work on
+
+def weights_file(arch):
+    """-> the file of a random checkpoint in the real layout, in float16. It is made once."""
+    path, (config, prediction) = FOLDER / f"{arch}.safetensors", ARCHITECTURES[arch]
+    if not path.exists():
+        print(f"writing {path}, 2 GB of random weights, once", file=sys.stderr)
+        torch.manual_seed(0)
+        sd = StableDiffusion(config, prediction)
+        for parameter in sd.parameters():
+            if not parameter.any():                         # as the last layers of residual branches are at the start
+                torch.nn.init.normal_(parameter, std=0.02)
+        sd.save(path, torch.float16)
+    return path
+
+
+def photographs():
+    """-> a folder of 64 photographs of 1536x1024, made once of the two that scikit-learn brings."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+    for i, pixels in enumerate(load_sample_images().images * 32):
+        path = FOLDER / f"photographs/all/{i:02d}.jpg"      # in a folder in a folder, as torchvision wants it
+        if not path.exists():
+            with replacing(path) as temporary:
+                Image.fromarray(pixels).resize((1536, 1024), Image.LANCZOS).save(temporary, quality=92)
+    return FOLDER / "photographs"
+
+
+def prepare(case):
+    """-> sd, noise or latents x (B, z, h, w), t (B,), context (B, 77, D), and the autocast of --dtype."""
+    sd = load_checkpoint(weights_file(case.arch), case.device)
+    torch.manual_seed(0)
+    side = case.size // sd.factor
+    x = torch.randn(case.batch, sd.config.latent_channels, side, side).to(sd.device)
+    t, context = torch.linspace(10, 990, case.batch, device=sd.device), sd.encode_text([PROMPT] * case.batch)
+    if case.dtype == "bf16":
+        sd.to(torch.bfloat16)
+        sd.unet.time_embed.float()
+    if case.what != "sample":
+        sd.first_stage_model = sd.cond_stage_model = None
+    return sd, x, t, context, torch.autocast(sd.device.type, torch.bfloat16, enabled=case.dtype != "fp32")
+
+
+def peer_unet(case, sd):
+    """diffusers' UNet with the weights of ours, whose place it takes."""
+    from tests.checkpoints import diffusers_copy
+    unet = diffusers_copy(sd.unet.float(), sd.config)
+    sd.model = None
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    return unet.to(case.device, dtype).to(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------ the work: each function returns a step
+
+def unet_ours(case):
+    sd, x, t, context, amp = prepare(case)
+    sd.pack()
+    net = torch.compile(sd.unet) if case.compile else sd.unet
+
+    @torch.no_grad()
+    def step():
+        with amp:
+            return net(x, t, context)
+    return step
+
+
+def unet_peer(case):
+    sd, x, t, context, amp = prepare(case)
+    net = peer_unet(case, sd)
+    if case.device != "cpu":            # where it is no faster
+        net.fuse_qkv_projections()
+    net = torch.compile(net) if case.compile else net
+
+    @torch.no_grad()
+    def step():
+        with amp:
+            return net(x, t, context).sample
+    return step
+
+
+def train_ours(case):
+    sd, x1, _, context, amp = prepare(case)
+    sd.unet.to(memory_format=torch.channels_last).train()
+    if case.weights == "none":
+        sd.unet.requires_grad_()
+    else:
+        lora.inject(sd.unet, case.weights)
+    flow = make_flow(sd, "diff2flow")
+    flow.net = torch.compile(flow.net) if case.compile else flow.net
+    trained = {name: parameter for name, parameter in sd.unet.named_parameters() if parameter.requires_grad}
+    optimizer, ema = torch.optim.Adam(trained.values(), lr=1e-5, fused=True), EMA(trained)
+
+    def step():
+        with amp:
+            loss = flow.loss(x1, context)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(1000, 0.999)
+    return step
+
+
+def train_peer(case):
+    """As examples/text_to_image of diffusers train: all weights with an average (EMA), a LoRA without."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+    sd, x1, _, context, amp = prepare(case)
+    adapted = {} if case.weights == "none" else {
+        sd.unet.diffusers_path(path): len(adapter.down) for path, adapter in injected(sd.unet, case.weights).items()}
+    net = peer_unet(case, sd).train()
+    if adapted:
+        from peft import LoraConfig
+        net.requires_grad_(False)
+        net.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=list(adapted), rank_pattern=adapted,
+                                   alpha_pattern=adapted))
+    else:
+        net.requires_grad_()
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    ema = EMAModel(trained) if case.weights == "none" else None
+    net = torch.compile(net) if case.compile else net
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+    def step():
+        noise, t = torch.randn_like(x1), torch.randint(1000, (case.batch,), device=x1.device)
+        noisy = scheduler.add_noise(x1, noise, t)
+        target = noise if sd.prediction == "eps" else scheduler.get_velocity(x1, noise, t)
+        with amp:
+            output = net(noisy, t, context).sample
+        F.mse_loss(output.float(), target).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.step(trained)
+    return step
+
+
+def injected(unet, preset):
+    """-> the adapters of a LoRA, {path: LoRA}; the network itself is given back as it was."""
+    lora.inject(unet, preset)
+    adapters = lora.adapters(unet)
+    for path, adapter in adapters.items():
+        unet.set_submodule(path, adapter.base)
+    return adapters
+
+
+def sample_ours(case):
+    sd, x0, _, _, amp = prepare(case)
+    sd.pack()
+    flow = make_flow(sd, "diff2flow")
+    flow.net = torch.compile(flow.net) if case.compile else flow.net
+
+    def step():
+        with amp:
+            return draw(sd, flow, x0, sd.encode_text([PROMPT] * case.batch), case.steps, cfg=4.0).clamp(-1, 1)
+    return step
+
+
+def sample_peer(case):
+    from tests.checkpoints import full_pipeline
+    sd, x0, _, _, amp = prepare(case)
+    sigmas = sigma_grid(make_flow(sd, "diff2flow"), case.steps)
+    tensors = {name: tensor.float() for name, tensor in load_file(weights_file(case.arch)).items()}
+    pipe = full_pipeline(sd.config, tensors, sd.prediction)
+    pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    pipe.to(case.device, torch.bfloat16 if case.dtype == "bf16" else torch.float32)
+    sd.model = sd.first_stage_model = sd.cond_stage_model = None
+    for network in pipe.unet, pipe.vae:
+        network.to(memory_format=torch.channels_last)
+        if case.device != "cpu":
+            network.fuse_qkv_projections()
+    pipe.unet = torch.compile(pipe.unet) if case.compile else pipe.unet
+    pipe.set_progress_bar_config(disable=True)
+
+    def step():
+        with amp:
+            pictures = pipe([PROMPT] * case.batch, case.size, case.size, sigmas=sigmas, guidance_scale=4.0, latents=x0,
+                            output_type="pt").images
+        return 2 * pictures - 1
+    return step
+
+
+def load_ours(case):
+    path = weights_file(case.arch)
+    return lambda: load_checkpoint(path, case.device, torch.float16) and None
+
+
+def load_peer(case):
+    path = weights_file(case.arch)
+    return lambda: len(path.read_bytes()) and None
+
+
+def data_ours(case):
+    dataset = ImageFolder(photographs(), case.size, case.size)
+    return lambda: sum(len(batch["image"]) for batch in DataLoader(dataset, case.batch, num_workers=2)) and None
+
+
+def data_peer(case):
+    from torchvision import datasets, transforms
+    dataset = datasets.ImageFolder(photographs(), transforms.Compose([
+        transforms.Resize(case.size, transforms.InterpolationMode.LANCZOS), transforms.RandomCrop(case.size),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])]))
+    return lambda: sum(len(images) for images, _ in DataLoader(dataset, case.batch, num_workers=2)) and None
+
+
+SIDES = {"unet": (unet_ours, unet_peer), "train": (train_ours, train_peer), "sample": (sample_ours, sample_peer),
+         "load": (load_ours, load_peer), "data": (data_ours, data_peer)}
+
+
+# ------------------------------------------------------------------ the measurement
+
+def timed(step, device):
+    """-> seconds of a step, and its result."""
+    begin = time.perf_counter()
+    result = step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, result
+
+
+def peak_memory(device):
+    """-> bytes, since the last call."""
+    gc.collect()
+    if device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    ctypes.CDLL(None).malloc_trim(0)                    # what was freed goes back to the system,
+    Path("/proc/self/clear_refs").write_text("5")       # and the peak begins again, at what is held now
+    return peak
+
+
+def arithmetic(step, device):
+    """-> on CUDA, the operations of a step, and those a second of a large bf16 product; elsewhere None, None."""
+    if not device.startswith("cuda"):
+        return None, None
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        step()
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    seconds = median(timed(lambda: a @ a, device)[0] for _ in range(20))
+    return counter.get_total_flops(), 2 * 8192**3 / seconds
+
+
+def work(case, side, pipe):
+    """Run one side of a case in this process, and send what it took. The first step is a warm-up."""
+    sys.stdout = open(os.devnull, "w")
+    try:
+        step = SIDES[case.what][side](case)
+        warm_up, result = timed(step, case.device)
+        peak_memory(case.device)
+        seconds = median(timed(step, case.device)[0] for _ in range(case.repeat))
+        memory, (operations, rate) = peak_memory(case.device), arithmetic(step, case.device)
+        pipe.send({"seconds": seconds, "warm_up": warm_up, "memory": memory, "operations": operations, "rate": rate,
+                   "result": None if result is None else result.float().cpu().numpy()})
+    except Exception as error:
+        pipe.send({"error": f"{type(error).__name__}: {error}"})
+
+
+def in_a_process(case, side):
+    """-> what `work` sends from a new process. ValueError if it fails."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(False)
+    process = context.Process(target=work, args=(case, side, there))
+    process.start()
+    there.close()
+    try:
+        found = here.recv()
+    except EOFError:
+        found = {"error": "its process ended; out of memory?"}
+    process.join()
+    if "error" in found:
+        raise ValueError(f"{' '.join(map(str, case))}, {('ours', 'the peer')[side]}: {found['error']}")
+    return found
+
+
+def measure(case, rounds):
+    """-> a row: medians, and the spread of the ratio over the rounds."""
+    turns = [[in_a_process(case, side) for side in (0, 1)] for _ in progress(range(rounds), " ".join(map(str, case)))]
+    ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in turns]
+    ours, theirs = ({name: median(turn[side][name] for turn in turns) for name in ("seconds", "memory", "warm_up")}
+                    for side in (0, 1))
+    images = 64 if case.what == "data" else case.batch
+    row = {**case._asdict(), "rounds": rounds, "ours_ms": 1000 * ours["seconds"], "peer_ms": 1000 * theirs["seconds"],
+           "ratio": median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
+           "images_s": images / ours["seconds"], "ours_gib": ours["memory"] / 2**30,
+           "peer_gib": theirs["memory"] / 2**30, "warm_up_s": [ours["warm_up"], theirs["warm_up"]]}
+    last, other = (torch.from_numpy(side["result"]) if side["result"] is not None else None for side in turns[-1])
+    if last is not None:
+        row["difference"] = ((last - other).norm() / other.norm()).item()
+    if turns[-1][0]["rate"]:
+        row["of_the_chip"] = turns[-1][0]["operations"] / ours["seconds"] / turns[-1][0]["rate"]
+    return row
+
+
+def table_row(row):
+    """A row of the Markdown table."""
+    what = " ".join(str(row[name]) for name in ("what", "arch", "weights", "dtype") if row[name] != "-")
+    shape = f"{row['batch']} x {row['size']} px" if row["size"] else ""
+    difference = f"{row['difference']:.0e}" if "difference" in row else ""
+    chip = f"{row['of_the_chip']:.0%}" if "of_the_chip" in row else ""
+    what += " compiled" if row["compile"] else ""
+    return (f"| {what} | {shape} | {row['ours_ms']:.0f} | {row['peer_ms']:.0f} | "
+            f"**{row['ratio']:.2f}** ({row['ratio_low']:.2f} to {row['ratio_high']:.2f}) | {row['images_s']:.2f} | "
+            f"{row['ours_gib']:.2f} | {row['peer_gib']:.2f} | {difference} | {chip} |")
+
+
+HEADING = ("| what | batch and size | ours (ms) | the peer (ms) | ratio (of the rounds) | our images a second | "
+           "our peak memory (GiB) | the peer's | difference of the results | of the chip |\n" + "|---" * 10 + "|")
+
+
+# ------------------------------------------------------------------ the command line
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", nargs="+", choices=list(SIDES), help="what to measure")
+    add("--arch", nargs="+", choices=list(ARCHITECTURES), default=["sd21"], help="networks (default: sd21)")
+    add("--size", type=int, nargs="+", default=[256], help="pixels a side (default: 256)")
+    add("--batch", type=int, nargs="+", default=[1], help="pictures in a batch (default: 1)")
+    add("--dtype", nargs="+", choices=["fp32", "autocast", "bf16"], default=["fp32"],
+        help="float32, bf16 autocast of float32 weights, or bf16 weights (default: fp32)")
+    add("--weights", nargs="+", choices=["none", *lora.PRESETS], default=["base"],
+        help="of train: a LoRA, or none for all weights (default: base)")
+    add("--steps", type=int, default=4, help="of sample: Euler steps (default: 4)")
+    add("--rounds", type=int, default=3, help="turns of each side (default: 3)")
+    add("--repeat", type=int, default=3, help="steps in a turn after the warm-up, whose median counts (default: 3)")
+    add("--compile", action="store_true", help="torch.compile both sides")
+    add("--device", help="cuda or cpu (default: cuda if there is one)")
+    add("--json", help="append the rows to this file, as JSON lines")
+    return parser.parse_args()
+
+
+def cases(args, device):
+    """-> the rows that the arguments ask for."""
+    for what in args.what:
+        shared = {"what": what, "device": device, "repeat": args.repeat}
+        if what == "load":
+            yield from (Case(arch=arch, dtype="fp16", **shared) for arch in args.arch)
+        elif what == "data":
+            yield from (Case(size=size, batch=batch, **shared) for size in args.size for batch in args.batch)
+        else:
+            weights = args.weights if what == "train" else ["-"]
+            for choice in itertools.product(args.arch, args.size, args.batch, args.dtype, weights):
+                yield Case(what, *choice, args.steps if what == "sample" else 1, device, args.compile, args.repeat)
+
+
+def main():
+    args = arguments()
+    check_range(args, 1, math.inf, "size", "batch", "steps", "rounds", "repeat")
+    device = str(pick_device(args.device))
+    import diffusers
+    chip = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, {chip}, {os.cpu_count()} cores, "
+          f"{args.rounds} rounds\n\n{HEADING}", flush=True)
+    for case in cases(args, device):
+        row = measure(case, args.rounds)
+        print(table_row(row), flush=True)
+        if args.json:
+            with open(args.json, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    cli(main)

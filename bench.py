@@ -7,7 +7,7 @@
 what      ours                                         the peer
 unet      a forward pass of model.UNet                 diffusers' UNet2DConditionModel, on CUDA with fused q, k and v
 train     a step of train.py's loop, latents cached    diffusers' UNet in the loop of its text-to-image example; peft
-sample    sample.draw with guidance 4, decoded         diffusers' StableDiffusionPipeline with the same sigmas
+sample    sample.draw with guidance 4, decoded         diffusers' StableDiffusionPipeline, as many Euler steps
 load      model.load_checkpoint, in the file's format  reading the file's bytes
 data      data.ImageFolder in a DataLoader             torchvision's transforms in a DataLoader of as many workers
 
@@ -320,7 +320,7 @@ def work(case, side, pipe):
         seconds = median(timed(step, case.device)[0] for _ in range(case.repeat))
         memory, (operations, rate) = peak_memory(case.device), arithmetic(step, case.device)
         pipe.send({"seconds": seconds, "warm_up": warm_up, "memory": memory, "operations": operations, "rate": rate,
-                   "result": None if result is None else result.float().cpu().numpy()})
+                   "result": result.float().cpu().numpy() if case.what == "unet" else None})
     except Exception as error:
         pipe.send({"error": f"{type(error).__name__}: {error}"})
 

@@ -100,6 +100,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("files: temporary left behind", "        temporary.unlink(missing_ok=True)", "        pass"),
     ]),
     "model.py": ("tests/test_model.py tests/test_checkpoint.py tests/test_tools.py tests/test_sample.py", [
+        ("model: packed convs without their stride", "(conv.padding, conv.stride,", "(conv.padding, (1, 1),"),
+        ("model: infinity accepted", "math.isfinite(low) and math.isfinite(high)", "low == low"),
         ("model: GroupNorm eps", "def __init__(self, channels, eps=1e-5)", "def __init__(self, channels, eps=1e-6)"),
         ("model: GroupNorm eps of the transformers", ", eps=1e-6)\n        self.proj_in", ")\n        self.proj_in"),
         ("model: tanh gelu", "F.gelu(gate)", 'F.gelu(gate, approximate="tanh")'),
@@ -202,6 +204,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("depth: delta1 threshold", "< 1.25)", "< 1.25**2)"),
     ]),
     "sample.py": ("tests/test_sample.py tests/test_written.py", [
+        ("sample.py: bf16 on AMX not seen", 'capabilities.get("amx_bf16", False) or ', ""),
         ("sample.py: other pictures beside single ones", "set(pictures_in(folder)) - set(files)", "set()"),
         ("sample.py: single pictures replace others", "        check_replaceable(path)\n    return files",
          "        pass\n    return files"),

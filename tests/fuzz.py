@@ -340,7 +340,7 @@ def lora_file(rng, good):
     tensors, told = load_file(path), metadata(path)
     if rng.random() < 0.3:
         name = min(tensors).partition(".")[0]
-        alpha = torch.tensor(rng.choice([float("nan"), float("inf"), [1.0, 1.0], [], 1]))
+        alpha = torch.tensor(rng.choice([float("nan"), float("inf"), [1.0, 1.0], [], 1j]))
         save_file(tensors | {f"{name}.alpha": alpha}, path, told)
         what, bad = f"alpha {alpha}", True
     else:

@@ -95,8 +95,7 @@ def prepare(case):
     """-> sd, noise or latents x (B, z, h, w), t (B,), context (B, 77, D), and the autocast of --dtype."""
     sd = load_checkpoint(weights_file(case.arch), case.device)
     torch.manual_seed(0)
-    side = case.size // sd.factor
-    x = torch.randn(case.batch, sd.config.latent_channels, side, side).to(sd.device)
+    x = torch.randn(case.batch, *sd.latent_shape([case.size, case.size])).to(sd.device)
     t, context = torch.linspace(10, 990, case.batch, device=sd.device), sd.encode_text([PROMPT] * case.batch)
     if case.dtype == "bf16":
         sd.to(torch.bfloat16)

@@ -665,6 +665,10 @@ class StableDiffusion(nn.Module):
                              f"checkpoint, at most {LARGEST}")
         return height, width
 
+    def latent_shape(self, size):
+        """[height, width] of a picture in pixels -> (z, h, w) of its latents."""
+        return self.config.latent_channels, size[0] // self.factor, size[1] // self.factor
+
     @torch.no_grad()
     def add_picture_input(self):
         """Let the UNet take a picture's latents beside the noisy ones: its first conv gets its weights twice, halved,

@@ -268,7 +268,7 @@ def make_pairs(args, sd, flow, prompts, size, settings, ranks, amp):
     files in turn.
     """
     out, (first, last) = Path(args.out), args.shards or (0, math.ceil(args.pairs / PAIRS_A_FILE))
-    shape = (sd.config.latent_channels, size[0] // sd.factor, size[1] // sd.factor)
+    shape = sd.latent_shape(size)
     out.mkdir(parents=True, exist_ok=True)          # what cannot be written is an error before the work
     files = {number: range(args.pairs)[number * PAIRS_A_FILE:(number + 1) * PAIRS_A_FILE]
              for number in range(first + ranks.rank, last, ranks.count)}
@@ -411,8 +411,7 @@ def in_words(args, sd, flow, prompt, negative="", **more):
 def make_pictures(args, sd, flow, prompts, size, files, making, ranks, amp):
     """Draw a picture for each prompt -> the pictures of the grid. `files` are their own, with --singles; `making` is
     in_words, but for the prompt. Processes of torchrun take the batches in turn; the first gets the grid's pictures."""
-    shape = (sd.config.latent_channels, size[0] // sd.factor, size[1] // sd.factor)
-    pictures = {}
+    shape, pictures = sd.latent_shape(size), {}
     for start in range(ranks.rank * args.batch, len(prompts), ranks.count * args.batch):
         batch = range(len(prompts))[start:start + args.batch]
         title = f"pictures {batch[0] + 1} to {batch[-1] + 1}"
@@ -446,11 +445,11 @@ def main():
     args.cfg, size = guidance(sd, args.cfg), list(sd.picture_size(args.size))
     n = args.pairs or args.n or len(prompts) or 8
     style = sd.metadata.get("style") if sd.metadata.get("style") in PLAIN else "solid"
-    settings = pair_settings(args, sd, flow, prompts or style, size) if args.pairs else None
-    prompts = prompts or SceneCaptions(n, style)
     if args.pairs:
-        make_pairs(args, sd, flow, prompts, size, settings, ranks, amp)
+        settings = pair_settings(args, sd, flow, prompts or style, size)
+        make_pairs(args, sd, flow, prompts or SceneCaptions(n, style), size, settings, ranks, amp)
         return
+    prompts = prompts or SceneCaptions(n, style)
     prompts = [prompts[i % len(prompts)] for i in range(n)]
     files = single_files(args, n) if args.singles else []
     in_grid = prompts[:PICTURES_IN_GRID] if files else prompts

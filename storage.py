@@ -93,6 +93,7 @@ class Cached(Dataset):
         for caption in progress(captions, "encoding captions", unit="caption"):
             self.states.write(caption, encode_text(caption))
         ranks.wait()
+        self.empty = self.states.read("")       # once, not for each item
         self.items = [item for item in self.items if self.latents.path(item[0]).exists()]      # the others are damaged
         if not self.items:
             raise ValueError(f"none of the {len(self.images)} images can be decoded")
@@ -103,7 +104,7 @@ class Cached(Dataset):
     def __getitem__(self, key):
         source, caption = self.items[key % len(self.items)]
         return {"x1": self.latents.read(source).float(), "caption": caption, "context": self.states.read(caption),
-                "empty": self.states.read("")}
+                "empty": self.empty}
 
 
 @torch.no_grad()
@@ -112,7 +113,7 @@ def fill_cache(folder, sd, images, precision, amp, ranks):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32        # in which a step computes them
     size, made = (images.height, images.width), f"{precision}, version 1"   # to be raised when encoding changes
     latents = Store(Path(folder), f"latents {size} {hash_of(sd.first_stage_model)} {made}",
-                    (sd.config.latent_channels, *(side // sd.factor for side in size)))
+                    sd.latent_shape(size))
     states = Store(Path(folder), f"text {hash_of(sd.text_encoder)} {made}", (77, sd.config.context_width))
 
     def encode(image):

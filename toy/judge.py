@@ -304,7 +304,7 @@ def captions(args):
         if args.t_shift:
             flow = ShiftedDiffusion(flow, args.t_shift)
         cfg = guidance(sd, args.cfg)
-        shape = (args.n, sd.config.latent_channels, *(side // sd.factor for side in size))
+        shape = (args.n, *sd.latent_shape(size))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:
             with amp:

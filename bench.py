@@ -1,8 +1,9 @@
 """How fast is it, and beside whom? Ours and a peer's, with the same weights and shapes, measured in turn.
 
-    python bench.py unet --arch sd15 sd21 --size 256 512 --dtype fp32 autocast bf16
+    python bench.py unet --arch sd15 sd21 --size 256 512 --dtype fp32 autocast bf16 --where
     python bench.py train --arch sd21 --weights base none --json rows.jsonl
     python bench.py sample load data
+    python bench.py open --batch 1000 10000 100000
 
 what      ours                                         the peer
 unet      a forward pass of model.UNet                 diffusers' UNet2DConditionModel, on CUDA with fused q, k and v
@@ -10,11 +11,12 @@ train     a step of train.py's loop, latents cached    diffusers' UNet in the lo
 sample    sample.draw with guidance 4, decoded         diffusers' StableDiffusionPipeline, as many Euler steps
 load      model.load_checkpoint, in the file's format  reading the file's bytes
 data      data.ImageFolder in a DataLoader             torchvision's transforms in a DataLoader of as many workers
+open      data.ImageFolder of --batch pictures         torchvision's ImageFolder, which opens no file
 
 A ratio is our time over the peer's: below 1, we are faster. A machine's speed drifts, so the two sides take turns, each
 time in a new process, --rounds times: the table has medians, and the smallest and largest ratio of a round. Memory is
 the peak of a process while it works. On CUDA, "of the chip" is the network's arithmetic over the time, as a share of
-what a large bf16 matrix product reaches there. Weights are random, in the real files' layout, 2 GB each in runs/bench/.
+what a large bf16 matrix product reaches there. --where adds a table of the kinds of operations that the time went to. Weights are random, in the real files' layout, 2 GB each in runs/bench/.
 Needs the packages of requirements-test.txt.
 """
 import argparse
@@ -27,6 +29,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -61,6 +64,14 @@ class Case(NamedTuple):
     device: str = "cpu"
     compile: bool = False
     repeat: int = 3
+    where: bool = False
+
+
+KINDS = {  # of operations, and what their names look like; the first that fits counts
+    "convolutions": "conv", "attention": "scaled_dot|softmax|bmm", "matrix products": "mm|linear|matmul",
+    "norms": "norm", "SiLU and GELU": "silu|gelu", "copies": "copy|cat|clone|contiguous|index", "optimizer": "adam|lerp",
+    "sums and the rest": "::",
+}
 
 
 # ------------------------------------------------------------------ what both sides work on
@@ -105,13 +116,18 @@ def prepare(case):
     return sd, x, t, context, torch.autocast(sd.device.type, torch.bfloat16, enabled=case.dtype != "fp32")
 
 
+def to_faster_format(network, case):
+    """channels_last, but for a peer's float32 on a CPU, where it is 5 to 8 % slower."""
+    return network if case.device == "cpu" and case.dtype == "fp32" else network.to(memory_format=torch.channels_last)
+
+
 def peer_unet(case, sd):
     """diffusers' UNet with the weights of ours, whose place it takes."""
     from tests.checkpoints import diffusers_copy
     unet = diffusers_copy(sd.unet.float(), sd.config)
     sd.model = None
     dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
-    return unet.to(case.device, dtype).to(memory_format=torch.channels_last)
+    return to_faster_format(unet.to(case.device, dtype), case)
 
 
 # ------------------------------------------------------------------ the work: each function returns a step
@@ -232,7 +248,7 @@ def sample_peer(case):
     pipe.to(case.device, torch.bfloat16 if case.dtype == "bf16" else torch.float32)
     sd.model = sd.first_stage_model = sd.cond_stage_model = None
     for network in pipe.unet, pipe.vae:
-        network.to(memory_format=torch.channels_last)
+        to_faster_format(network, case)
         if case.device != "cpu":
             network.fuse_qkv_projections()
     pipe.unet = torch.compile(pipe.unet) if case.compile else pipe.unet
@@ -269,8 +285,33 @@ def data_peer(case):
     return lambda: sum(len(images) for images, _ in DataLoader(dataset, case.batch, num_workers=2)) and None
 
 
+def many_pictures(count):
+    """-> a folder of that many links to one picture, and as many captions."""
+    folder = FOLDER / f"links-{count}/all"
+    if not folder.exists():
+        making, picture = folder.with_name("making"), next(photographs().rglob("*.jpg"))
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+        for i in range(count):
+            (making / f"{i:06d}.jpg").hardlink_to(picture)
+            (making / f"{i:06d}.txt").write_text(PROMPT)
+        making.rename(folder)
+    return folder.parent
+
+
+def open_ours(case):
+    folder = many_pictures(case.batch)
+    return lambda: len(ImageFolder(folder, 512, 512)) and None
+
+
+def open_peer(case):
+    from torchvision import datasets
+    folder = many_pictures(case.batch)
+    return lambda: len(datasets.ImageFolder(folder)) and None
+
+
 SIDES = {"unet": (unet_ours, unet_peer), "train": (train_ours, train_peer), "sample": (sample_ours, sample_peer),
-         "load": (load_ours, load_peer), "data": (data_ours, data_peer)}
+         "load": (load_ours, load_peer), "data": (data_ours, data_peer), "open": (open_ours, open_peer)}
 
 
 # ------------------------------------------------------------------ the measurement
@@ -309,6 +350,18 @@ def arithmetic(step, device):
     return counter.get_total_flops(), 2 * 8192**3 / seconds
 
 
+def seconds_by_kind(step):
+    """-> {kind of operation: seconds} of a step, on CUDA those of the GPU."""
+    with torch.profiler.profile() as profile:
+        step()
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for event in profile.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), None)
+        if "::" in event.key:                           # an operation, and no kernel or node of autograd
+            seconds[kind] += (event.self_device_time_total or event.self_cpu_time_total) / 1e6
+    return seconds
+
+
 def work(case, side, pipe):
     """Run one side of a case in this process, and send what it took. The first step is a warm-up."""
     sys.stdout = open(os.devnull, "w")
@@ -319,6 +372,7 @@ def work(case, side, pipe):
         seconds = median(timed(step, case.device)[0] for _ in range(case.repeat))
         memory, (operations, rate) = peak_memory(case.device), arithmetic(step, case.device)
         pipe.send({"seconds": seconds, "warm_up": warm_up, "memory": memory, "operations": operations, "rate": rate,
+                   "where": seconds_by_kind(step) if case.where else None,
                    "result": result.float().cpu().numpy() if case.what == "unet" else None})
     except Exception as error:
         pipe.send({"error": f"{type(error).__name__}: {error}"})
@@ -355,6 +409,9 @@ def measure(case, rounds):
     last, other = (torch.from_numpy(side["result"]) if side["result"] is not None else None for side in turns[-1])
     if last is not None:
         row["difference"] = ((last - other).norm() / other.norm()).item()
+    if case.where:
+        row["where_ms"] = {kind: [1000 * median(turn[side]["where"][kind] for turn in turns) for side in (0, 1)]
+                           for kind in KINDS}
     if turns[-1][0]["rate"]:
         row["of_the_chip"] = turns[-1][0]["operations"] / ours["seconds"] / turns[-1][0]["rate"]
     return row
@@ -372,6 +429,13 @@ def table_row(row):
             f"{row['ours_gib']:.2f} | {row['peer_gib']:.2f} | {difference} | {chip} |")
 
 
+def where_table(row):
+    """Of a row: what kind of operations the time went to."""
+    lines = [f"| {kind} | {ours:.0f} | {theirs:.0f} |" for kind, (ours, theirs) in row["where_ms"].items()]
+    return "\n".join(["", f"| {row['what']} {row['arch']} {row['dtype']} {row['size']} px | ours (ms) | the peer (ms) |",
+                      "|---|---|---|", *lines, ""])
+
+
 HEADING = ("| what | batch and size | ours (ms) | the peer (ms) | ratio (of the rounds) | our images a second | "
            "our peak memory (GiB) | the peer's | difference of the results | of the chip |\n" + "|---" * 10 + "|")
 
@@ -384,7 +448,7 @@ def arguments():
     add("what", nargs="+", choices=list(SIDES), help="what to measure")
     add("--arch", nargs="+", choices=list(ARCHITECTURES), default=["sd21"], help="networks (default: sd21)")
     add("--size", type=int, nargs="+", default=[256], help="pixels a side (default: 256)")
-    add("--batch", type=int, nargs="+", default=[1], help="pictures in a batch (default: 1)")
+    add("--batch", type=int, nargs="+", default=[1], help="pictures in a batch; of open, in the folder (default: 1)")
     add("--dtype", nargs="+", choices=["fp32", "autocast", "bf16"], default=["fp32"],
         help="float32, bf16 autocast of float32 weights, or bf16 weights (default: fp32)")
     add("--weights", nargs="+", choices=["none", *lora.PRESETS], default=["base"],
@@ -393,6 +457,7 @@ def arguments():
     add("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     add("--repeat", type=int, default=3, help="steps in a turn after the warm-up, whose median counts (default: 3)")
     add("--compile", action="store_true", help="torch.compile both sides")
+    add("--where", action="store_true", help="also print what kinds of operations the time of unet and train went to")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--json", help="append the rows to this file, as JSON lines")
     return parser.parse_args()
@@ -404,12 +469,15 @@ def cases(args, device):
         shared = {"what": what, "device": device, "repeat": args.repeat}
         if what == "load":
             yield from (Case(arch=arch, dtype="fp16", **shared) for arch in args.arch)
+        elif what == "open":
+            yield from (Case(batch=batch, **shared) for batch in args.batch)
         elif what == "data":
             yield from (Case(size=size, batch=batch, **shared) for size in args.size for batch in args.batch)
         else:
             weights = args.weights if what == "train" else ["-"]
             for choice in itertools.product(args.arch, args.size, args.batch, args.dtype, weights):
-                yield Case(what, *choice, args.steps if what == "sample" else 1, device, args.compile, args.repeat)
+                yield Case(what, *choice, args.steps if what == "sample" else 1, device, args.compile, args.repeat,
+                           args.where and what in ("unet", "train"))
 
 
 def main():
@@ -422,7 +490,7 @@ def main():
           f"{args.rounds} rounds\n\n{HEADING}", flush=True)
     for case in cases(args, device):
         row = measure(case, args.rounds)
-        print(table_row(row), flush=True)
+        print(table_row(row) + (where_table(row) if row["where"] else ""), flush=True)
         if args.json:
             with open(args.json, "a") as file:
                 file.write(json.dumps(row) + "\n")

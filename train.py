@@ -48,7 +48,7 @@ RECIPES = {  # each flag's default by task: the paper's (Appendix A), then the b
     "caption_dropout": (0.02,          0.0,      0.02,         0.02,          0.0,      0.02),
     "size":            (None,          None,     [384, 512],   None,          None,     None),
     "style":           ("outline",     None,     "solid",      "outline",     None,     "solid"),
-    "scenes":          (4096,          None,     4096,         2048,          None,     2048),
+    "scenes":          (4096,          None,     4096,         1024,          None,     2048),
     "validation":      (16,            16,       16,           64,            64,       64),
     "previews":        (4,             4,        4,            8,             8,        8),
 }

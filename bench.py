@@ -16,8 +16,8 @@ open      data.ImageFolder of --batch pictures         torchvision's ImageFolder
 A ratio is our time over the peer's: below 1, we are faster. A machine's speed drifts, so the two sides take turns, each
 time in a new process, --rounds times: the table has medians, and the smallest and largest ratio of a round. Memory is
 the peak of a process while it works. On CUDA, "of the chip" is the network's arithmetic over the time, as a share of
-what a large bf16 matrix product reaches there. --where adds a table of the kinds of operations that the time went to. Weights are random, in the real files' layout, 2 GB each in runs/bench/.
-Needs the packages of requirements-test.txt.
+what a large bf16 matrix product reaches there. --where adds a table of the kinds of operations that the time went to.
+Weights are random, in the real files' layout, 2 GB each in runs/bench/. Needs the packages of requirements-test.txt.
 """
 import argparse
 import ctypes
@@ -69,8 +69,7 @@ class Case(NamedTuple):
 
 KINDS = {  # of operations, and what their names look like; the first that fits counts
     "convolutions": "conv", "attention": "scaled_dot|softmax|bmm", "matrix products": "mm|linear|matmul",
-    "norms": "norm", "SiLU and GELU": "silu|gelu", "copies": "copy|cat|clone|contiguous|index", "optimizer": "adam|lerp",
-    "sums and the rest": "::",
+    "norms": "norm", "SiLU and GELU": "silu|gelu", "copies": "copy|cat|clone|index", "sums, products, optimizer": "::",
 }
 
 
@@ -160,11 +159,11 @@ def unet_peer(case):
 
 def train_ours(case):
     sd, x1, _, context, amp = prepare(case)
-    sd.unet.to(memory_format=torch.channels_last).train()
     if case.weights == "none":
         sd.unet.requires_grad_()
     else:
         lora.inject(sd.unet, case.weights)
+    sd.unet.to(memory_format=torch.channels_last).train()
     flow = make_flow(sd, "diff2flow")
     flow.net = torch.compile(flow.net) if case.compile else flow.net
     trained = {name: parameter for name, parameter in sd.unet.named_parameters() if parameter.requires_grad}
@@ -431,9 +430,9 @@ def table_row(row):
 
 def where_table(row):
     """Of a row: what kind of operations the time went to."""
+    heading = f"| {row['what']} {row['arch']} {row['dtype']} {row['size']} px | ours (ms) | the peer (ms) |"
     lines = [f"| {kind} | {ours:.0f} | {theirs:.0f} |" for kind, (ours, theirs) in row["where_ms"].items()]
-    return "\n".join(["", f"| {row['what']} {row['arch']} {row['dtype']} {row['size']} px | ours (ms) | the peer (ms) |",
-                      "|---|---|---|", *lines, ""])
+    return "\n".join(["", heading, "|---|---|---|", *lines, ""])
 
 
 HEADING = ("| what | batch and size | ours (ms) | the peer (ms) | ratio (of the rounds) | our images a second | "

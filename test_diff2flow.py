@@ -443,6 +443,26 @@ def test_the_loss_of_an_exact_network_is_zero_and_of_a_perturbed_one_is_not(pred
 
 
 @both_predictions
+def test_inside_the_trained_range_the_loss_is_the_networks_own_with_another_weight_for_each_level(prediction):
+    """Squared errors of v count (alpha + sigma)^2 times, of eps ((alpha + sigma) / alpha)^2 times; times are uniform in
+    t_fm. Here a network is wrong by a known amount, another at each level, and both integrals are sums."""
+    def wrong(x1, x0):
+        def net(x_dm, t_dm, context):
+            return exact(prediction, x1, x0)(x_dm, t_dm, context) + 0.1 + 0.05 * (t_dm / 90).sin().view(-1, 1, 1, 1)
+        return net
+    f_t = torch.from_numpy(F_T.copy())
+    t_fm = torch.linspace(F_T[-1], F_T[0], 4001).unfold(0, 2, 1).mean(1)                # the middles of 4000 pieces
+    x1, x0 = rand(4000, 1, 1, 1), rand(4000, 1, 1, 1, seed=1)
+    loss = wrap(wrong(x1, x0), prediction).loss(x1, None, x0, t_fm)
+    dm = wrap(wrong(x1[:1], x0[:1]), prediction, Diffusion)
+    own = torch.stack([dm.loss(x1[:1], None, x0[:1], t_fm=f_t[[t_dm]]) for t_dm in range(T)])
+    weight = (ALPHA + SIGMA) ** 2 if prediction == "v" else ((ALPHA + SIGMA) / ALPHA) ** 2
+    expected = torch.trapezoid(weight * own, -f_t) / (f_t[0] - f_t[-1])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)                      # of the sums over 1000 levels
+    assert abs(own.mean() / expected - 1) > 0.2                                         # as drawn and weighed by dm
+
+
+@both_predictions
 def test_the_loss_is_the_mean_squared_velocity_error_of_the_given_pair(prediction):
     t_fm = torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0])
     ours = wrap(Arbitrary(), prediction)

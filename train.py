@@ -36,6 +36,7 @@ from storage import Tars, fill_cache
 from toy.scenes import Scenes
 
 TASKS = ("text-to-image", "reflow", "depth")
+HELD_OUT_SEED = 30_000_000  # of the scenes and the noise that every run is measured on
 RECIPES = {  # each flag's default by task: the paper's (Appendix A), then the bundled prior's
     #                   text-to-image  reflow    depth         text-to-image  reflow    depth
     "steps":           (20_000,        60_000,   20_000,       300,           400,      400),
@@ -175,11 +176,11 @@ def load_trainable(args, device):
     elif sd.is_depth_model:
         raise ValueError(f"{args.ckpt}: a depth model, which only --task depth trains")
     flow = make_flow(sd, args.objective)
-    sd.unet.to(memory_format=torch.channels_last).train().checkpointing = args.checkpointing
     if args.lora == "none":
         sd.unet.requires_grad_()
     else:
         lora.inject(sd.unet, int(args.lora) if args.lora.isdecimal() else args.lora)
+    sd.unet.to(memory_format=torch.channels_last).train().checkpointing = args.checkpointing
     return sd, flow, {name: parameter for name, parameter in sd.unet.named_parameters() if parameter.requires_grad}
 
 
@@ -197,7 +198,7 @@ def open_data(args, sd):
     if not args.data:
         kind = DepthScenes if args.task == "depth" else Scenes
         dataset = kind(args.scenes, height, width, args.style, args.seed)
-        held_out = kind(n, height, width, args.style, args.seed + 1)
+        held_out = kind(n, height, width, args.style, HELD_OUT_SEED)
         source = f"{len(dataset):,} procedural scenes, style {args.style} (--data FOLDER trains on your own)"
     elif args.task == "depth":
         dataset = held_out = DepthFolders(args.data, args.weights, height, width, args.seed)
@@ -287,7 +288,7 @@ class Validation:
         latents = [encode_item(sd, item) for item in progress(items, "encoding held-out pictures")]
         self.latents = default_collate(latents)
         self.captions, x1 = self.latents["caption"], self.latents["x1"]
-        shape, generator = (max(len(x1), args.previews), *x1.shape[1:]), torch.Generator().manual_seed(args.seed)
+        shape, generator = (max(len(x1), args.previews), *x1.shape[1:]), torch.Generator().manual_seed(HELD_OUT_SEED)
         self.noise = torch.randn(shape, generator=generator).to(x1.device)
         if "x0" in self.latents:
             self.noise[:len(x1)] = self.latents["x0"]
@@ -580,7 +581,8 @@ def finish(args, out, validation, items, size, before, after):
     save_grid(out / "before_after.png", torch.cat(list(rows.values())), args.previews, making, list(rows),
               captions * len(rows))
     result = {"software": SOFTWARE}
-    result |= {name: vars(args)[name] for name in ("task", "ckpt", "use_ema", "objective", "lora", "seed", "steps")}
+    shown = "task", "ckpt", "use_ema", "objective", "lora", "lr", "seed", "steps"
+    result |= {name: vars(args)[name] for name in shown}
     result |= {"prediction": validation.sd.prediction, "size": size, "velocity_error_before": before[0],
                "velocity_error_after": after[0]}
     with replacing(out / "result.json") as temporary:

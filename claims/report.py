@@ -1,12 +1,24 @@
-"""Turn the results of many runs into a table or a plot: means over the seeds, with the lowest and the highest value.
+"""Turn the results of many runs into tables and plots.
 
     python -m claims.report table runs/*/result.json --by objective lora --of velocity_error_after="velocity error"
+    python -m claims.report paired claims/results/style --against dm --of velocity_error --by prediction run.lora
     python -m claims.report plot runs/*/validation.jsonl --out plot.png
+    python -m claims.report best claims/results/rates --of velocity_error_after --by lr
 
-The files hold JSON lines, one result a line. A value is called by its name in the line: "all" is line["all"], and
-"plain.black" is line["plain"]["black"]. "run.objective" is the objective in "run", which is what train.py wrote into
-result.json. A line without a "run" takes it from the result.json beside its file. NAME="HEADING" gives a name a
-heading in words.
+table and plot: means over the seeds, with the lowest and the highest value. best: the value of --by that has the lowest
+mean of --of. paired: the difference between runs of two objectives with the same seed, on the same scenes, and its 95 %
+interval. An effect is shown where the interval excludes 0. With d_si the difference of seed s on scene i, S seeds and
+N scenes, its half width is
+
+    t(S - 1) sqrt(var_s(mean_i d_si) / S + var_i(mean_s d_si) / N),    t(S - 1) the 97.5 % point of Student's t:
+
+other seeds would have given another mean, and so would other scenes. The scatter that is neither the seed's nor the
+scene's is counted twice, so the interval is a little too wide. A measure without a value for each scene has N = 1.
+
+The files, or those of a folder, hold JSON lines. A value is called by its name in the line: "all" is line["all"], and
+"black.mean" is line["black"]["mean"]. "run.objective" is the objective in "run", which is what train.py wrote into
+result.json. A line without a "run" takes it from the result.json beside its file. NAME="HEADING" gives a name a heading
+in words.
 """
 import argparse
 import json
@@ -14,6 +26,9 @@ import math
 from collections import defaultdict, namedtuple
 from pathlib import Path
 from statistics import fmean
+
+import numpy as np
+from scipy import stats
 
 from files import SOFTWARE, check_replaceable, cli, read_text, replacing
 from sample import read_result
@@ -48,7 +63,8 @@ def look_up(row, name):
 def read_rows(paths, conditions):
     """Files of JSON lines -> the rows that meet every condition (name, value); each row has a "run"."""
     rows = []
-    for path in map(Path, paths):
+    files = [file for path in map(Path, paths) for file in sorted(path.glob("*.jsonl")) or [path]]
+    for path in files:
         run = read_result(path)
         for line in read_text(path).splitlines():
             row = {"run": run, **json.loads(line)}
@@ -125,7 +141,124 @@ def table(args):
         print_line(cells)
 
 
+def best(args):
+    """Print the value of --by with the lowest mean of --of."""
+    (by,), (of,) = args.by, args.of
+    groups = group([row for row in read_rows(args.files, args.where) if look_up(row, of.name) is not None], [by.name])
+    if not groups:
+        raise ValueError(f"--of {of.name}: no row has it")
+    print(min(groups, key=lambda item: fmean(look_up(row, of.name) for row in item[1]))[0][0])
+
+
+# ------------------------------------------------------------------ pairs
+
+def interval(differences):
+    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval; S is at least 2."""
+    seeds, scenes = differences.shape
+    variance = differences.mean(1).var(ddof=1) / seeds
+    if scenes > 1:
+        variance += differences.mean(0).var(ddof=1) / scenes
+    return differences.mean(), stats.t.ppf(0.975, seeds - 1) * math.sqrt(variance)
+
+
+def values_of(row, name):
+    """A measure of a row -> its value for each scene if it has them, else the one value."""
+    return np.atleast_1d(look_up(row.get("scenes", {}), name) or look_up(row, name)).astype(float)
+
+
+def by_seed(rows, names):
+    """-> {seed: row}. ValueError for two rows of one seed."""
+    found = {look_up(row, "run.seed"): row for row in rows}
+    if len(found) < len(rows):
+        raise ValueError(f"more than one row of {names} with the same seed: add to --by or --where")
+    return found
+
+
+def differences(args):
+    """-> {heading of --of: [(values of --by and the objective, number of pairs, mean, half width), ...]}."""
+    rows, found = read_rows(args.files, args.where), {}
+    names = [by.name for by in args.by]
+    for of in args.of:
+        found[of.heading] = []
+        for values, members in group([row for row in rows if look_up(row, of.name) is not None], names):
+            arms = {objective: by_seed(of_it, (*values, objective))
+                    for (objective,), of_it in group(members, ["run.objective"])}
+            for objective in arms.keys() - {args.against}:
+                seeds = sorted(arms[objective].keys() & arms.get(args.against, {}).keys())
+                if len(seeds) > 1:
+                    ours, theirs = (np.array([values_of(arms[name][seed], of.name) for seed in seeds])
+                                    for name in (objective, args.against))
+                    found[of.heading].append(((*values, objective), len(seeds), *interval(ours - theirs)))
+        found[of.heading].sort(key=lambda row: sort_key(row[0]))
+        if not found[of.heading]:
+            raise ValueError(f"--of {of.name}: no two seeds of an objective and of {args.against} have it")
+    return found
+
+
+def paired(args):
+    """Print a table of the differences, a line for each --by and objective; with --out also draw them."""
+    found = differences(args)
+    print_line([*(by.heading for by in args.by), "objective", "pairs", *(f"{heading}, less {args.against}'s"
+                                                                         for heading in found)])
+    print("|" + "---|" * (len(args.by) + 2 + len(found)))
+    lines = defaultdict(dict)
+    for heading, rows in found.items():
+        for values, pairs, mean, half in rows:
+            lines[values, pairs][heading] = mean, half
+    for values, pairs in sorted(lines, key=lambda line: sort_key(line[0])):
+        cells = [in_words(value, args.words) for value in values]
+        for of in args.of:
+            mean, half = lines[values, pairs].get(of.heading, (None, None))
+            cells.append("" if mean is None else difference_in_words(mean, half, of.name in args.percent))
+        print_line([*cells[:len(values)], str(pairs), *cells[len(values):]])
+    if args.out:
+        check_replaceable(args.out)
+        save_figure(draw_differences(found, args), args.out)
+
+
+def difference_in_words(mean, half, percent):
+    """-0.01 and 0.004 -> "**-0.0100** (-0.0140 to -0.00600)", in bold where the interval excludes 0."""
+    figures = [100 * x if percent else x for x in (mean, mean - half, mean + half)]
+    mean, low, high = (f"{x:+.1f}" if percent else f"{x:+#.2g}" if abs(x) < 10 else f"{x:+.0f}" for x in figures)
+    mark = "**" if low[0] == high[0] else ""
+    return f"{mark}{mean}{mark} ({low} to {high})"
+
+
+def draw_differences(found, args):
+    """-> a figure with a panel for each measure: a point for each mean, a bar for its interval, a line at 0."""
+    figure_class = matplotlib_figure()
+    lines = sorted({values for rows in found.values() for values, *_ in rows}, key=sort_key, reverse=True)
+    figure = figure_class(figsize=(2 + 3.2 * len(found), 1.2 + 0.3 * len(lines)), layout="constrained")
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    colours = {objective: f"C{i}" for i, objective in enumerate(sorted({values[-1] for values in lines}))}
+    for axis, of in zip(axes, args.of):
+        scale = 100 if of.name in args.percent else 1
+        axis.axvline(0, color="black", linewidth=1)
+        for values, _, mean, half in found[of.heading]:
+            axis.errorbar(scale * mean, lines.index(values), xerr=scale * half, fmt="o", capsize=3,
+                          color=colours[values[-1]])
+        axis.set(title=of.heading, xlabel=f"less {args.against}'s" + (", percentage points" if scale == 100 else ""),
+                 yticks=range(len(lines)), yticklabels=[", ".join(in_words(value, args.words) for value in values)
+                                                        for values in lines])
+        axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
 # ------------------------------------------------------------------ plots
+
+def matplotlib_figure():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a plot needs matplotlib: pip install matplotlib") from None
+    return Figure
+
+
+def save_figure(figure, path):
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, metadata={"Software": SOFTWARE})
+    print(path)
+
 
 def draw_lines(axis, rows, args):
     """A line for each different --by: the mean of --y over --x, and the span between lowest and highest shaded."""
@@ -145,11 +278,8 @@ def draw_lines(axis, rows, args):
 
 def draw(rows, args):
     """-> a figure with a panel for each different --panel."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError:
-        raise ValueError("a plot needs matplotlib: pip install matplotlib") from None
+    figure_class = matplotlib_figure()
+    from matplotlib.ticker import LogLocator
     for row in rows:
         for name in (args.x.name, args.y.name, args.by.name):
             if look_up(row, name) is None:
@@ -157,7 +287,7 @@ def draw(rows, args):
     panels = group(rows, [panel.name for panel in args.panel])
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * lines), layout="tight")
+    figure = figure_class(figsize=(4.2 * columns, 3.6 * lines), layout="tight")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
     axes[0, 0].set_yscale("log")
     axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -176,10 +306,7 @@ def draw(rows, args):
 
 def plot(args):
     check_replaceable(args.out)
-    figure = draw(read_rows(args.files, args.where), args)
-    with replacing(args.out) as temporary:
-        figure.savefig(temporary, dpi=100, metadata={"Software": SOFTWARE})
-    print(args.out)
+    save_figure(draw(read_rows(args.files, args.where), args), args.out)
 
 
 # ------------------------------------------------------------------ the command line
@@ -193,6 +320,16 @@ def add_common_arguments(parser):
                         help='print these words in place of a value of --by or --panel, such as fm="naive matching"')
 
 
+def add_table_arguments(parser):
+    parser.add_argument("--by", type=column, nargs="+", required=True, metavar="NAME",
+                        help="results with the same values of these names share a line of the table, such as "
+                             'run.objective="trained by"')
+    parser.add_argument("--of", type=column, nargs="+", required=True, metavar="NAME",
+                        help='what is measured, such as all="captions right"')
+    parser.add_argument("--percent", nargs="+", default=[], metavar="NAME",
+                        help="print these values of --of as percentages; they are shares from 0 to 1")
+
+
 def arguments():
     parser = argparse.ArgumentParser(prog="python -m claims.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,13 +337,17 @@ def arguments():
 
     of_table = commands.add_parser("table", help="print a Markdown table")
     add_common_arguments(of_table)
-    of_table.add_argument("--by", type=column, nargs="+", required=True, metavar="NAME",
-                          help="results with the same values of these names share a line of the table, such as "
-                               'run.objective="trained by"')
-    of_table.add_argument("--of", type=column, nargs="+", required=True, metavar="NAME",
-                          help='print the mean and the span of these values, such as all="captions right"')
-    of_table.add_argument("--percent", nargs="+", default=[], metavar="NAME",
-                          help="print these values of --of as percentages; they are shares from 0 to 1")
+    add_table_arguments(of_table)
+
+    of_paired = commands.add_parser("paired", help="print and draw the differences between objectives")
+    add_common_arguments(of_paired)
+    add_table_arguments(of_paired)
+    of_paired.add_argument("--against", default="dm", help="objective that the others are compared with (default: dm)")
+    of_paired.add_argument("--out", help="picture of the differences that is written (default: none)")
+
+    of_best = commands.add_parser("best", help="print the value with the best results")
+    add_common_arguments(of_best)
+    add_table_arguments(of_best)
 
     of_plot = commands.add_parser("plot", help="draw a plot: the mean as a line, the span shaded")
     add_common_arguments(of_plot)
@@ -225,12 +366,12 @@ def arguments():
     return args
 
 
+COMMANDS = {"table": table, "paired": paired, "plot": plot, "best": best}
+
+
 def main():
     args = arguments()
-    if args.command == "table":
-        table(args)
-    else:
-        plot(args)
+    COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1,135 +1,191 @@
 #!/usr/bin/env bash
 # Measure every claim of the paper on the bundled priors: train the models, measure them, draw the plots.
 #
-#     bash claims/run.sh              everything, in about five hours of one CPU core
-#     bash claims/run.sh train        only train; two processes that run this share the models between them
-#     bash claims/run.sh measure      only measure, and draw
+#     bash claims/run.sh              everything, in about 60 hours of one CPU core
+#     bash claims/run.sh style        only some of: rates priors style size reflow depth draw (style needs the rates)
 #
-# A command that was stopped goes on where it was when it is started again. Runs go to runs/claims/, results to
-# claims/results/. SEEDS="0 1 2" chooses the seeds. The script needs Linux (flock) and matplotlib.
+# A model is an arm: trained, measured at once on scenes that are the same for all arms, its results written to
+# claims/results/CLAIM/ARM.jsonl. An arm whose results are there is done, so what was stopped goes on when it is started
+# again, also on another computer; several processes that run this share the arms between them, best with
+# OMP_NUM_THREADS=1 each. Runs go to runs/claims/. SEEDS="1 2" chooses the seeds. The script needs Linux (flock),
+# matplotlib and scipy.
 set -euo pipefail
-shopt -s nullglob               # a pattern of file names that fits no file stands for nothing
 cd "$(dirname "$0")/.."
 
 runs=runs/claims
 results=claims/results
-v=toy/tiny-v.safetensors        # the two bundled priors: a v-network and an eps-network
-eps=toy/tiny-eps.safetensors
-seeds=${SEEDS:-0 1 2}
-first=${seeds%% *}              # pictures are kept of the first seed only
-what=${1:-all}
+seeds=${SEEDS:-1 2 3 4 5}
+sweep_seed=0                    # of the rates, and of nothing else
+few=$(echo $seeds | cut -d' ' -f1,2)
+precision=fp32                  # of training and sampling: the same for all arms, on every computer
 
-once() {        # once NAME COMMAND...: run the command, unless another process is running the one of this name
-    mkdir -p "$runs/locks"
-    ( flock -n 9 || exit 0; "${@:2}" ) 9> "$runs/locks/$1"
+prior() { echo toy/tiny-$1.safetensors; }       # prior v, or prior eps
+
+once() {        # once CLAIM/ARM COMMAND...: run the command, unless the arm is done or another process is at it
+    mkdir -p "$runs/locks" "$results/${1%/*}"
+    if [ -e "$results/$1.jsonl" ]; then return; fi
+    ( flock -n 9 || exit 0; if [ ! -e "$results/$1.jsonl" ]; then "${@:2}"; fi ) 9> "$runs/locks/${1//\//-}"
 }
 
-train_run() {   # train_run NAME OPTIONS...: train.py, unless the run is finished; a run that was begun goes on
+train() {       # train CLAIM/ARM OPTIONS...: train.py; a run that was begun goes on
     local out=$runs/$1
     if [ -e "$out/result.json" ]; then
         return
     elif [ -e "$out/state.safetensors" ]; then
         python train.py --resume "$out"
     else
-        python train.py --out "$out" --precision bf16 --scenes 1024 --previews 4 --preview-every 50 --save-every 50 \
-            "${@:2}"
+        python train.py --out "$out" --precision $precision --scenes 4096 --validation 128 --previews 4 \
+            --save-every 100 "${@:2}"
     fi
 }
 
-reflow_run() {  # reflow_run SEED: sample the pairs by DDIM, and train on them
-    if [ -e "$runs/reflow-$1/result.json" ]; then return; fi
-    python sample.py --pairs 1024 --objective dm --cfg 4 --batch 64 --precision bf16 --seed "$1" --out "$runs/pairs-$1"
-    train_run "reflow-$1" --task reflow --data "$runs/pairs-$1" --seed "$1" --steps 400 --lora small --lr 1e-3
+weights() { echo "$runs/$1"/*.safetensors | tr ' ' '\n' | grep -E '/(lora|model)\.safetensors$'; }
+
+judge() {       # judge CLAIM/ARM COMMAND MODEL OPTIONS...: toy.judge; its rows wait in the run's folder
+    local rows="$runs/$1/judged-$(echo "${@:2}" | cksum | cut -d' ' -f1)"
+    [ -e "$rows/$2.jsonl" ] || python -m toy.judge "${@:2}" --precision $precision --out "$rows"
 }
 
-judge_run() {   # judge_run NAME OPTIONS...: toy.judge, unless its results are there
-    local out=$runs/measured/$1
-    if compgen -G "$out/*.jsonl" > /dev/null; then return; fi
-    python -m toy.judge "${@:2}" --precision bf16 --out "$out"
+done_arm() {    # done_arm CLAIM/ARM: all rows of the arm become its results, the curve of its training with them
+    cat "$runs/$1"/judged-*/*.jsonl "$runs/$1/result.json" > "$results/$1.partial"
+    mv "$results/$1.partial" "$results/$1.jsonl"
 }
 
-train() { once "$1" train_run "$@"; }
-judge() { once "measure-$1" judge_run "$@"; }
+# ------------------------------------------------------------------ the learning rates
 
-train_all() {
-    for seed in $seeds; do          # claims 1, 2, 3 and 6: a new style, by all weights and by LoRA
-        for objective in dm fm fm-flip diff2flow; do
-            train style-$objective-none-$seed --objective $objective --seed $seed --steps 200 --lora none --lr 5e-4
-            for lora in base small; do
-                train style-$objective-$lora-$seed --objective $objective --seed $seed --steps 200 \
-                    --lora $lora --lr 2e-3
-            done
+rate_arm() {    # rate_arm NAME PRIOR LORA OBJECTIVE RATE
+    train $1 --ckpt $(prior $2) --lora $3 --objective $4 --lr $5 --seed $sweep_seed --steps 300 --preview-every 0
+    cp $runs/$1/result.json $results/$1.jsonl
+}
+
+rates_of() { if [ $1 = none ]; then echo 2e-4 5e-4 1e-3 2e-3; else echo 5e-4 1e-3 2e-3 4e-3; fi; }
+
+best_rate() {   # best_rate PRIOR LORA OBJECTIVE
+    python -m claims.report best $results/rates --where prediction=$1 lora=$2 objective=$3 --by lr \
+        --of velocity_error_after
+}
+
+all_rates() {
+    for lora in base none; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
+        for rate in $(rates_of $lora); do
+            once rates/$prior-$lora-$objective-$rate rate_arm rates/$prior-$lora-$objective-$rate \
+                $prior $lora $objective $rate
         done
-    done
-    for seed in $seeds; do
-        once reflow-$seed reflow_run $seed      # claim 8: Reflow
-        for objective in dm fm fm-flip diff2flow; do
-            # claim 9: depth
-            train depth-$objective-none-$seed --task depth --objective $objective --seed $seed --steps 150 --keep \
-                --lora none --lr 5e-4
-            train depth-$objective-base-$seed --task depth --objective $objective --seed $seed --steps 150 --keep \
-                --lora base --lr 1e-3
-            # claims 6 and 7: from the eps-prior
-            train eps-$objective-$seed --ckpt $eps --objective $objective --seed $seed --steps 100 --lora base --lr 2e-3
-            # claim 4: another size
-            train size-$objective-$seed --style solid --size 96 --batch 16 --objective $objective --seed $seed \
-                --steps 100 --lora base --lr 2e-3
+    done; done; done
+}
+
+# ------------------------------------------------------------------ claims 1 and 5: the priors as they are
+
+prior_arm() {   # prior_arm NAME PRIOR OPTIONS...
+    judge $1 captions $(prior $2) "${@:3}"
+    judge $1 velocity $(prior $2)
+    judge $1 plain $(prior $2) --objective dm
+    cat $runs/$1/judged-*/*.jsonl > $results/$1.jsonl
+}
+
+all_priors() {
+    for prior in v eps; do
+        for objective in diff2flow dm fm fm-flip; do
+            once priors/$prior-$objective prior_arm priors/$prior-$objective $prior --objective $objective
         done
-        train depth-diff2flow-small-$seed --task depth --seed $seed --steps 150 --keep --lora small --lr 1e-3
-        for rank in 2 8; do         # claim 3: the rank of the LoRA
-            train rank-$rank-$seed --seed $seed --steps 200 --lora $rank --lr 2e-3
-        done
+        once priors/$prior-between prior_arm priors/$prior-between $prior --objective dm --t-shift 0.5
     done
 }
 
-measure_all() {
-    for seed in $seeds; do
-        # claims 2, 3, 6 and 7: the new style
-        judge style-$seed captions $runs/{style,eps,rank}-*-$seed/{model,lora}.safetensors \
-            --style outline --cfg 1 --n 128 --seed $seed
-        # claim 8: the prior, and after Reflow
-        judge reflow-$seed captions $v $runs/reflow-$seed/lora.safetensors \
-            --objective diff2flow --steps 25 4 2 1 --n 128 --seed $seed
-        # claim 4: another size
-        judge size-$seed captions $v $runs/size-*-$seed/lora.safetensors --size 96 --n 32 --seed $seed
-        # claim 1: the priors before any training
-        for objective in diff2flow fm fm-flip; do
-            judge zero-$objective-$seed captions $v $eps --objective $objective --n 48 --seed $seed
-        done
-        # claim 5: DDIM at its own timesteps, and between them
-        for shift in 0 0.5; do
-            judge ddim-$shift-$seed captions $v --objective dm --t-shift $shift --n 128 --seed $seed
-        done
-        # claim 9: depth
-        judge depth-$seed depth $runs/depth-*-$seed/{model,lora}-*.safetensors \
-            --steps 2 10 --ensemble 1 4 --n 16 --seed $seed
-    done
-    judge plain-$first captions $runs/style-{dm,diff2flow}-none-$first/model.safetensors \
-        $runs/eps-{dm,diff2flow}-$first/lora.safetensors --style outline --cfg 1 --n 48     # claim 6: black and white
+# ------------------------------------------------------------------ claims 2, 3, 6 and 7: a new style
+
+style_arm() {   # style_arm NAME PRIOR LORA OBJECTIVE SEED
+    train $1 --ckpt $(prior $2) --lora $3 --objective $4 --seed $5 --steps 1600 --preview-every 200 \
+        --lr $(best_rate $2 $3 $4)
+    local model=$(weights $1)
+    judge $1 velocity $model --style outline
+    judge $1 plain $model --cfg 1
+    judge $1 captions $model --style outline --cfg 1 --steps 25 10 4
+    judge $1 captions $model --style outline --cfg 3
+    if [ $4 = dm ]; then judge $1 captions $model --style outline --cfg 1 --steps 25 10 4 --objective diff2flow; fi
+    if [ $4 = diff2flow ]; then judge $1 captions $model --style outline --cfg 1 --steps 25 10 4 --objective dm; fi
+    done_arm $1
 }
 
-write_results() {
-    mkdir -p $results
-    cat $runs/*/result.json > $results/training.jsonl
-    for name in style reflow size zero ddim depth; do
-        cat $runs/measured/$name-*/*.jsonl > $results/$name.jsonl
-    done
-    for name in style eps size; do
-        python -m claims.report plot $runs/$name-*/validation.jsonl --words none="none (all weights)" \
-            --out $results/$name.png
-    done
-    python -m claims.report plot $results/depth.jsonl --where ensemble=4 --y absrel="relative error (AbsRel)" \
-        --panel steps run.lora=LoRA --words none="none (all weights)" --out $results/depth.png
-    cp $runs/measured/plain-$first/samples.png $results/plain-samples.png
-    cp $runs/measured/reflow-$first/samples.png $results/reflow-samples.png
-    cp $runs/measured/size-$first/samples.png $results/size-samples.png
-    cp $runs/depth-diff2flow-none-$first/before_after.png $results/depth-samples.png
+all_styles() {
+    for seed in $seeds; do for lora in base none; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
+        if [ $objective != fm ] || [[ " $few " = *" $seed "* ]]; then
+            once style/$prior-$lora-$objective-$seed style_arm style/$prior-$lora-$objective-$seed \
+                $prior $lora $objective $seed
+        fi
+    done; done; done; done
 }
 
-if [ "$what" != measure ]; then
-    train_all
-fi
-if [ "$what" != train ]; then
-    measure_all
-    write_results
-fi
+# ------------------------------------------------------------------ claim 4: another size of picture
+
+size_arm() {    # size_arm NAME LORA OBJECTIVE SIZE SEED
+    train $1 --style solid --lora $2 --objective $3 --size $4 --batch 16 --seed $5 --steps 1000 --preview-every 0 \
+        --lr $(best_rate v $2 $3)
+    judge $1 velocity $(weights $1) --n 128
+    judge $1 captions $(weights $1) --n 128
+    done_arm $1
+}
+
+all_sizes() {
+    for seed in $few; do for size in 96 128; do for lora in base none; do for objective in diff2flow dm fm-flip fm; do
+        once size/$size-$lora-$objective-$seed size_arm size/$size-$lora-$objective-$seed $lora $objective $size $seed
+    done; done; done; done
+    for size in 96 128; do
+        once size/$size-prior prior_arm size/$size-prior v --size $size --n 128
+    done
+}
+
+# ------------------------------------------------------------------ claim 8: Reflow, and Reflow again
+
+reflow_arm() {  # reflow_arm NAME SEED GUIDANCE: pairs of the prior, a model of them, its own pairs, a model of those
+    local pairs=$runs/pairs-$2-cfg$3
+    python sample.py --pairs 8192 --objective dm --steps 40 --cfg $3 --batch 64 --precision $precision --seed $2 \
+        --out $pairs
+    train $1 --task reflow --data $pairs --seed $2 --steps 1500 --preview-every 0
+    judge $1 captions $(weights $1) --steps 25 4 2 1
+    python sample.py --pairs 8192 --lora $(weights $1) --steps 25 --batch 64 --precision $precision --seed $2 \
+        --out $pairs-again
+    train $1-again --task reflow --data $pairs-again --seed $2 --steps 1500 --preview-every 0
+    judge $1-again captions $(weights $1-again) --steps 25 4 2 1
+    done_arm $1-again
+    done_arm $1
+}
+
+all_reflows() {
+    for seed in $few; do for guidance in 4 1; do
+        once reflow/cfg$guidance-$seed reflow_arm reflow/cfg$guidance-$seed $seed $guidance
+    done; done
+    once reflow/prior prior_arm reflow/prior v --objective diff2flow --steps 25 4 2 1
+}
+
+# ------------------------------------------------------------------ claim 9: depth
+
+depth_arm() {   # depth_arm NAME PRIOR OBJECTIVE SEED
+    train $1 --task depth --ckpt $(prior $2) --objective $3 --seed $4 --steps 600 --preview-every 0 --lora none \
+        --lr $(best_rate $2 none $3)
+    judge $1 depth $(weights $1) --steps 1 2 4 10 --ensemble 1 4 --n 96
+    done_arm $1
+}
+
+all_depths() {
+    for seed in $seeds; do for prior in v eps; do for objective in diff2flow dm fm-flip; do
+        once depth/$prior-$objective-$seed depth_arm depth/$prior-$objective-$seed $prior $objective $seed
+    done; done; done
+}
+
+# ------------------------------------------------------------------ the figures
+
+draw() {
+    python -m claims.weights
+    python -m claims.report paired $results/style --where own_sampler=True --against dm \
+        --by prediction=prior run.lora=weights --of velocity_error="velocity error" --words none=all base="LoRA base" \
+        --out $results/style-velocity.png
+}
+
+for what in ${@:-rates priors style size reflow depth draw}; do
+    case $what in
+        rates) all_rates ;; priors) all_priors ;; style) all_styles ;; size) all_sizes ;; reflow) all_reflows ;;
+        depth) all_depths ;; draw) draw ;;
+        *) echo "claims/run.sh: $what is none of rates priors style size reflow depth draw" >&2; exit 2 ;;
+    esac
+done

@@ -273,13 +273,16 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     "toy/judge.py": ("tests/test_toy.py", [
         ("depth: ensemble is measured by its first", "torch.stack(members[:ensemble]).mean(0)", "members[0]"),
         ("toy: frechet trace sign", "B.trace() - 2 * root", "B.trace() + 2 * root"),
-        ("toy: score counts what does not apply", "(right | ~applies).all(1)", "right.all(1)"),
-        ("toy: black and white means swapped", "(pictures[real.plain(colour)].mean().item() + 1) / 2",
-         "(1 - pictures[real.plain(colour)].mean().item()) / 2"),
+        ("toy: score counts what does not apply", "((predicted == labels) | (labels == -100)).all(1)",
+         "(predicted == labels).all(1)"),
+        ("toy: black and white swapped", "means = ((pictures.clamp(-1, 1)", "means = ((-pictures.clamp(-1, 1)"),
+        ("toy: all scenes at one time", "+ 0.5) % 1\n    for start", "* 0 + 0.5) % 1\n    for start"),
     ]),
     "claims/report.py": ("tests/test_claims.py", [
         ("claims: table of maxima", "fmean(values), min(values)", "max(values), min(values)"),
         ("claims: numbers sorted as words", '(0, float(text), "")', "(0, 0.0, text)"),
+        ("claims: scenes do not scatter", "differences.mean(0).var(ddof=1) / scenes", "0"),
+        ("claims: seeds do not scatter", "variance = differences.mean(1).var(ddof=1) / seeds", "variance = 0"),
     ]),
 }
 MUTATIONS = [(name, file, old, new, tests)

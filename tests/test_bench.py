@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import bench
 from bench import Case
@@ -41,10 +42,21 @@ def test_both_sides_train_the_same_number_of_parameters(weights, dtype, monkeypa
     assert 0 < ours <= theirs < 1.2 * ours          # peft trains both sides of the first and the last conv
 
 
-@pytest.mark.parametrize("what", ["load", "data"])
+@pytest.mark.parametrize("what", ["load", "data", "open"])
 def test_files_are_read_by_both_sides(what):
     for side in bench.SIDES[what]:
         assert side(Case(what, "sd15", 64, 16, "fp16"))() is None
+
+
+def test_the_time_of_a_step_is_told_by_the_kind_of_its_operations():
+    """A convolution that takes nearly all of it."""
+    x, conv = torch.randn(8, 64, 64, 64), torch.nn.Conv2d(64, 64, 3)
+    seconds = bench.seconds_by_kind(lambda: torch.nn.functional.silu(conv(x)))
+    assert list(seconds) == list(bench.KINDS) and seconds["convolutions"] > 0.5 * sum(seconds.values())
+    assert seconds["SiLU and GELU"] > 0 == seconds["attention"]
+    row = {"what": "unet", "arch": "sd21", "dtype": "fp32", "size": 64,
+           "where_ms": {kind: (1000 * value, 7) for kind, value in seconds.items()}}
+    assert "| attention | 0 | 7 |" in bench.where_table(row).splitlines()
 
 
 def test_a_row_has_medians_the_spread_of_the_ratio_and_the_difference_of_the_results(monkeypatch, tmp_path):

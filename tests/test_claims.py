@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,66 @@ def test_a_name_that_no_result_has_is_an_error(results, claims_report):
         claims_report("plot", *results, "--y", "frechet")
 
 
+# ------------------------------------------------------------------ pairs
+
+def arms(folder, ours, theirs):
+    """Results of two objectives: errors (S, N) of S seeds on N scenes."""
+    rows = [{"run": {"objective": objective, "seed": seed}, "prediction": "v", "error": float(np.mean(errors)),
+             "scenes": {"error": list(errors)}}
+            for objective, runs in (("diff2flow", ours), ("dm", theirs)) for seed, errors in enumerate(runs)]
+    return write_lines(folder / "arms/all.jsonl", rows).parent
+
+
+def test_an_interval_holds_the_true_difference_in_at_least_95_of_100_experiments():
+    """Differences of a seed's own, of a scene's own and of their pair's own, around 1."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        differences = 1 + 0.1 * rng.normal(size=(5, 1)) + rng.normal(size=(1, 64)) + rng.normal(size=(5, 64))
+        mean, half = report.interval(differences)
+        held += abs(mean - 1) < half
+    assert 0.94 < held / 1000 <= 1                          # 0.95, less twice the spread of a share of 1000
+
+
+def test_an_interval_of_seeds_alone_is_students():
+    from scipy.stats import ttest_1samp
+    differences = np.array([0.3, 0.5, 0.1, 0.4])
+    mean, half = report.interval(differences[:, None])
+    expected = ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx(tuple(expected))
+
+
+def test_pairs_are_of_one_seed_and_one_scene(tmp_path, claims_report):
+    """What seeds and scenes have in common takes no part: here each difference is about -0.1."""
+    rng = np.random.default_rng(0)
+    theirs = rng.normal(size=(4, 1)) + 10 * rng.normal(size=(1, 50))
+    ours = theirs - 0.1 + 0.001 * rng.normal(size=(4, 50))
+    folder = arms(tmp_path, ours[::-1].tolist(), theirs[::-1].tolist())
+    line = claims_report("paired", folder, "--by", "prediction=prior", "--of", "error=wrong", "--out",
+                         tmp_path / "pairs.png").splitlines()[2]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:3] == ["v", "diff2flow", "4"] and cells[3].startswith("**-0.10** (-0.10 to -0.10")
+    assert (tmp_path / "pairs.png").read_bytes().startswith(b"\x89PNG")
+    unpaired = arms(tmp_path, rng.permutation(ours).tolist(), theirs.tolist())
+    assert "**" not in claims_report("paired", unpaired, "--by", "prediction", "--of", "error").splitlines()[2]
+
+
+def test_pairs_that_are_ambiguous_or_none_are_an_error(tmp_path, claims_report):
+    folder = arms(tmp_path, [[1.0], [2.0]], [[1.0]])
+    with pytest.raises(ValueError, match="no two seeds of an objective and of dm"):
+        claims_report("paired", folder, "--by", "prediction", "--of", "error")
+    write_lines(tmp_path / "arms/more.jsonl", [{"run": {"objective": "dm", "seed": 0}, "prediction": "v", "error": 1}])
+    with pytest.raises(ValueError, match="more than one row"):
+        claims_report("paired", folder, "--by", "prediction", "--of", "error")
+
+
+def test_the_best_value_is_the_one_with_the_lowest_mean(tmp_path, claims_report):
+    rows = [{"lr": lr, "error": error} for lr, error in ((1e-3, 2.0), (1e-3, 0.1), (2e-3, 1.0), (5e-4, 1.5))]
+    path = write_lines(tmp_path / "rates.jsonl", rows)
+    assert claims_report("best", path, "--by", "lr", "--of", "error") == "0.002\n"
+    with pytest.raises(ValueError, match="no row has it"):
+        claims_report("best", path, "--by", "lr", "--of", "eror")
+
+
 # ------------------------------------------------------------------ plots
 
 @pytest.fixture
@@ -138,12 +199,15 @@ from pathlib import Path
 words = sys.argv[1:]
 with open("commands", "a") as file:
     print(*words, sep="\\t", file=file)
+if words[1] == "claims.report" and words[2] == "best":
+    print("0.001")
+if "--out" not in words:
+    sys.exit()
 out = Path(words[words.index("--out") + 1])
 names = []
 if words[0] == "train.py":
     weights = "model" if words[words.index("--lora") + 1] == "none" else "lora"
     names = [weights + ".safetensors", "result.json", "validation.jsonl", "before_after.png"]
-    names += [weights + "-000050.safetensors"] if "--keep" in words else []
 elif words[1] == "toy.judge":
     names = [words[2] + ".jsonl", "samples.png"]
 for name in names:
@@ -170,32 +234,37 @@ def run_loop(tmp_path):
 
 def test_the_scripts_take_every_command_of_the_claims_loop(run_loop, monkeypatch):
     scripts = {"sample.py": sample, "train.py": train, "toy.judge": judge, "claims.report": report}
+    seeds = set()
     monkeypatch.chdir(ROOT)                         # where toy/tiny-eps.safetensors is known as a bundled prior
     seen = set()
     for words in run_loop():
         script, *options = words[1:] if words[0] == "-m" else words
+        if script == "claims.weights":
+            continue
         monkeypatch.setattr(sys, "argv", [script, *options])
         args = scripts[script].arguments()
         seen.add(script)
         if script in ("sample.py", "train.py"):
-            assert args.seed == 3
+            seeds.add(args.seed)
         if script == "train.py":
             assert args.batch in (16, 32) and args.decay == "cosine", "the settings of the bundled priors"
-    assert seen == set(scripts)
+    assert seen == set(scripts) and seeds == {0, 3}                                     # 0: of the rates
 
 
 def test_the_claims_loop_measures_every_model_that_it_trained(run_loop):
     commands = run_loop()
     trained = {words[words.index("--out") + 1] for words in commands if words[0] == "train.py"}
+    trained = {run for run in trained if "/rates/" not in run}
     judged = {str(Path(word).parent) for words in commands if words[1] == "toy.judge"
               for word in words if word.startswith("runs/") and word.endswith(".safetensors")}
     assert judged == trained
 
 
 def test_the_claims_loop_goes_on_where_it_was_stopped(run_loop):
-    assert {words[0] for words in run_loop("train")} == {"train.py", "sample.py"}
-    assert {words[1] for words in run_loop()} == {"toy.judge", "claims.report"}         # nothing is trained again,
-    assert {words[1] for words in run_loop()} == {"claims.report"}                      # nor measured again
+    assert {words[0] for words in run_loop("rates")} == {"train.py"}
+    assert {words[2] for words in run_loop("style") if words[1] == "claims.report"} == {"best"}
+    run_loop()
+    assert {words[1] for words in run_loop()} == {"claims.report", "claims.weights"}    # nothing is trained again
 
 
 # ------------------------------------------------------------------ the page and the figure

@@ -28,6 +28,11 @@ def commands(page):
     return [shlex.split(line, comments=True) for line in lines]
 
 
+def python_blocks():
+    """-> the pieces of Python in the main README, in their order."""
+    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
 def test_each_equation_stands_on_the_line_that_the_readme_names():
     code = (ROOT / "diff2flow.py").read_text().splitlines()
     rows = re.findall(r"^\| (Eqs?\. .+?): .*\(diff2flow\.py#L(\d+)\)", README, re.MULTILINE)
@@ -41,7 +46,7 @@ def test_each_equation_stands_on_the_line_that_the_readme_names():
 
 def test_the_dozen_lines_run_as_printed_and_diffusers_unet_gives_the_velocity_that_its_own_output_means(tmp_path):
     from diffusers import UNet2DConditionModel
-    ours, theirs, _ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)    # test_tools runs it
+    ours, theirs, *_ = python_blocks()
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     names = {"images": images, "captions": ["a red image", "a blue image"], "folder": tmp_path}
     exec(ours, names)
@@ -63,6 +68,33 @@ def test_the_dozen_lines_run_as_printed_and_diffusers_unet_gives_the_velocity_th
         u = names["flow"](x_fm, t_fm, context)
     x1 = (x_dm - sigma * eps) / alpha
     assert torch.allclose(u, x1 - eps, atol=1e-3)               # the table is linear between timesteps: 3e-5 of alpha
+
+
+@pytest.mark.parametrize("prediction, factor", [("v", "(alpha + sigma)"), ("eps", "((alpha + sigma) / alpha)")])
+def test_the_two_lines_for_another_trainer_give_the_gradients_of_our_loss(prediction, factor):
+    draw, weigh = python_blocks()[2].splitlines()
+    assert "`(alpha + sigma) / alpha`" in README and weigh.count("(alpha + sigma)") == 1
+    torch.manual_seed(0)
+    alpha, sigma = sd_schedule()
+    f_t = alpha / (alpha + sigma)
+    names = {"torch": torch, "alpha": alpha, "sigma": sigma, "x1": torch.randn(64, 1, 4, 4)}
+    exec(draw, names)
+    net, x0, t_dm = torch.nn.Conv2d(1, 1, 3, padding=1), torch.randn(64, 1, 4, 4), names["t_dm"]
+    a, s = (level[t_dm].view(-1, 1, 1, 1).float() for level in (alpha, sigma))
+    names["output"] = net(a * names["x1"] + s * x0)
+    names["target"] = x0 if prediction == "eps" else a * x0 - s * names["x1"]
+    exec(weigh.replace("(alpha + sigma)", factor), names)
+    theirs = torch.autograd.grad(names["loss"], net.weight)[0]
+
+    flow = Diff2Flow(lambda x_dm, t_dm, context: net(x_dm), alpha, sigma, prediction)
+    ours = torch.autograd.grad(flow.loss(names["x1"], None, x0, f_t[t_dm]), net.weight)[0]
+    assert torch.allclose(ours, theirs, rtol=1e-4)                  # float32's roundings, times 1 / alpha = 15.6
+
+    names["x1"] = torch.empty(100_000, 1, 1, 1)
+    exec(draw, names)
+    drawn = f_t[names["t_dm"]].sort().values                        # uniform, but for what lies outside f_t's range
+    uniform = torch.linspace(0, 1, 100_000).clamp(f_t[-1], f_t[0])
+    assert (drawn - uniform).abs().max() < 0.01                     # the spread of 100,000 draws is 0.003
 
 
 def test_the_method_needs_two_files_and_torch_alone(tmp_path):

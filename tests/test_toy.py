@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 import lora
 import train
-from diff2flow import Diffusion
+from diff2flow import Diffusion, velocity_error
 from model import TINY, StableDiffusion, load_checkpoint
+from sample import make_flow
 from schedule import sd_schedule
 from toy import judge, make_prior
 from toy.scenes import LABELS, Scenes, render
@@ -145,15 +146,26 @@ def test_straightness_is_0_on_a_line_and_the_variance_of_the_velocity_on_a_bend(
     assert judge.straightness(bend, grid) == pytest.approx(0.25 * 3**2 + 0.75 * 1**2)
 
 
-def test_a_black_image_has_brightness_0_and_a_white_one_1():
+def test_pictures_of_real_scenes_have_a_frechet_distance_of_0_and_their_own_classes():
     world = Scenes(40, 64, 64, "outline", judge.HELD_OUT_SEED)
     scenes = [world.scene(i) for i in range(40)]
     pictures, labels = judge.pictures_and_labels(scenes)
     classifier = judge.build_classifier().eval().requires_grad_(False)
     real = judge.RealScenes([scene.caption for scene in scenes], labels, {}, judge.features(classifier, pictures))
     result = judge.judge_pictures(pictures, real, classifier)
-    assert result["plain"] == {"black": pytest.approx(0), "white": pytest.approx(1)}
     assert result["frechet"] == pytest.approx(0, abs=1e-6)
+    real.labels = judge.predict(classifier, pictures)
+    real.labels[[3, 7], 0] += 1
+    assert [i for i, right in enumerate(judge.judge_pictures(pictures, real, classifier)["scenes"]["all"])
+            if not right] == [3, 7]
+
+
+def test_a_black_image_has_brightness_0_and_a_white_one_1_and_tenths_are_of_the_pictures():
+    pictures = torch.linspace(-1, 1, 11).view(11, 1, 1, 1).expand(11, 3, 4, 4)
+    assert judge.brightness(-torch.ones(5, 3, 4, 4))["lightest_tenth"] == 0
+    assert judge.brightness(torch.full((5, 3, 4, 4), 1.5))["darkest_tenth"] == 1            # what a file can hold
+    assert judge.brightness(pictures) == {"mean": pytest.approx(0.5), "darkest_tenth": pytest.approx(0.1),
+                                          "lightest_tenth": pytest.approx(0.9)}
 
 
 def test_shifted_ddim_asks_the_network_between_its_timesteps():
@@ -281,6 +293,35 @@ def test_a_depth_model_and_a_picture_model_are_not_taken_for_each_other(run, che
     assert not Path("runs").exists()
 
 
+# ------------------------------------------------------------------ judge velocity, judge plain
+
+def test_the_velocity_error_of_each_scene_is_at_its_own_noise_and_time_whatever_the_batch(run, checkpoint):
+    run("velocity", checkpoint, "--n", 5, "--batch", 2, "--seed", 7, "--style", "outline")
+    row, = rows_of("runs/velocity/velocity.jsonl")
+    sd = load_checkpoint(checkpoint)
+    flow, world = make_flow(sd, "fm"), Scenes(5, 64, 64, "outline", judge.HELD_OUT_SEED + 7)
+    noise = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(7))
+    for i, found in enumerate(row["scenes"]["velocity_error"]):
+        item, t_fm = world[i], torch.tensor([(i * 0.618034 + 0.5) % 1])
+        with torch.no_grad():
+            expected = velocity_error(flow, sd.encode(item["image"][None]), noise[i:i + 1], t_fm,
+                                      sd.encode_text([item["caption"]]))
+        assert found == pytest.approx(expected.item(), rel=2e-3)                    # four digits are kept
+    assert row["velocity_error"] == pytest.approx(np.mean(row["scenes"]["velocity_error"]), rel=1e-3)
+
+
+def test_black_and_white_are_asked_for_as_often_as_said_and_whose_sampler_it_was_is_noted(run, checkpoint, monkeypatch):
+    asked, encode = [], StableDiffusion.encode_text
+    monkeypatch.setattr(StableDiffusion, "encode_text", lambda sd, texts: asked.extend(texts) or encode(sd, texts))
+    run("plain", checkpoint, "--n", 3, "--steps", 1, 2, "--cfg", 1)
+    rows = rows_of("runs/plain/plain.jsonl")
+    assert asked.count("a black image") == asked.count("a white image") == 6
+    assert [(row["steps"], row["own_sampler"]) for row in rows] == [(1, True), (2, True)]
+    assert 0 <= rows[0]["black"]["darkest_tenth"] <= rows[0]["black"]["mean"] <= rows[0]["black"]["lightest_tenth"] <= 1
+    run("plain", checkpoint, "--n", 3, "--steps", 1, "--objective", "dm")
+    assert [row["own_sampler"] for row in rows_of("runs/plain/plain.jsonl")] == [False]
+
+
 # ------------------------------------------------------------------ judge depth
 
 def test_depth_is_measured_by_steps_and_ensemble(run, depth_lora):
@@ -288,6 +329,7 @@ def test_depth_is_measured_by_steps_and_ensemble(run, depth_lora):
     rows = rows_of("runs/depth-scenes/depth.jsonl")
     assert [(row["steps"], row["ensemble"]) for row in rows] == [(1, 1), (1, 3), (2, 1), (2, 3)] and rows[-1] == last
     assert len({row["absrel"] for row in rows}) == 4 and rows[0]["images"] == 2
+    assert rows[0]["absrel"] == pytest.approx(np.mean(rows[0]["scenes"]["absrel"]), rel=1e-3)
 
 
 def test_depth_is_perfect_up_to_an_affine_map_of_log_depth_and_noise_shows(run, depth_lora, monkeypatch):

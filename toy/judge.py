@@ -2,18 +2,22 @@
 
     python -m toy.judge captions --steps 25 --cfg 4                                              the bundled v-prior
     python -m toy.judge captions toy/tiny-v.safetensors runs/NAME/lora.safetensors --steps 25 4 2 1
+    python -m toy.judge velocity runs/NAME/lora.safetensors --style outline
+    python -m toy.judge plain runs/NAME/lora.safetensors --steps 25
     python -m toy.judge depth runs/NAME/model.safetensors --steps 2 10 --ensemble 1 4
 
 Each model (a checkpoint, or a LoRA file of train.py) is sampled by the objective that it was trained with, since the
-paper compares objectives. A result is one JSON line for each model and number of steps; see --out.
+paper compares objectives. A result is one JSON line for each model and number of steps; see --out. Its "scenes" has a
+value for each scene, so that two models can be compared scene by scene.
 
 captions: a small classifier looks for every attribute of the caption in the sampled picture. Its results are
     all            the share of pictures in which every attribute is right (0 to 1)
     frechet        the Frechet distance of the classifier's features, between samples and other real scenes
     straightness   the mean of |u - (x1 - x0)|^2 along the sampling paths; 0 where all paths are straight lines
-    plain          the mean brightness of what should be plain black (0) and plain white (1)
 The classifier is trained at its first use and kept in runs/. It is refused if it names every attribute in less than
 98 % of the held-out real scenes.
+velocity: the mean of |u - (x1 - x0)|^2 over held-out scenes, each with a noise and a time of its own.
+plain: the brightness of samples of "a black image" (0 is right) and "a white image" (1 is right).
 depth: the depth of scenes, aligned to the truth by least squares in log depth, as depth.py measures it.
 """
 import argparse
@@ -32,7 +36,7 @@ from tqdm import tqdm
 import lora
 from data import save_grid
 from depth import align, depth_errors
-from diff2flow import OBJECTIVES, Diffusion, alpha_sigma
+from diff2flow import OBJECTIVES, Diffusion, alpha_sigma, interpolate
 from files import SOFTWARE, check_range, check_replaceable, cli, open_tensors, replacing, save_tensors
 from sample import BUNDLED_PRIOR, draw, guidance, load_flow, objective_of, pick_device, pick_precision, read_result
 from schedule import sd_schedule
@@ -120,6 +124,11 @@ def features(classifier, images):
 
 # ------------------------------------------------------------------ measures
 
+def right_in_all(predicted, labels):
+    """Classes (N, 10), labels (N, 10) -> whether every attribute that applies is right (N,)."""
+    return ((predicted == labels) | (labels == -100)).all(1)
+
+
 def score(predicted, labels):
     """Classes (N, 10), labels (N, 10) -> {name: share of rows that are right, None if there is no row}:
 
@@ -131,7 +140,7 @@ def score(predicted, labels):
         return rows.float().mean().item() if len(rows) else None
 
     right, applies, relation = predicted == labels, labels != -100, labels[:, list(LABELS).index("relation")]
-    all_right = (right | ~applies).all(1)
+    all_right = right_in_all(predicted, labels)
     shares = {"all": share(all_right)}
     for i, attribute in enumerate(LABELS):
         shares[attribute] = share(right[applies[:, i], i])
@@ -177,8 +186,8 @@ def load_model(path, device, task, objective=None):
     """
     path = Path(path)
     tells = path.suffix == ".safetensors"                           # a .ckpt has no metadata
-    if objective is None and tells:
-        objective = lora.read_metadata(path).get("objective")
+    its_own = lora.read_metadata(path).get("objective") if tells else None
+    objective = objective or its_own
     if objective not in (None, *OBJECTIVES):
         raise ValueError(f"{path}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
     is_lora = tells and lora.is_lora_file(path)
@@ -186,7 +195,26 @@ def load_model(path, device, task, objective=None):
     sd, flow = load_flow(**files, device=device, task=task, objective=objective)
     run, number = read_result(path), path.stem.rpartition("-")[2]
     return sd, flow, {"model": str(path), "objective": objective_of(flow), "prediction": flow.prediction, "run": run,
+                      "own_sampler": its_own in (None, objective_of(flow)),
                       "step": int(number) if number.isdecimal() else run.get("steps")}   # --keep: NAME-STEP.safetensors
+
+
+def begin(args, *outputs):
+    """Check what every command takes, before the slow part -> the device, and its autocast."""
+    check_range(args, 1, 1e9, *(name for name in ("n", "batch", "steps", "ensemble") if name in args))
+    check_range(args, 0, 2**32, "seed")
+    device = pick_device(args.device)
+    for name in outputs:
+        check_replaceable(Path(args.out) / name)
+    args.precision, amp = pick_precision(args.precision, device)
+    args.device = str(device)
+    print(json.dumps(vars(args)))
+    return device, amp
+
+
+def seeded_noise(args, shape):
+    """-> the noise of all n scenes, (n, *shape): the same for every model."""
+    return torch.randn((args.n, *shape), generator=torch.Generator().manual_seed(args.seed))
 
 
 def write_results(path, rows):
@@ -206,10 +234,6 @@ class RealScenes:
     labels: torch.Tensor                            # (n, 10)
     shares: dict                                    # score() of all real scenes, and of the n encoded and decoded
     features: torch.Tensor                          # of the others, (REAL_SCENES, 256)
-
-    def plain(self, colour):
-        """-> the numbers of the pictures that should be plain in that colour."""
-        return [i for i, caption in enumerate(self.captions) if caption == f"a {colour} image"]
 
 
 def real_scenes(args, classifier, sd, device):
@@ -245,19 +269,17 @@ def sample_pictures(sd, flow, captions, noise, steps, cfg, batch):
 
 def judge_pictures(pictures, real, classifier):
     """pictures (n, 3, 64, 64) that were sampled from the captions of `real` -> what a result says of them."""
-    shares = score(predict(classifier, pictures), real.labels)
-    plain = {colour: (pictures[real.plain(colour)].mean().item() + 1) / 2
-             for colour in ("black", "white") if real.plain(colour)}
+    predicted = predict(classifier, pictures)
+    shares, right = score(predicted, real.labels), right_in_all(predicted, real.labels)
     return {"all": shares["all"], "frechet": frechet_distance(features(classifier, pictures), real.features),
-            "plain": plain, "shares": {**real.shares, "samples": shares}}
+            "shares": {**real.shares, "samples": shares}, "scenes": {"all": right.int().tolist()}}
 
 
 def in_words(row):
     """A result in one line."""
-    plain = "".join(f", mean of a {colour} image {mean:.3f}" for colour, mean in row["plain"].items())
     return (f"{row['model']}, {row['steps']} steps, cfg {row['cfg']:g}: every attribute right in {row['all']:.1%}, "
             f"Frechet distance to {REAL_SCENES} other real scenes {row['frechet']:.1f}, straightness "
-            f"{row['straightness']:.4f}{plain}")
+            f"{row['straightness']:.4f}")
 
 
 def print_shares(rows, real, n):
@@ -270,32 +292,23 @@ def print_shares(rows, real, n):
 
 
 def save_samples(path, pictures, rows, real):
-    """The first pictures of each row (8, or 32 of a single row), plain black and white ones before the others."""
-    n = len(real.captions)
-    order = list(dict.fromkeys([*real.plain("black")[:2], *real.plain("white")[:2], *range(n)]))
-    order = order[:8 if len(rows) > 1 else 32]
+    """The first pictures of each row: 8, or 32 of a single row."""
+    n = min(len(real.captions), 8 if len(rows) > 1 else 32)
     labels = [f"{row['model']} {row['steps']} steps".replace("/", "/ ") for row in rows]
-    save_grid(path, torch.cat([samples[order] for samples in pictures]), min(8, n), "\n".join(map(in_words, rows)),
-              labels if len(rows) > 1 else None, [real.captions[i] for i in order] * len(rows))
+    save_grid(path, torch.cat([samples[:n] for samples in pictures]), min(8, n), "\n".join(map(in_words, rows)),
+              labels if len(rows) > 1 else None, real.captions[:n] * len(rows))
     print(path)
 
 
 def captions(args):
-    check_range(args, 1, 1e9, "batch", "steps")
     check_range(args, 2, 1e9, "n")                     # of one picture there is no covariance
-    check_range(args, 0, 2**32, "seed")
     check_range(args, 0, 1, "t_shift")
     check_range(args, -1e6, 1e6, "cfg")
     if args.t_shift and args.objective != "dm":
         raise ValueError(f"--t-shift {args.t_shift:g}: only DDIM has a timestep to shift; add --objective dm")
-    device, out = pick_device(args.device), Path(args.out)
-    for name in "samples.png", "captions.jsonl":
-        check_replaceable(out / name)
-    args.precision, amp = pick_precision(args.precision, device)
+    out, (device, amp) = Path(args.out), begin(args, "samples.png", "captions.jsonl")
     models = [load_model(path, device, "text-to-image", args.objective) for path in args.models]
     sizes = [tuple(sd.picture_size(args.size)) for sd, _, _ in models]
-    args.device = str(device)
-    print(json.dumps(vars(args)))
     settings = {name: vars(args)[name] for name in ("n", "seed", "style", "t_shift", "precision", "device")}
     classifier = load_classifier(args.style, device)
     real = real_scenes(args, classifier, models[0][0], device)
@@ -303,9 +316,7 @@ def captions(args):
     for (sd, flow, origin), size in zip(models, sizes):
         if args.t_shift:
             flow = ShiftedDiffusion(flow, args.t_shift)
-        cfg = guidance(sd, args.cfg)
-        shape = (args.n, *sd.latent_shape(size))
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
+        cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(size))
         for steps in args.steps:
             with amp:
                 samples, straight = sample_pictures(sd, flow, real.captions, noise, steps, cfg, args.batch)
@@ -319,26 +330,76 @@ def captions(args):
     write_results(out / "captions.jsonl", rows)
 
 
+# ------------------------------------------------------------------ velocity
+
+def velocity_errors(sd, flow, world, noise, batch):
+    """-> mean |u - (x1 - x0)|^2 of each scene, at a time of its own: the times are spread evenly over [0, 1]."""
+    errors, spread = [], (torch.arange(len(world), device=sd.device) * 0.618034 + 0.5) % 1
+    for start in tqdm(range(0, len(world), batch), "velocity error", dynamic_ncols=True):
+        items = [world[i] for i in range(len(world))[start:start + batch]]
+        x1 = sd.encode(torch.stack([item["image"] for item in items]).to(sd.device)).float()
+        x0, t_fm = noise[start:start + batch].to(sd.device), spread[start:start + batch]
+        u = flow(interpolate(x1, x0, t_fm), t_fm, sd.encode_text([item["caption"] for item in items]))
+        errors += (u - (x1 - x0)).square().mean((1, 2, 3)).tolist()
+    return errors
+
+
+@torch.no_grad()
+def velocity(args):
+    """Of text-to-image models, on held-out scenes."""
+    (device, amp), rows = begin(args, "velocity.jsonl"), []
+    for path in args.models:
+        sd, flow, origin = load_model(path, device, "text-to-image")
+        size = sd.picture_size(args.size)
+        world = Scenes(args.n, *size, args.style, HELD_OUT_SEED + args.seed)
+        noise = seeded_noise(args, sd.latent_shape(size))
+        with amp:
+            errors = velocity_errors(sd, flow, world, noise, args.batch)
+        rows.append({**origin, "n": args.n, "seed": args.seed, "style": args.style, "size": size,
+                     "precision": args.precision, "velocity_error": sum(errors) / args.n,
+                     "scenes": {"velocity_error": [float(f"{error:.4g}") for error in errors]}})
+    write_results(Path(args.out) / "velocity.jsonl", rows)
+
+
+# ------------------------------------------------------------------ plain
+
+def brightness(pictures):
+    """Pictures (N, 3, H, W) in [-1, 1] -> their mean and tenths, 0 for black and 1 for white."""
+    means = ((pictures.clamp(-1, 1).mean((1, 2, 3)) + 1) / 2).double()
+    darkest, lightest = means.quantile(torch.tensor([0.1, 0.9], dtype=means.dtype, device=means.device)).tolist()
+    return {"mean": means.mean().item(), "darkest_tenth": darkest, "lightest_tenth": lightest}
+
+
+def plain(args):
+    """Of text-to-image models: n samples of "a black image", and n of "a white image"."""
+    (device, amp), rows = begin(args, "plain.jsonl"), []
+    for path in args.models:
+        sd, flow, origin = load_model(path, device, "text-to-image", args.objective)
+        cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(sd.picture_size()))
+        for steps in args.steps:
+            row = {**origin, "n": args.n, "seed": args.seed, "precision": args.precision, "steps": steps, "cfg": cfg}
+            for colour in "black", "white":
+                prompts = [f"a {colour} image"] * args.n
+                with amp:
+                    row[colour] = brightness(sample_pictures(sd, flow, prompts, noise, steps, cfg, args.batch)[0])
+            rows.append(row)
+    write_results(Path(args.out) / "plain.jsonl", rows)
+
+
 # ------------------------------------------------------------------ depth
 
-def mean_errors(predictions, truths):
-    """Predictions (n, 64, 64) of log depth up to scale and shift, n truths (64, 64) in metres -> mean of each error."""
+def scene_errors(predictions, truths):
+    """Predictions (n, 64, 64) of log depth up to scale and shift, n truths (64, 64) in metres -> {error: n values}."""
     valid, errors = np.ones((SIZE, SIZE), bool), []
     for prediction, truth in zip(predictions, truths):
         errors.append(depth_errors(align(prediction, truth, valid, "log"), truth, valid, 1e-5, math.inf))
-    return {name: float(np.mean([error[name] for error in errors])) for name in errors[0]}
+    return {name: [float(error[name]) for error in errors] for name in errors[0]}
 
 
 def depth(args):
     """Depth of held-out scenes by models of train.py --task depth: the mean of an ensemble, aligned in log depth."""
-    check_range(args, 1, 1e9, "n", "steps", "ensemble")
-    check_range(args, 0, 2**32, "seed")
-    device, rows = pick_device(args.device), []
-    check_replaceable(Path(args.out) / "depth.jsonl")
-    args.precision, amp = pick_precision(args.precision, device)
+    (device, amp), rows = begin(args, "depth.jsonl"), []
     models = [load_model(path, device, "depth") for path in args.models]
-    args.device = str(device)
-    print(json.dumps(vars(args)))
     world = Scenes(args.n, SIZE, SIZE, "solid", HELD_OUT_SEED + args.seed)
     items = [world[i] for i in range(args.n)]
     images = torch.stack([item["image"] for item in items]).to(device)
@@ -352,9 +413,11 @@ def depth(args):
                            for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
             for ensemble in args.ensemble:
                 prediction = torch.stack(members[:ensemble]).mean(0).clamp(-1, 1).double().cpu().numpy()
-                errors = mean_errors(prediction, truths)
+                scenes = scene_errors(prediction, truths)
+                errors = {name: sum(values) / args.n for name, values in scenes.items()}
                 rows.append({**origin, "steps": steps, "ensemble": ensemble, "images": args.n, "seed": args.seed,
-                             "align": "log", "precision": args.precision, **errors})
+                             "align": "log", "precision": args.precision, **errors,
+                             "scenes": {"absrel": [float(f"{error:.4g}") for error in scenes["absrel"]]}})
                 print(f"{origin['model']}, {steps} steps, ensemble {ensemble}: AbsRel {errors['absrel']:.4f}, delta1 "
                       f"{errors['delta1']:.4f}, RMSE {errors['rmse']:.3f} m on {args.n} scenes")
     write_results(Path(args.out) / "depth.jsonl", rows)
@@ -363,15 +426,38 @@ def depth(args):
 # ------------------------------------------------------------------ the command line
 
 def add_common_arguments(parser, n, steps, out):
+    """steps: the default, or None where nothing is sampled."""
     add = parser.add_argument
-    add("--steps", type=int, nargs="+", default=steps,
-        help=f"Euler steps from noise to sample; give several numbers to compare them (default: {steps[0]})")
-    add("--n", type=int, default=n, help=f"number of held-out scenes (default: {n})")
+    if steps:
+        add("--steps", type=int, nargs="+", default=steps,
+            help=f"Euler steps from noise to sample; give several numbers to compare them (default: {steps[0]})")
+    add("--n", type=int, default=n, help=f"number of held-out scenes, or of samples of a colour (default: {n})")
     add("--seed", type=int, default=0, help="seed of the scenes and of the noise (default: 0)")
     add("--precision", choices=["bf16", "fp32"],
         help="number format of the networks while they sample (default: bf16 where the device computes it, else fp32)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", default=out, help=f"folder that the results are written to (default: {out})")
+
+
+def add_model_arguments(parser):
+    """Of the commands for text-to-image models."""
+    parser.add_argument("models", nargs="*", default=[str(BUNDLED_PRIOR)],
+                        help="checkpoints, and LoRA files of train.py (default: the bundled v-prior)")
+    parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default: 64)")
+
+
+def add_sampling_arguments(parser):
+    parser.add_argument("--cfg", type=float,
+                        help="guidance scale, 1 for none (default: what the file says, 1 after Reflow; else 4)")
+    parser.add_argument("--objective", choices=list(OBJECTIVES),
+                        help="sample as this objective does (default: as the model was trained, else diff2flow)")
+
+
+def add_scene_arguments(parser):
+    parser.add_argument("--style", choices=list(PLAIN), default="solid", help="style of the scenes (default: solid)")
+    parser.add_argument("--size", type=int, nargs="+",
+                        help="size in pixels: one number, or height and width (default: the size that the model was "
+                             "trained at); the classifier sees samples scaled to 64x64")
 
 
 def arguments():
@@ -380,22 +466,23 @@ def arguments():
     commands = parser.add_subparsers(dest="command", required=True)
 
     of_captions = commands.add_parser("captions", help="do sampled pictures show what their captions say?")
-    of_captions.add_argument("models", nargs="*", default=[str(BUNDLED_PRIOR)],
-                             help="checkpoints, and LoRA files of train.py (default: the bundled v-prior)")
+    add_model_arguments(of_captions)
     add_common_arguments(of_captions, 512, [25], "runs/captions")
-    of_captions.add_argument("--cfg", type=float,
-                             help="guidance scale, 1 for none (default: what the file says, 1 after Reflow; else 4)")
-    of_captions.add_argument("--batch", type=int, default=64, help="pictures sampled at a time (default: 64)")
-    of_captions.add_argument("--style", choices=list(PLAIN), default="solid",
-                             help="style of the scenes whose captions are sampled (default: solid)")
-    of_captions.add_argument("--size", type=int, nargs="+",
-                             help="size of the samples in pixels: one number, or height and width (default: the size "
-                                  "that the model was trained at); the classifier sees them scaled to 64x64")
-    of_captions.add_argument("--objective", choices=list(OBJECTIVES),
-                             help="sample as this objective does (default: as the model was trained, else diff2flow)")
+    add_sampling_arguments(of_captions)
+    add_scene_arguments(of_captions)
     of_captions.add_argument("--t-shift", type=float, default=0.0,
                              help="with --objective dm: ask the network at timesteps that are lower by this number, "
                                   "0 to 1 (default: 0)")
+
+    of_velocity = commands.add_parser("velocity", help="how wrong is the velocity on held-out scenes?")
+    add_model_arguments(of_velocity)
+    add_common_arguments(of_velocity, 512, None, "runs/velocity")
+    add_scene_arguments(of_velocity)
+
+    of_plain = commands.add_parser("plain", help="is black black, and white white?")
+    add_model_arguments(of_plain)
+    add_common_arguments(of_plain, 64, [25], "runs/plain")
+    add_sampling_arguments(of_plain)
 
     of_depth = commands.add_parser("depth", help="is the depth of scenes right?")
     of_depth.add_argument("models", nargs="+", help="checkpoints or LoRA files of train.py --task depth")
@@ -405,12 +492,12 @@ def arguments():
     return parser.parse_args()
 
 
+COMMANDS = {"captions": captions, "velocity": velocity, "plain": plain, "depth": depth}
+
+
 def main():
     args = arguments()
-    if args.command == "captions":
-        captions(args)
-    else:
-        depth(args)
+    COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def train_autoencoder(args, job, amp, sd, trained, pictures):
 
 def make_autoencoder(args, device, amp, job):
     sd, trained = load_autoencoder(args, device)
-    held_out = AutoencoderPictures(args.validation, args.seed + 1)
+    held_out = AutoencoderPictures(args.validation, train.HELD_OUT_SEED)
     pictures = torch.stack([held_out[i]["image"] for i in range(args.validation)]).to(device)
     print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters\n{describe(args, job.out)}")
     train_autoencoder(args, job, amp, sd, trained, pictures)
@@ -237,7 +237,7 @@ def make_prior(args, device, amp, job):
     out, (sd, trained) = job.out, load_prior(args, device)
     flow, size = make_flow(sd, args.objective), list(sd.picture_size())
     dataset = Scenes(args.scenes, *size, args.style, args.seed)
-    held_out = Scenes(args.validation, *size, args.style, args.seed + 1)
+    held_out = Scenes(args.validation, *size, args.style, train.HELD_OUT_SEED)
     items = [held_out[i] for i in range(args.validation)]
     metadata = {"objective": args.objective, "style": args.style, "prediction": sd.prediction, "task": args.task,
                 "schedule": "scaled_linear", "preset": "none", "base": Path(args.ckpt or BUNDLED_PRIOR).name,

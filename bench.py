@@ -292,7 +292,7 @@ def many_pictures(count):
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
         for i in range(count):
-            (making / f"{i:06d}.jpg").hardlink_to(picture)
+            (making / f"{i:06d}.jpg").symlink_to(picture.resolve())
             (making / f"{i:06d}.txt").write_text(PROMPT)
         making.rename(folder)
     return folder.parent

@@ -54,7 +54,8 @@ done_arm() {    # done_arm CLAIM/ARM: all rows of the arm become its results, th
 # ------------------------------------------------------------------ the learning rates
 
 rate_arm() {    # rate_arm NAME PRIOR LORA OBJECTIVE RATE
-    train $1 --ckpt $(prior $2) --lora $3 --objective $4 --lr $5 --seed $sweep_seed --steps 300 --preview-every 0
+    train $1 --ckpt $(prior $2) --lora $3 --objective $4 --lr $5 --seed $sweep_seed --steps 300 --scenes 1024 \
+        --preview-every 0
     cp $runs/$1/result.json $results/$1.jsonl
 }
 

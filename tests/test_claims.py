@@ -206,7 +206,7 @@ if "--out" not in words:
 out = Path(words[words.index("--out") + 1])
 names = []
 if words[0] == "train.py":
-    weights = "model" if words[words.index("--lora") + 1] == "none" else "lora"
+    weights = "model" if "none" in words else "lora"
     names = [weights + ".safetensors", "result.json", "validation.jsonl", "before_after.png"]
 elif words[1] == "toy.judge":
     names = [words[2] + ".jsonl", "samples.png"]

@@ -373,7 +373,8 @@ def test_the_three_commands_make_a_prior_and_each_changes_its_own_part_alone(tmp
     assert changed_parts(*files[:2], depth=1) == {"model", "cond_stage_model"}
     make(monkeypatch, "decoder", "--steps", "2", "--ckpt", files[1], "--out", "decoder")
     assert changed_parts(*files[1:], depth=2) == {"first_stage_model.decoder", "first_stage_model.post_quant_conv"}
-    assert seeds == [1, 1, 0, 0] + [0, 1] + [1, 1, 0, 0]                # 0 is trained on, 1 is held out
+    held_out = train.HELD_OUT_SEED
+    assert seeds == [held_out] * 2 + [0, 0] + [0, held_out] + [held_out] * 2 + [0, 0]       # 0 is trained on
     metadata = load_checkpoint("decoder/model.safetensors").metadata
     assert metadata["objective"] == "dm" and metadata["style"] == "solid" and metadata["resolution"] == "64"
     assert "cfg" not in metadata and json.loads(Path("prior/result.json").read_text())["task"] == "prior"

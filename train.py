@@ -39,13 +39,13 @@ TASKS = ("text-to-image", "reflow", "depth")
 HELD_OUT_SEED = 30_000_000  # of the scenes and the noise that every run is measured on
 RECIPES = {  # each flag's default by task: the paper's (Appendix A), then the bundled prior's
     #                   text-to-image  reflow    depth         text-to-image  reflow    depth
-    "steps":           (20_000,        60_000,   20_000,       300,           400,      400),
+    "steps":           (20_000,        60_000,   20_000,       240,           400,      400),
     "batch":           (4,             4,        4,            32,            32,       32),
     "grad_accum":      (16,            32,       8,            1,             1,        1),
     "lr":              (1e-5,          2e-5,     3e-5,         2e-3,          1e-3,     1e-3),
     "decay":           ("constant",    "cosine", "cosine",     "cosine",      "cosine", "cosine"),
     "warmup":          (0,             0,        0,            20,            20,       20),
-    "lora":            ("base",        "small",  "base",       "base",        "small",  "none"),
+    "lora":            ("base",        "small",  "base",       "small",       "small",  "none"),
     "caption_dropout": (0.02,          0.0,      0.02,         0.02,          0.0,      0.02),
     "size":            (None,          None,     [384, 512],   None,          None,     None),
     "style":           ("outline",     None,     "solid",      "outline",     None,     "solid"),

@@ -7,13 +7,14 @@
 
 table and plot: means over the seeds, with the lowest and the highest value. best: the value of --by that has the lowest
 mean of --of. paired: the difference between runs of two objectives with the same seed, on the same scenes, and its 95 %
-interval. An effect is shown where the interval excludes 0. With d_si the difference of seed s on scene i, S seeds and
-N scenes, its half width is
+interval. An effect is shown where the interval excludes 0. With d_si the difference of seed s on scene i, S seeds and N
+scenes, its half width is
 
     t(S - 1) sqrt(var_s(mean_i d_si) / S + var_i(mean_s d_si) / N),    t(S - 1) the 97.5 % point of Student's t:
 
 other seeds would have given another mean, and so would other scenes. The scatter that is neither the seed's nor the
 scene's is counted twice, so the interval is a little too wide. A measure without a value for each scene has N = 1.
+Where nothing was trained, S = 1, and t(N - 1) sqrt(var_i(d_i) / N) is left.
 
 The files, or those of a folder, hold JSON lines. A value is called by its name in the line: "all" is line["all"], and
 "black.mean" is line["black"]["mean"]. "run.objective" is the objective in "run", which is what train.py wrote into
@@ -153,12 +154,12 @@ def best(args):
 # ------------------------------------------------------------------ pairs
 
 def interval(differences):
-    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval; S is at least 2."""
+    """Differences (S seeds, N scenes), not one alone -> mean, and the half width of its 95 % interval."""
     seeds, scenes = differences.shape
-    variance = differences.mean(1).var(ddof=1) / seeds
+    variance = differences.mean(1).var(ddof=1) / seeds if seeds > 1 else 0
     if scenes > 1:
         variance += differences.mean(0).var(ddof=1) / scenes
-    return differences.mean(), stats.t.ppf(0.975, seeds - 1) * math.sqrt(variance)
+    return differences.mean(), stats.t.ppf(0.975, (seeds if seeds > 1 else scenes) - 1) * math.sqrt(variance)
 
 
 def values_of(row, name):
@@ -175,31 +176,31 @@ def by_seed(rows, names):
 
 
 def differences(args):
-    """-> {heading of --of: [(values of --by and the objective, number of pairs, mean, half width), ...]}."""
+    """-> {heading of --of: [(values of --by and --compare, number of seeds, mean, half width), ...]}."""
     rows, found = read_rows(args.files, args.where), {}
     names = [by.name for by in args.by]
     for of in args.of:
         found[of.heading] = []
         for values, members in group([row for row in rows if look_up(row, of.name) is not None], names):
-            arms = {objective: by_seed(of_it, (*values, objective))
-                    for (objective,), of_it in group(members, ["run.objective"])}
-            for objective in arms.keys() - {args.against}:
-                seeds = sorted(arms[objective].keys() & arms.get(args.against, {}).keys())
-                if len(seeds) > 1:
-                    ours, theirs = (np.array([values_of(arms[name][seed], of.name) for seed in seeds])
-                                    for name in (objective, args.against))
-                    found[of.heading].append(((*values, objective), len(seeds), *interval(ours - theirs)))
+            compared = group(members, [args.compare.name])
+            arms = {str(name): by_seed(of_it, (*values, name)) for (name,), of_it in compared}
+            for name in arms.keys() - {args.against}:
+                seeds = sorted(arms[name].keys() & arms.get(args.against, {}).keys(), key=str)
+                pairs = [values_of(arms[name][seed], of.name) - values_of(arms[args.against][seed], of.name)
+                         for seed in seeds]
+                if np.size(pairs) > 1:
+                    found[of.heading].append(((*values, name), len(seeds), *interval(np.array(pairs))))
         found[of.heading].sort(key=lambda row: sort_key(row[0]))
         if not found[of.heading]:
-            raise ValueError(f"--of {of.name}: no two seeds of an objective and of {args.against} have it")
+            raise ValueError(f"--of {of.name}: no two results of another {args.compare.name} and of {args.against}")
     return found
 
 
 def paired(args):
-    """Print a table of the differences, a line for each --by and objective; with --out also draw them."""
-    found = differences(args)
-    print_line([*(by.heading for by in args.by), "objective", "pairs", *(f"{heading}, less {args.against}'s"
-                                                                         for heading in found)])
+    """Print a table of the differences, a line for each --by and --compare; with --out also draw them."""
+    found, against = differences(args), in_words(args.against, args.words)
+    print_line([*(by.heading for by in args.by), args.compare.heading, "pairs",
+                *(f"{heading}, less that of {against}" for heading in found)])
     print("|" + "---|" * (len(args.by) + 2 + len(found)))
     lines = defaultdict(dict)
     for heading, rows in found.items():
@@ -237,7 +238,8 @@ def draw_differences(found, args):
         for values, _, mean, half in found[of.heading]:
             axis.errorbar(scale * mean, lines.index(values), xerr=scale * half, fmt="o", capsize=3,
                           color=colours[values[-1]])
-        axis.set(title=of.heading, xlabel=f"less {args.against}'s" + (", percentage points" if scale == 100 else ""),
+        unit = ", percentage points" if scale == 100 else ""
+        axis.set(title=of.heading, xlabel=f"less that of {in_words(args.against, args.words)}{unit}",
                  yticks=range(len(lines)), yticklabels=[", ".join(in_words(value, args.words) for value in values)
                                                         for values in lines])
         axis.grid(axis="x", alpha=0.3)
@@ -342,7 +344,9 @@ def arguments():
     of_paired = commands.add_parser("paired", help="print and draw the differences between objectives")
     add_common_arguments(of_paired)
     add_table_arguments(of_paired)
-    of_paired.add_argument("--against", default="dm", help="objective that the others are compared with (default: dm)")
+    of_paired.add_argument("--compare", type=column, default="run.objective=objective", metavar="NAME",
+                           help="what differs in a pair (default: run.objective)")
+    of_paired.add_argument("--against", default="dm", help="its value in the results compared with (default: dm)")
     of_paired.add_argument("--out", help="picture of the differences that is written (default: none)")
 
     of_best = commands.add_parser("best", help="print the value with the best results")

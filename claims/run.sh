@@ -77,19 +77,18 @@ all_rates() {
 
 # ------------------------------------------------------------------ claims 1 and 5: the priors as they are
 
-prior_arm() {   # prior_arm NAME PRIOR OPTIONS...
-    judge $1 captions $(prior $2) "${@:3}"
-    judge $1 velocity $(prior $2)
-    judge $1 plain $(prior $2) --objective dm
+prior_arm() {   # prior_arm NAME PRIOR COMMAND OPTIONS...
+    judge $1 $3 $(prior $2) "${@:4}"
     cat $runs/$1/judged-*/*.jsonl > $results/$1.jsonl
 }
 
 all_priors() {
     for prior in v eps; do
         for objective in diff2flow dm fm fm-flip; do
-            once priors/$prior-$objective prior_arm priors/$prior-$objective $prior --objective $objective
+            once priors/$prior-$objective prior_arm priors/$prior-$objective $prior captions --objective $objective
         done
-        once priors/$prior-between prior_arm priors/$prior-between $prior --objective dm --t-shift 0.5
+        once priors/$prior-between prior_arm priors/$prior-between $prior captions --objective dm --t-shift 0.5
+        once priors/$prior-plain prior_arm priors/$prior-plain $prior plain
     done
 }
 
@@ -132,7 +131,7 @@ all_sizes() {
         once size/$size-$lora-$objective-$seed size_arm size/$size-$lora-$objective-$seed $lora $objective $size $seed
     done; done; done; done
     for size in 96 128; do
-        once size/$size-prior prior_arm size/$size-prior v --size $size --n 128
+        once size/$size-prior prior_arm size/$size-prior v captions --size $size --n 128
     done
 }
 
@@ -156,7 +155,7 @@ all_reflows() {
     for seed in $few; do for guidance in 4 1; do
         once reflow/cfg$guidance-$seed reflow_arm reflow/cfg$guidance-$seed $seed $guidance
     done; done
-    once reflow/prior prior_arm reflow/prior v --objective diff2flow --steps 25 4 2 1
+    once reflow/prior prior_arm reflow/prior v captions --objective diff2flow --steps 25 4 2 1
 }
 
 # ------------------------------------------------------------------ claim 9: depth

@@ -136,9 +136,18 @@ def test_pairs_are_of_one_seed_and_one_scene(tmp_path, claims_report):
     assert "**" not in claims_report("paired", unpaired, "--by", "prediction", "--of", "error").splitlines()[2]
 
 
+def test_without_training_the_scenes_alone_scatter(tmp_path, claims_report):
+    rows = [{"prediction": "v", "t_shift": shift, "all": sum(right) / 4, "scenes": {"all": right}}
+            for shift, right in ((0.0, [1, 1, 0, 1]), (0.5, [1, 0, 0, 1]))]
+    printed = claims_report("paired", write_lines(tmp_path / "rows.jsonl", rows), "--compare", "t_shift=lowered by",
+                            "--against", "0.0", "--by", "prediction", "--of", "all=right", "--percent", "all")
+    half = 3.18245 * 0.5 / 2                                      # Student's t of 3, times the spread of -1, 0, 0, 0
+    assert printed.splitlines()[2] == f"| v | 0.5 | 1 | -25.0 ({-25 - 100 * half:+.1f} to {-25 + 100 * half:+.1f}) |"
+
+
 def test_pairs_that_are_ambiguous_or_none_are_an_error(tmp_path, claims_report):
-    folder = arms(tmp_path, [[1.0], [2.0]], [[1.0]])
-    with pytest.raises(ValueError, match="no two seeds of an objective and of dm"):
+    folder = arms(tmp_path, [[1.0]], [[1.0]])
+    with pytest.raises(ValueError, match="no two results of another run.objective and of dm"):
         claims_report("paired", folder, "--by", "prediction", "--of", "error")
     write_lines(tmp_path / "arms/more.jsonl", [{"run": {"objective": "dm", "seed": 0}, "prediction": "v", "error": 1}])
     with pytest.raises(ValueError, match="more than one row"):

@@ -22,7 +22,7 @@ from toy import judge
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "claims/README.md").read_text()
-TABLES = re.findall(r"^    python -m (claims\.report table (?:.*\\\n)*.*)\n\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+TABLES = re.findall(r"^    python -m (claims\.report (?:table|paired) (?:.*\\\n)*.*)\n\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
 
 
 @pytest.fixture
@@ -286,7 +286,7 @@ def test_each_table_of_the_page_is_what_its_command_prints(command, shown, claim
 
 def test_the_page_shows_every_result():
     tables = {shlex.split(command)[2] for command, _ in TABLES}
-    pictures = {f"claims/{path}" for path in re.findall(r"^!\[.+\]\((.+)\)$", PAGE, re.MULTILINE)}
+    pictures = {f"claims/{path}" for path in re.findall(r"^!\[.+\]\((results/.+)\)$", PAGE, re.MULTILINE)}
     files = {f"claims/results/{path.name}" for path in (ROOT / "claims/results").iterdir()}
     assert tables | pictures == files
 

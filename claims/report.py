@@ -110,13 +110,13 @@ def number(value):
 
 
 def mean_and_span(values, percent):
-    """[0.25, 0.35] -> "0.300 (0.250 to 0.350)", or as percentages "30.0 % (25.0 to 35.0 %)"; "" for no values."""
+    """[0.25, 0.35] -> "0.300 (0.250 to 0.350)", or as percentages "30.0 % (25.0 to 35.0 %)"; of one value no span, and
+    "" for no values."""
     if not values:
         return ""
-    figures = fmean(values), min(values), max(values)
-    if percent:
-        return "{:.1f} % ({:.1f} to {:.1f} %)".format(*(100 * figure for figure in figures))
-    return "{} ({} to {})".format(*map(number, figures))
+    mean, low, high = (f"{100 * x:.1f}" if percent else number(x) for x in (fmean(values), min(values), max(values)))
+    unit = " %" if percent else ""
+    return f"{mean}{unit}" if len(values) == 1 else f"{mean}{unit} ({low} to {high}{unit})"
 
 
 def print_line(cells):

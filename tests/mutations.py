@@ -279,7 +279,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("toy: all scenes at one time", "+ 0.5) % 1\n    for start", "* 0 + 0.5) % 1\n    for start"),
     ]),
     "claims/report.py": ("tests/test_claims.py", [
-        ("claims: table of maxima", "fmean(values), min(values)", "max(values), min(values)"),
+        ("claims: table of maxima", "(fmean(values), min(values)", "(max(values), min(values)"),
         ("claims: numbers sorted as words", '(0, float(text), "")', "(0, 0.0, text)"),
         ("claims: scenes do not scatter", "differences.mean(0).var(ddof=1) / scenes", "0"),
         ("claims: seeds do not scatter", "differences.mean(1).var(ddof=1) / seeds", "0"),

@@ -14,7 +14,7 @@ import lora
 import train
 from diff2flow import Diffusion, velocity_error
 from model import TINY, StableDiffusion, load_checkpoint
-from sample import make_flow
+from sample import load_flow
 from schedule import sd_schedule
 from toy import judge, make_prior
 from toy.scenes import LABELS, Scenes, render
@@ -295,11 +295,13 @@ def test_a_depth_model_and_a_picture_model_are_not_taken_for_each_other(run, che
 
 # ------------------------------------------------------------------ judge velocity, judge plain
 
-def test_the_velocity_error_of_each_scene_is_at_its_own_noise_and_time_whatever_the_batch(run, checkpoint):
-    run("velocity", checkpoint, "--n", 5, "--batch", 2, "--seed", 7, "--style", "outline")
+def test_the_velocity_error_of_each_scene_is_at_its_own_noise_and_time_whatever_the_batch(run, checkpoint, tmp_path):
+    path = random_lora(tmp_path / "run/lora.safetensors", StableDiffusion(TINY, "v").unet, objective="fm")
+    (path.parent / "result.json").write_text(json.dumps({"task": "text-to-image", "ckpt": str(checkpoint)}))
+    run("velocity", path, "--n", 5, "--batch", 2, "--seed", 7, "--style", "outline")
     row, = rows_of("runs/velocity/velocity.jsonl")
-    sd = load_checkpoint(checkpoint)
-    flow, world = make_flow(sd, "fm"), Scenes(5, 64, 64, "outline", judge.HELD_OUT_SEED + 7)
+    sd, flow = load_flow(lora_file=path, device=torch.device("cpu"), task="text-to-image", objective="fm")
+    world = Scenes(5, 64, 64, "outline", judge.HELD_OUT_SEED + 7)
     noise = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     for i, found in enumerate(row["scenes"]["velocity_error"]):
         item, t_fm = world[i], torch.tensor([(i * 0.618034 + 0.5) % 1])

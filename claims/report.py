@@ -220,8 +220,8 @@ def paired(args):
 def difference_in_words(mean, half, percent):
     """-0.01 and 0.004 -> "**-0.0100** (-0.0140 to -0.00600)", in bold where the interval excludes 0."""
     figures = [100 * x if percent else x for x in (mean, mean - half, mean + half)]
+    mark = "**" if abs(mean) > half else ""
     mean, low, high = (f"{x:+.1f}" if percent else f"{x:+#.2g}" if abs(x) < 10 else f"{x:+.0f}" for x in figures)
-    mark = "**" if low[0] == high[0] else ""
     return f"{mark}{mean}{mark} ({low} to {high})"
 
 

@@ -146,6 +146,12 @@ def test_without_training_the_scenes_alone_scatter(tmp_path, claims_report):
     assert printed.splitlines()[2] == f"| v | 0.5 | 1 | -25.0 ({-25 - 100 * half:+.1f} to {-25 + 100 * half:+.1f}) |"
 
 
+def test_a_difference_is_bold_where_its_interval_excludes_0():
+    shown = {(mean, half): report.difference_in_words(mean, half, False)[:2] == "**"
+             for mean, half in ((0.1, 0.09), (-0.1, 0.09), (0.1, 0.11), (-0.1, 0.11), (0.0, 0.0))}
+    assert list(shown.values()) == [True, True, False, False, False]
+
+
 def test_pairs_that_are_ambiguous_or_none_are_an_error(tmp_path, claims_report):
     folder = arms(tmp_path, [[1.0]], [[1.0]])
     with pytest.raises(ValueError, match="no two results of another run.objective and of dm"):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure every claim of the paper on the bundled priors: train the models, measure them, draw the plots.
 #
-#     bash claims/run.sh              everything, in about 60 hours of one CPU core
+#     bash claims/run.sh              everything, in some 60 hours of one CPU core (an estimate)
 #     bash claims/run.sh style        only some of: rates priors style size reflow depth draw (style needs the rates)
 #
 # A model is an arm: trained, measured at once on scenes that are the same for all arms, its results written to

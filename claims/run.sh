@@ -59,7 +59,7 @@ rate_arm() {    # rate_arm NAME PRIOR LORA OBJECTIVE RATE
     cp $runs/$1/result.json $results/$1.jsonl
 }
 
-rates_of() { if [ $1 = none ]; then echo 2e-4 5e-4 1e-3 2e-3; else echo 1e-3 2e-3 4e-3 8e-3; fi; }
+rates_of() { if [ $1 = none ]; then echo 2e-4 5e-4 1e-3 2e-3; else echo 2e-3 4e-3 8e-3 1.6e-2; fi; }
 
 best_rate() {   # best_rate PRIOR LORA OBJECTIVE
     python -m claims.report best $results/rates --where prediction=$1 lora=$2 objective=$3 --by lr \

@@ -277,6 +277,11 @@ EXAMPLES = {"text-to-image": text_to_image, "reflow": reflow, "depth": depth}
 
 # ------------------------------------------------------------------ validation
 
+def spread_times(n, device):
+    """-> t_fm (n,), spread evenly over [0, 1] by the golden ratio, whatever n is."""
+    return (torch.arange(n, device=device) * 0.618034 + 0.5) % 1
+
+
 class Validation:
     """Held-out pictures, always with the same noise: their velocity error, and what the model draws for their captions
     or as their depth. example is one of EXAMPLES; cfg_few and cfg_many guide samples of 4 and of 25 steps."""
@@ -307,7 +312,7 @@ class Validation:
     def velocity_error(self):
         """Mean |u - (x1 - x0)|^2 at times that are spread evenly over [0, 1]."""
         total, n, begin = 0.0, len(self.captions), time.time()
-        spread = (torch.arange(n, device=self.noise.device) * 0.618034 + 0.5) % 1
+        spread = spread_times(n, self.noise.device)
         for numbers, noise, batch in self.batches(n, "velocity error"):
             x1, _, context, mask = self.example(self.sd, batch)
             t_fm = spread[numbers.start:numbers.stop]

@@ -41,6 +41,7 @@ from files import SOFTWARE, check_range, check_replaceable, cli, open_tensors, r
 from sample import BUNDLED_PRIOR, draw, guidance, load_flow, objective_of, pick_device, pick_precision, read_result
 from schedule import sd_schedule
 from toy.scenes import LABELS, PLAIN, Scenes, render
+from train import spread_times
 
 SIZE = 64                                           # pixels a side of what the classifier sees
 CLASSES = [len(classes) for classes in LABELS.values()]     # the number of classes of each attribute
@@ -203,6 +204,7 @@ def begin(args, *outputs):
     """Check what every command takes, before the slow part -> the device, and its autocast."""
     check_range(args, 1, 1e9, *(name for name in ("n", "batch", "steps", "ensemble") if name in args))
     check_range(args, 0, 2**32, "seed")
+    check_range(args, -1e6, 1e6, *(["cfg"] if "cfg" in args else []))
     device = pick_device(args.device)
     for name in outputs:
         check_replaceable(Path(args.out) / name)
@@ -303,7 +305,6 @@ def save_samples(path, pictures, rows, real):
 def captions(args):
     check_range(args, 2, 1e9, "n")                     # of one picture there is no covariance
     check_range(args, 0, 1, "t_shift")
-    check_range(args, -1e6, 1e6, "cfg")
     if args.t_shift and args.objective != "dm":
         raise ValueError(f"--t-shift {args.t_shift:g}: only DDIM has a timestep to shift; add --objective dm")
     out, (device, amp) = Path(args.out), begin(args, "samples.png", "captions.jsonl")
@@ -334,7 +335,7 @@ def captions(args):
 
 def velocity_errors(sd, flow, world, noise, batch):
     """-> mean |u - (x1 - x0)|^2 of each scene, at a time of its own: the times are spread evenly over [0, 1]."""
-    errors, spread = [], (torch.arange(len(world), device=sd.device) * 0.618034 + 0.5) % 1
+    errors, spread = [], spread_times(len(world), sd.device)
     for start in tqdm(range(0, len(world), batch), "velocity error", dynamic_ncols=True):
         items = [world[i] for i in range(len(world))[start:start + batch]]
         x1 = sd.encode(torch.stack([item["image"] for item in items]).to(sd.device)).float()
@@ -348,8 +349,7 @@ def velocity_errors(sd, flow, world, noise, batch):
 def velocity(args):
     """Of text-to-image models, on held-out scenes."""
     (device, amp), rows = begin(args, "velocity.jsonl"), []
-    for path in args.models:
-        sd, flow, origin = load_model(path, device, "text-to-image")
+    for sd, flow, origin in [load_model(path, device, "text-to-image") for path in args.models]:
         size = sd.picture_size(args.size)
         world = Scenes(args.n, *size, args.style, HELD_OUT_SEED + args.seed)
         noise = seeded_noise(args, sd.latent_shape(size))
@@ -373,8 +373,7 @@ def brightness(pictures):
 def plain(args):
     """Of text-to-image models: n samples of "a black image", and n of "a white image"."""
     (device, amp), rows = begin(args, "plain.jsonl"), []
-    for path in args.models:
-        sd, flow, origin = load_model(path, device, "text-to-image", args.objective)
+    for sd, flow, origin in [load_model(path, device, "text-to-image", args.objective) for path in args.models]:
         cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(sd.picture_size()))
         for steps in args.steps:
             row = {**origin, "n": args.n, "seed": args.seed, "precision": args.precision, "steps": steps, "cfg": cfg}

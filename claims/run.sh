@@ -21,10 +21,10 @@ precision=fp32                  # of training and sampling: the same for all arm
 
 prior() { echo toy/tiny-$1.safetensors; }       # prior v, or prior eps
 
-once() {        # once CLAIM/ARM COMMAND...: run the command, unless the arm is done or another process is at it
+once() {        # once CLAIM/ARM FUNCTION OPTIONS...: FUNCTION CLAIM/ARM OPTIONS..., unless that is done or going on
     mkdir -p "$runs/locks" "$results/${1%/*}"
     if [ -e "$results/$1.jsonl" ]; then return; fi
-    ( flock -n 9 || exit 0; if [ ! -e "$results/$1.jsonl" ]; then "${@:2}"; fi ) 9> "$runs/locks/${1//\//-}"
+    ( flock -n 9 || exit 0; if [ ! -e "$results/$1.jsonl" ]; then "$2" "$1" "${@:3}"; fi ) 9> "$runs/locks/${1//\//-}"
 }
 
 train() {       # train CLAIM/ARM OPTIONS...: train.py; a run that was begun goes on
@@ -46,9 +46,16 @@ judge() {       # judge CLAIM/ARM COMMAND MODEL OPTIONS...: toy.judge; its rows 
     [ -e "$rows/$2.jsonl" ] || python -m toy.judge "${@:2}" --precision $precision --out "$rows"
 }
 
-done_arm() {    # done_arm CLAIM/ARM: all rows of the arm become its results, the curve of its training with them
-    cat "$runs/$1"/judged-*/*.jsonl "$runs/$1/result.json" > "$results/$1.partial"
+done_arm() {    # done_arm CLAIM/ARM FILES...: the files become its results, whole or not at all
+    cat "${@:2}" > "$results/$1.partial"
     mv "$results/$1.partial" "$results/$1.jsonl"
+}
+
+done_run() {    # done_run CLAIM/ARM: what was measured, and the curve of its training, become its results
+    local line run
+    run=$(cat "$runs/$1/result.json")
+    while read -r line; do echo "{\"run\": $run, ${line#\{}"; done < "$runs/$1/validation.jsonl" > "$runs/$1/curve.jsonl"
+    done_arm $1 "$runs/$1"/judged-*/*.jsonl "$runs/$1/curve.jsonl"
 }
 
 # ------------------------------------------------------------------ the learning rates
@@ -56,7 +63,7 @@ done_arm() {    # done_arm CLAIM/ARM: all rows of the arm become its results, th
 rate_arm() {    # rate_arm NAME PRIOR LORA OBJECTIVE RATE
     train $1 --ckpt $(prior $2) --lora $3 --objective $4 --lr $5 --seed $sweep_seed --steps 300 --scenes 1024 \
         --preview-every 0
-    cp $runs/$1/result.json $results/$1.jsonl
+    done_arm $1 $runs/$1/result.json
 }
 
 rates_of() { if [ $1 = none ]; then echo 2e-4 5e-4 1e-3 2e-3; else echo 2e-3 4e-3 8e-3 1.6e-2; fi; }
@@ -69,8 +76,7 @@ best_rate() {   # best_rate PRIOR LORA OBJECTIVE
 all_rates() {
     for lora in base none; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
         for rate in $(rates_of $lora); do
-            once rates/$prior-$lora-$objective-$rate rate_arm rates/$prior-$lora-$objective-$rate \
-                $prior $lora $objective $rate
+            once rates/$prior-$lora-$objective-$rate rate_arm $prior $lora $objective $rate
         done
     done; done; done
 }
@@ -79,16 +85,16 @@ all_rates() {
 
 prior_arm() {   # prior_arm NAME PRIOR COMMAND OPTIONS...
     judge $1 $3 $(prior $2) "${@:4}"
-    cat $runs/$1/judged-*/*.jsonl > $results/$1.jsonl
+    done_arm $1 $runs/$1/judged-*/*.jsonl
 }
 
 all_priors() {
     for prior in v eps; do
         for objective in diff2flow dm fm fm-flip; do
-            once priors/$prior-$objective prior_arm priors/$prior-$objective $prior captions --objective $objective
+            once priors/$prior-$objective prior_arm $prior captions --objective $objective
         done
-        once priors/$prior-between prior_arm priors/$prior-between $prior captions --objective dm --t-shift 0.5
-        once priors/$prior-plain prior_arm priors/$prior-plain $prior plain
+        once priors/$prior-between prior_arm $prior captions --objective dm --t-shift 0.5
+        once priors/$prior-plain prior_arm $prior plain
     done
 }
 
@@ -104,14 +110,13 @@ style_arm() {   # style_arm NAME PRIOR LORA OBJECTIVE SEED
     judge $1 captions $model --style outline --cfg 3
     if [ $4 = dm ]; then judge $1 captions $model --style outline --cfg 1 --steps 25 10 4 --objective diff2flow; fi
     if [ $4 = diff2flow ]; then judge $1 captions $model --style outline --cfg 1 --steps 25 10 4 --objective dm; fi
-    done_arm $1
+    done_run $1
 }
 
 all_styles() {
     for seed in $seeds; do for lora in base none; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
         if [ $objective != fm ] || [[ " $few " = *" $seed "* ]]; then
-            once style/$prior-$lora-$objective-$seed style_arm style/$prior-$lora-$objective-$seed \
-                $prior $lora $objective $seed
+            once style/$prior-$lora-$objective-$seed style_arm $prior $lora $objective $seed
         fi
     done; done; done; done
 }
@@ -123,15 +128,15 @@ size_arm() {    # size_arm NAME LORA OBJECTIVE SIZE SEED
         --lr $(best_rate v $2 $3)
     judge $1 velocity $(weights $1) --n 128
     judge $1 captions $(weights $1) --n 128
-    done_arm $1
+    done_run $1
 }
 
 all_sizes() {
     for seed in $few; do for size in 96 128; do for lora in base none; do for objective in diff2flow dm fm-flip fm; do
-        once size/$size-$lora-$objective-$seed size_arm size/$size-$lora-$objective-$seed $lora $objective $size $seed
+        once size/$size-$lora-$objective-$seed size_arm $lora $objective $size $seed
     done; done; done; done
     for size in 96 128; do
-        once size/$size-prior prior_arm size/$size-prior v captions --size $size --n 128
+        once size/$size-prior prior_arm v captions --size $size --n 128
     done
 }
 
@@ -147,15 +152,15 @@ reflow_arm() {  # reflow_arm NAME SEED GUIDANCE: pairs of the prior, a model of 
         --out $pairs-again
     train $1-again --task reflow --data $pairs-again --seed $2 --steps 1500 --preview-every 0
     judge $1-again captions $(weights $1-again) --steps 25 4 2 1
-    done_arm $1-again
-    done_arm $1
+    done_run $1-again
+    done_run $1
 }
 
 all_reflows() {
     for seed in $few; do for guidance in 4 1; do
-        once reflow/cfg$guidance-$seed reflow_arm reflow/cfg$guidance-$seed $seed $guidance
+        once reflow/cfg$guidance-$seed reflow_arm $seed $guidance
     done; done
-    once reflow/prior prior_arm reflow/prior v captions --objective diff2flow --steps 25 4 2 1
+    once reflow/prior prior_arm v captions --objective diff2flow --steps 25 4 2 1
 }
 
 # ------------------------------------------------------------------ claim 9: depth
@@ -164,12 +169,12 @@ depth_arm() {   # depth_arm NAME PRIOR OBJECTIVE SEED
     train $1 --task depth --ckpt $(prior $2) --objective $3 --seed $4 --steps 600 --preview-every 0 --lora none \
         --lr $(best_rate $2 none $3)
     judge $1 depth $(weights $1) --steps 1 2 4 10 --ensemble 1 4 --n 96
-    done_arm $1
+    done_run $1
 }
 
 all_depths() {
     for seed in $seeds; do for prior in v eps; do for objective in diff2flow dm fm-flip; do
-        once depth/$prior-$objective-$seed depth_arm depth/$prior-$objective-$seed $prior $objective $seed
+        once depth/$prior-$objective-$seed depth_arm $prior $objective $seed
     done; done; done
 }
 

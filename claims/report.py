@@ -123,15 +123,21 @@ def print_line(cells):
     print(f"| {' | '.join(cells)} |")
 
 
+def check_percent(args):
+    """ValueError for a share that is not printed."""
+    names = [of.name for of in args.of]
+    for name in args.percent:
+        if name not in names:
+            raise ValueError(f"--percent {name}: it must be one of --of, which are {' '.join(names)}")
+
+
 def table(args):
     """Print a Markdown table: a line for each different --by, and of each --of the mean and the span."""
     rows, names = read_rows(args.files, args.where), [of.name for of in args.of]
     for name in names:
         if all(look_up(row, name) is None for row in rows):
             raise ValueError(f"--of {name}: no row has it")
-    for name in args.percent:
-        if name not in names:
-            raise ValueError(f"--percent {name}: it must be one of --of, which are {' '.join(names)}")
+    check_percent(args)
     print_line([*(by.heading for by in args.by), "results", *(of.heading for of in args.of)])
     print("|" + "---|" * (len(args.by) + 1 + len(args.of)))
     for key, members in group(rows, [by.name for by in args.by]):
@@ -144,7 +150,7 @@ def table(args):
 
 def best(args):
     """Print the value of --by with the lowest mean of --of."""
-    (by,), (of,) = args.by, args.of
+    by, of = args.by, args.of
     groups = group([row for row in read_rows(args.files, args.where) if look_up(row, of.name) is not None], [by.name])
     if not groups:
         raise ValueError(f"--of {of.name}: no row has it")
@@ -198,6 +204,7 @@ def differences(args):
 
 def paired(args):
     """Print a table of the differences, a line for each --by and --compare; with --out also draw them."""
+    check_percent(args)
     found, against = differences(args), in_words(args.against, args.words)
     print_line([*(by.heading for by in args.by), args.compare.heading, "pairs",
                 *(f"{heading}, less that of {against}" for heading in found)])
@@ -351,7 +358,8 @@ def arguments():
 
     of_best = commands.add_parser("best", help="print the value with the best results")
     add_common_arguments(of_best)
-    add_table_arguments(of_best)
+    of_best.add_argument("--by", type=column, required=True, metavar="NAME", help="value that is chosen, such as lr")
+    of_best.add_argument("--of", type=column, required=True, metavar="NAME", help="what is measured; lower is better")
 
     of_plot = commands.add_parser("plot", help="draw a plot: the mean as a line, the span shaded")
     add_common_arguments(of_plot)

@@ -1,31 +1,38 @@
 #!/usr/bin/env bash
 # Measure every claim of the paper on the bundled priors: train the models, measure them, draw the plots.
 #
-#     bash claims/run.sh              everything, in some 60 hours of one CPU core (an estimate)
-#     bash claims/run.sh style        only some of: rates priors style size reflow depth draw (style needs the rates)
+#     bash claims/run.sh              everything, in some 45 hours of one CPU core (an estimate)
+#     bash claims/run.sh style        only some of: rates priors style size reflow depth draw
 #
 # A model is an arm: trained, measured at once on scenes that are the same for all arms, its results written to
 # claims/results/CLAIM/ARM.jsonl. An arm whose results are there is done, so what was stopped goes on when it is started
 # again, also on another computer; several processes that run this share the arms between them, best with
-# OMP_NUM_THREADS=1 each. Runs go to runs/claims/. SEEDS="1 2" chooses the seeds. The script needs Linux (flock),
-# matplotlib and scipy.
+# OMP_NUM_THREADS=1 each. An arm that needs a learning rate first does that part of the sweep. Runs go to runs/claims/.
+# SEEDS="1 2" and LORAS=base choose the seeds and what is trained. The script needs Linux (flock), matplotlib and scipy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 runs=runs/claims
 results=claims/results
 seeds=${SEEDS:-1 2 3 4 5}
+loras=${LORAS:-base none}
+few="1 2"                       # the seeds of what needs no more
 sweep_seed=0                    # of the rates, and of nothing else
-few=$(echo $seeds | cut -d' ' -f1,2)
 precision=fp32                  # of training and sampling: the same for all arms, on every computer
 
 prior() { echo toy/tiny-$1.safetensors; }       # prior v, or prior eps
 
-once() {        # once CLAIM/ARM FUNCTION OPTIONS...: FUNCTION CLAIM/ARM OPTIONS..., unless that is done or going on
-    mkdir -p "$runs/locks" "$results/${1%/*}"
-    if [ -e "$results/$1.jsonl" ]; then return; fi
-    ( flock -n 9 || exit 0; if [ ! -e "$results/$1.jsonl" ]; then "$2" "$1" "${@:3}"; fi ) 9> "$runs/locks/${1//\//-}"
+is_one_of() { [[ " $2 " = *" $1 "* ]]; }        # is_one_of WORD WORDS
+
+locked() {      # locked SECONDS CLAIM/ARM FUNCTION OPTIONS...: see once
+    mkdir -p "$runs/locks" "$results/${2%/*}"
+    if [ -e "$results/$2.jsonl" ]; then return; fi
+    ( flock -w $1 9 || exit 0
+      if [ ! -e "$results/$2.jsonl" ]; then "$3" "$2" "${@:4}"; fi ) 9> "$runs/locks/${2//\//-}"
 }
+
+once() { locked 0 "$@"; }       # once CLAIM/ARM FUNCTION OPTIONS...: do FUNCTION CLAIM/ARM OPTIONS..., unless done
+surely() { locked 86400 "$@"; } # the same, but waits for another process that has begun it
 
 train() {       # train CLAIM/ARM OPTIONS...: train.py; a run that was begun goes on
     local out=$runs/$1
@@ -68,13 +75,18 @@ rate_arm() {    # rate_arm NAME PRIOR LORA OBJECTIVE RATE
 
 rates_of() { if [ $1 = none ]; then echo 2e-4 5e-4 1e-3 2e-3; else echo 2e-3 4e-3 8e-3 1.6e-2; fi; }
 
-best_rate() {   # best_rate PRIOR LORA OBJECTIVE
+sweep() {       # sweep PRIOR LORA OBJECTIVE: measure its four rates
+    local rate
+    for rate in $(rates_of $2); do surely rates/$1-$2-$3-$rate rate_arm $1 $2 $3 $rate; done
+}
+
+best_rate() {   # best_rate PRIOR LORA OBJECTIVE: after its sweep
     python -m claims.report best $results/rates --where prediction=$1 lora=$2 objective=$3 --by lr \
         --of velocity_error_after
 }
 
 all_rates() {
-    for lora in base none; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
+    for lora in $loras; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
         for rate in $(rates_of $lora); do
             once rates/$prior-$lora-$objective-$rate rate_arm $prior $lora $objective $rate
         done
@@ -101,29 +113,37 @@ all_priors() {
 # ------------------------------------------------------------------ claims 2, 3, 6 and 7: a new style
 
 style_arm() {   # style_arm NAME PRIOR LORA OBJECTIVE SEED
+    sweep $2 $3 $4
     train $1 --ckpt $(prior $2) --lora $3 --objective $4 --seed $5 --steps 1600 --preview-every 200 \
         --lr $(best_rate $2 $3 $4)
-    local model=$(weights $1)
+    local model=$(weights $1) sampler
     judge $1 velocity $model --style outline
     judge $1 plain $model --cfg 1
     judge $1 captions $model --style outline --cfg 1 --steps 25 10 4
-    judge $1 captions $model --style outline --cfg 3
-    if [ $4 = dm ]; then judge $1 captions $model --style outline --cfg 1 --steps 25 10 4 --objective diff2flow; fi
-    if [ $4 = diff2flow ]; then judge $1 captions $model --style outline --cfg 1 --steps 25 10 4 --objective dm; fi
+    if is_one_of $5 "$few"; then
+        judge $1 captions $model --style outline --cfg 3
+        for sampler in diff2flow dm; do         # each by the sampler of the other
+            if [ $4 != $sampler ] && is_one_of $4 "diff2flow dm"; then
+                judge $1 captions $model --style outline --cfg 1 --steps 25 10 4 --objective $sampler
+            fi
+        done
+    fi
     done_run $1
 }
 
 all_styles() {
-    for seed in $seeds; do for lora in base none; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
-        if [ $objective != fm ] || [[ " $few " = *" $seed "* ]]; then
-            once style/$prior-$lora-$objective-$seed style_arm $prior $lora $objective $seed
-        fi
+    for seed in $seeds; do for lora in $loras; do for prior in v eps; do for objective in diff2flow dm fm-flip; do
+        once style/$prior-$lora-$objective-$seed style_arm $prior $lora $objective $seed
     done; done; done; done
+    for seed in $seeds; do for lora in $loras; do for prior in v eps; do
+        if is_one_of $seed "$few"; then once style/$prior-$lora-fm-$seed style_arm $prior $lora fm $seed; fi
+    done; done; done
 }
 
 # ------------------------------------------------------------------ claim 4: another size of picture
 
 size_arm() {    # size_arm NAME LORA OBJECTIVE SIZE SEED
+    sweep v $2 $3
     train $1 --style solid --lora $2 --objective $3 --size $4 --batch 16 --seed $5 --steps 1000 --preview-every 0 \
         --lr $(best_rate v $2 $3)
     judge $1 velocity $(weights $1) --n 128
@@ -132,40 +152,67 @@ size_arm() {    # size_arm NAME LORA OBJECTIVE SIZE SEED
 }
 
 all_sizes() {
-    for seed in $few; do for size in 96 128; do for lora in base none; do for objective in diff2flow dm fm-flip fm; do
-        once size/$size-$lora-$objective-$seed size_arm $lora $objective $size $seed
-    done; done; done; done
     for size in 96 128; do
         once size/$size-prior prior_arm v captions --size $size --n 128
+        for seed in $seeds; do for lora in $loras; do for objective in diff2flow dm fm-flip fm; do
+            if is_one_of $seed "$few"; then
+                once size/$size-$lora-$objective-$seed size_arm $lora $objective $size $seed
+            fi
+        done; done; done
     done
 }
 
 # ------------------------------------------------------------------ claim 8: Reflow, and Reflow again
 
-reflow_arm() {  # reflow_arm NAME SEED GUIDANCE: pairs of the prior, a model of them, its own pairs, a model of those
-    local pairs=$runs/pairs-$2-cfg$3
-    python sample.py --pairs 8192 --objective dm --steps 40 --cfg $3 --batch 64 --precision $precision --seed $2 \
-        --out $pairs
-    train $1 --task reflow --data $pairs --seed $2 --steps 1500 --preview-every 0
+pairs() {       # pairs NAME OPTIONS OF SAMPLE.PY...: 8,192 pairs in runs/claims/pairs/NAME, a part for each process
+    local wait first
+    mkdir -p $runs/locks
+    for wait in 0 86400; do for first in 0 8 16 24; do      # first what no process is at, then the rest
+        ( flock -w $wait 9 || exit 0
+          python sample.py --pairs 8192 --shards $first $((first + 8)) --batch 64 --precision $precision \
+              --out $runs/pairs/$1 "${@:2}" ) 9> $runs/locks/pairs-$1-$first
+    done; done
+}
+
+reflow() {      # reflow NAME SEED GUIDANCE: train on pairs of the prior; the seed varies the training alone
+    pairs cfg$3 --objective dm --steps 40 --cfg $3 --seed 1
+    train $1 --task reflow --data $runs/pairs/cfg$3 --seed $2 --steps 1500 --preview-every 0
+}
+
+reflow_arm() {  # reflow_arm NAME SEED GUIDANCE
+    reflow $1 $2 $3
     judge $1 captions $(weights $1) --steps 25 4 2 1
-    python sample.py --pairs 8192 --lora $(weights $1) --steps 25 --batch 64 --precision $precision --seed $2 \
-        --out $pairs-again
-    train $1-again --task reflow --data $pairs-again --seed $2 --steps 1500 --preview-every 0
-    judge $1-again captions $(weights $1-again) --steps 25 4 2 1
-    done_run $1-again
+    done_run $1
+}
+
+again_arm() {   # again_arm NAME SEED: train on pairs of the first model
+    local first=reflow/cfg4-$2
+    reflow $first $2 4
+    pairs again-$2 --lora $(weights $first) --steps 25 --seed 2
+    train $1 --task reflow --data $runs/pairs/again-$2 --seed $2 --steps 1500 --preview-every 0
+    judge $1 captions $(weights $1) --steps 25 4 2 1
     done_run $1
 }
 
 all_reflows() {
-    for seed in $few; do for guidance in 4 1; do
-        once reflow/cfg$guidance-$seed reflow_arm $seed $guidance
-    done; done
     once reflow/prior prior_arm v captions --objective diff2flow --steps 25 4 2 1
+    for seed in $seeds; do
+        if is_one_of $seed "$few"; then
+            for guidance in 4 1; do once reflow/cfg$guidance-$seed reflow_arm $seed $guidance; done
+        fi
+    done
+    for seed in $seeds; do
+        if is_one_of $seed "$few"; then
+            surely reflow/cfg4-$seed reflow_arm $seed 4
+            once reflow/again-$seed again_arm $seed
+        fi
+    done
 }
 
 # ------------------------------------------------------------------ claim 9: depth
 
 depth_arm() {   # depth_arm NAME PRIOR OBJECTIVE SEED
+    sweep $2 none $3
     train $1 --task depth --ckpt $(prior $2) --objective $3 --seed $4 --steps 600 --preview-every 0 --lora none \
         --lr $(best_rate $2 none $3)
     judge $1 depth $(weights $1) --steps 1 2 4 10 --ensemble 1 4 --n 96

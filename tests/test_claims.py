@@ -234,12 +234,12 @@ for name in names:
 
 @pytest.fixture
 def run_loop(tmp_path):
-    """-> the commands that `bash claims/run.sh` runs with the seed 3, with a stand-in for python."""
+    """-> the commands that `bash claims/run.sh` runs with the seeds 2 and 3, with a stand-in for python."""
     (tmp_path / "claims").mkdir()
     shutil.copy(ROOT / "claims/run.sh", tmp_path / "claims")
     (tmp_path / "python").write_text(STAND_IN.format(python=sys.executable))
     (tmp_path / "python").chmod(0o755)
-    shell = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEDS": "3"}
+    shell = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEDS": "2 3"}
 
     def run(*words):
         (tmp_path / "commands").write_text("")
@@ -264,7 +264,7 @@ def test_the_scripts_take_every_command_of_the_claims_loop(run_loop, monkeypatch
             seeds.add(args.seed)
         if script == "train.py":
             assert args.batch in (16, 32) and args.decay == "cosine", "the settings of the bundled priors"
-    assert seen == set(scripts) and seeds == {0, 3}                                     # 0: of the rates
+    assert seen == set(scripts) and seeds == {0, 1, 2, 3}                                   # 0: of the rates
 
 
 def test_the_claims_loop_measures_every_model_that_it_trained(run_loop):

@@ -48,7 +48,7 @@ RECIPES = {  # each flag's default by task: the paper's (Appendix A), then the b
     "lora":            ("base",        "small",  "base",       "small",       "small",  "none"),
     "caption_dropout": (0.02,          0.0,      0.02,         0.02,          0.0,      0.02),
     "size":            (None,          None,     [384, 512],   None,          None,     None),
-    "style":           ("outline",     None,     "solid",      "outline",     None,     "solid"),
+    "style":           ("outline",     None,     "room",       "outline",     None,     "room"),
     "scenes":          (4096,          None,     4096,         1024,          None,     2048),
     "validation":      (16,            16,       16,           64,            64,       64),
     "previews":        (4,             4,        4,            8,             8,        8),
@@ -89,7 +89,7 @@ def arguments():
         "flipped, and the text states of their captions, for this run and others: 64 KB a picture of 512 px, 315 KB a "
         "caption of SD 2.x, half of that in bf16 (default: both are computed in each step)")
     add("--weights", type=float, nargs="+", help="how often each folder of depth is drawn from (default: by its size)")
-    add("--style", choices=["solid", "outline"], help=f"style of the scenes {defaults('style')}")
+    add("--style", choices=["solid", "outline", "room"], help=f"style of the scenes {defaults('style')}")
     add("--scenes", type=int, help=f"number of different scenes {defaults('scenes')}")
     add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: the checkpoint's own, which "
         "is 64 for the bundled priors, else 512; depth on your checkpoint: 384 512)")

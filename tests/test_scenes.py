@@ -107,6 +107,21 @@ def test_places_and_relations_hold_in_the_picture_and_colours_differ():
             assert along > a.radius + b.radius + scenes.LINE and abs(across) < along / 2
 
 
+def test_a_room_has_three_things_above_a_floor_the_nearest_first():
+    for scene in many_scenes("room", 100):
+        depths = [thing.depth for thing in scene.things]
+        assert len(depths) == 3 and depths == sorted(depths) and 2.6 <= depths[0] and depths[-1] <= 6
+        assert len({thing.colour for thing in scene.things}) == 3
+        _, depth = render(scene, 64, 64)
+        floor = 1 / depth.max(1)                                            # seen in each row, but for the things
+        assert 9.8 < depth.max() < 20 and 4.5 < depth[-1].max() < 6.1       # half a pixel from the edges
+        assert np.abs(np.diff(floor, 2)).max() < 1e-6, "a plane: its inverse depth is linear"
+        for thing in scene.things:
+            assert max(abs(thing.x), abs(thing.y)) + thing.radius < 1
+            assert thing.depth < scene.wall_depth(thing.y + thing.radius), "it is above the floor, not below"
+            assert np.isclose(depth, thing.depth).any(), "it can be seen"
+
+
 def test_captions_read_as_the_readme_says():
     thing = Thing("circle", "red", "small", 0.26, -0.5, 0.0)
     assert Scene("solid", "grey", (thing,), "left").caption == "a small red circle at the left on a grey background"
@@ -170,7 +185,7 @@ def test_a_shape_has_its_corners_on_its_circle_and_its_distance_is_exact(shape, 
 
 
 def test_an_unknown_style_is_refused():
-    with pytest.raises(ValueError, match="'sketch'.*solid, outline"):
+    with pytest.raises(ValueError, match="'sketch'.*solid, outline, room"):
         Scenes(4, 8, 8, "sketch", 0)
 
 

@@ -335,14 +335,14 @@ def test_depth_is_measured_by_steps_and_ensemble(run, depth_lora):
 
 
 def test_depth_is_perfect_up_to_an_affine_map_of_log_depth_and_noise_shows(run, depth_lora, monkeypatch):
-    world = Scenes(3, 64, 64, "solid", judge.HELD_OUT_SEED)
+    world = Scenes(3, 64, 64, "room", judge.HELD_OUT_SEED)
     log_depth = torch.stack([torch.from_numpy(render(world.scene(i), 64, 64)[1]) for i in range(3)]).log()[:, None]
     for noise, low, high in ((0.0, 0, 1e-5), (0.05, 1e-3, 0.5)):
         decoded = 0.4 * log_depth - 0.7 + noise * torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
         monkeypatch.setattr(StableDiffusion, "decode", lambda sd, latents, decoded=decoded: decoded)
         run("depth", depth_lora, "--steps", 1, "--n", 3)
         row, = rows_of("runs/depth-scenes/depth.jsonl")
-        assert low <= row["absrel"] <= high
+        assert low <= row["absrel"] <= high and low <= row["decoded"] <= high
 
 
 # ------------------------------------------------------------------ make_prior

@@ -551,7 +551,7 @@ def test_a_bundled_prior_gets_a_recipe_of_minutes_and_a_flag_of_yours_wins_even_
     for words in "", f"--ckpt {tiny.parent}/other.safetensors":
         args = settings(words)
         assert (args.steps, args.batch, args.grad_accum, args.lora, args.style) == (240, 32, 1, "small", "outline")
-    assert settings("--task depth").lora == "none" and settings("--task depth").style == "solid"
+    assert settings("--task depth").lora == "none" and settings("--task depth").style == "room"
     args = settings("--warmup 0 --caption-dropout 0 --lora none --steps 7")
     assert (args.warmup, args.caption_dropout, args.lora, args.steps, args.batch) == (0, 0, "none", 7, 32)
 

@@ -18,7 +18,8 @@ The classifier is trained at its first use and kept in runs/. It is refused if i
 98 % of the held-out real scenes.
 velocity: the mean of |u - (x1 - x0)|^2 over held-out scenes, each with a noise and a time of its own.
 plain: the brightness of samples of "a black image" (0 is right) and "a white image" (1 is right).
-depth: the depth of scenes, aligned to the truth by least squares in log depth, as depth.py measures it.
+depth: the depth of scenes of the style "room", aligned to the truth by least squares in log depth, as depth.py does it.
+    absrel         its error; "decoded" is the error of the truth itself, encoded and decoded
 """
 import argparse
 import itertools
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 import lora
 from data import save_grid
-from depth import align, depth_errors
+from depth import DepthScenes, align, depth_errors
 from diff2flow import OBJECTIVES, Diffusion, alpha_sigma, interpolate
 from files import SOFTWARE, check_range, check_replaceable, cli, open_tensors, replacing, save_tensors
 from sample import BUNDLED_PRIOR, draw, guidance, load_flow, objective_of, pick_device, pick_precision, read_result
@@ -399,12 +400,16 @@ def depth(args):
     """Depth of held-out scenes by models of train.py --task depth: the mean of an ensemble, aligned in log depth."""
     (device, amp), rows = begin(args, "depth.jsonl"), []
     models = [load_model(path, device, "depth") for path in args.models]
-    world = Scenes(args.n, SIZE, SIZE, "solid", HELD_OUT_SEED + args.seed)
+    world = Scenes(args.n, SIZE, SIZE, "room", HELD_OUT_SEED + args.seed)
     items = [world[i] for i in range(args.n)]
     images = torch.stack([item["image"] for item in items]).to(device)
     truths = [item["depth"][0].double().numpy() for item in items]
+    learned = DepthScenes(args.n, SIZE, SIZE, "room", HELD_OUT_SEED + args.seed)
+    learned = torch.stack([learned[i]["depth"] for i in range(args.n)]).expand(-1, 3, -1, -1).to(device)
     for sd, flow, origin in models:
         picture = sd.encode(images)
+        decoded = sd.decode(sd.encode(learned)).mean(1).clamp(-1, 1).double().cpu().numpy()
+        at_best = scene_errors(decoded, truths)["absrel"]
         noise = torch.randn((max(args.ensemble), *picture.shape), generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:
             with amp:
@@ -415,7 +420,7 @@ def depth(args):
                 scenes = scene_errors(prediction, truths)
                 errors = {name: sum(values) / args.n for name, values in scenes.items()}
                 rows.append({**origin, "steps": steps, "ensemble": ensemble, "images": args.n, "seed": args.seed,
-                             "align": "log", "precision": args.precision, **errors,
+                             "align": "log", "precision": args.precision, "decoded": sum(at_best) / args.n, **errors,
                              "scenes": {"absrel": [float(f"{error:.4g}") for error in scenes["absrel"]]}})
                 print(f"{origin['model']}, {steps} steps, ensemble {ensemble}: AbsRel {errors['absrel']:.4f}, delta1 "
                       f"{errors['delta1']:.4f}, RMSE {errors['rmse']:.3f} m on {args.n} scenes")

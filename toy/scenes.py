@@ -1,14 +1,16 @@
 """Procedural scenes: pictures of coloured shapes, each with the caption that describes it and with its exact depth.
 
-A scene is one or two flat shapes in front of a wall, or a picture of one plain colour. Lengths are in units of half
+A scene is one to three flat shapes in front of a wall, or a picture of one plain colour. Lengths are in units of half
 the picture's shorter side: x points right, y points down, and (0, 0) is the centre. A picture of any height and width
 therefore shows the same central square. All depths are in metres:
-    wall     depth = 20 / (3 + y)         10 at the top edge (far), 5 at the bottom edge (near)
+    wall     depth = 20 / (3 + y)         10 at the top edge (far), 5 at the bottom edge (near), a plane that leans back
     shape    depth = 1.15 / radius        all shapes are cut to one physical size, so a large one is near: 2.7 to 4.8
 Every colour is multiplied by 1.08 - 0.03 * depth. So depth can be read from a picture twice: by size and by shade.
 
-There are two styles: "solid" has filled shapes on a coloured wall, "outline" has lines on a dark wall. The bundled
-priors know "solid" alone; "outline" is what `python train.py` teaches them.
+There are three styles: "solid" has filled shapes on a coloured wall, "outline" has lines on a dark wall. The bundled
+priors know "solid" alone; "outline" is what `python train.py` teaches them. "room" is what a depth model learns: three
+filled shapes, and in place of the wall a floor that leaves the camera at another slope in each scene,
+    floor    1 / depth falls evenly with height, from 1/4.5 to 1/6 at the bottom edge to 1/10 to 1/20 at the top edge
 """
 import math
 from dataclasses import dataclass, replace
@@ -34,7 +36,7 @@ PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "c
 RELATIONS = {"left of": "right of", "above": "below", "in front of": "behind"}  # a relation: the same, the other way
 LINE = 0.12                                             # width of an outline, half of it outside the shape
 MARGIN = 0.02                                           # what stays free at the picture's edge
-PAINT_OUTSIDE = {"solid": 0.0, "outline": LINE / 2}     # how far the paint reaches beyond the shape
+PAINT_OUTSIDE = {"solid": 0.0, "outline": LINE / 2, "room": 0.0}    # how far the paint reaches beyond the shape
 LABELS = {"count": ["plain", "one", "two"],
           "shape1": list(SHAPES), "colour1": list(COLOURS), "size1": list(SIZES), "place": list(PLACES),
           "relation": list(RELATIONS), "shape2": list(SHAPES), "colour2": list(COLOURS), "size2": list(SIZES),
@@ -61,10 +63,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """No thing (a plain picture), one thing at a place, or two things in a relation.
+    """No thing (a plain picture), one thing at a place, two things in a relation, or three in a room.
 
-    Of two things the left, upper or front one comes first. `swapped` turns the words of the caption round ("B is behind
-    A" for "A is in front of B") and leaves the picture as it is.
+    Of several things the left, upper or front one comes first. `swapped` turns the words of the caption round ("B is
+    behind A" for "A is in front of B") and leaves the picture as it is. `wall` is the depth of what is behind all
+    things, at the bottom and the top edge, in metres.
     """
     style: str
     background: str
@@ -72,9 +75,17 @@ class Scene:
     place: str | None = None
     relation: str | None = None
     swapped: bool = False
+    wall: tuple = (5.0, 10.0)
+
+    def wall_depth(self, y):
+        """Depth of the plane behind all things at the height y, from 1 at the bottom to -1 at the top."""
+        bottom, top = self.wall
+        return 2 / ((1 + y) / bottom + (1 - y) / top)
 
     @property
     def caption(self):
+        if self.style == "room":
+            return f"{', '.join(map(str, self.things))} in a {self.background} room"
         if not self.things:
             return f"{'an' if self.background[0] in 'aeiou' else 'a'} {self.background} image"
         if self.relation is None:
@@ -171,8 +182,27 @@ def put_side_by_side(rng, first, second, relation, jitter):
     return replace(first, x=start, y=float(jitter[0])), replace(second, x=end, y=float(jitter[1]))
 
 
+def random_room(rng):
+    """-> Scene of three things, the nearest first: none is below the floor, and each can be seen by half or more."""
+    scene = Scene("room", pick(rng, BACKGROUNDS), wall=(rng.uniform(4.5, 6), rng.uniform(10, 20)))
+    while True:
+        things = []
+        for depth, colour in zip(sorted(rng.uniform(2.6, 6, 3)), rng.permutation(list(COLOURS))):
+            radius = 1.15 / depth
+            x, y = rng.uniform(-1, 1, 2) * (1 - MARGIN - radius)
+            size = "large" if radius > 0.33 else "small"
+            things.append(Thing(pick(rng, SHAPES), str(colour), size, float(radius), float(x), float(y)))
+        first, second, third = things
+        if (all(thing.depth < scene.wall_depth(thing.y + thing.radius) for thing in things)
+                and visible_fraction(first, second, 0) > 0.5 and visible_fraction(first, third, 0) > 0.5
+                and visible_fraction(second, third, 0) > 0.5):
+            return replace(scene, things=(first, second, third))
+
+
 def random_scene(rng, style):
-    """rng: a numpy Generator, which alone decides; style: "solid" or "outline" -> Scene."""
+    """rng: a numpy Generator, which alone decides; style: "solid", "outline" or "room" -> Scene."""
+    if style == "room":
+        return random_room(rng)
     if rng.random() < PLAIN_FRACTION[style]:
         return Scene(style, pick(rng, PLAIN[style]))
     background = pick(rng, BACKGROUNDS) if style == "solid" else "dark gradient"
@@ -206,8 +236,8 @@ def render(scene, height, width):
     unit = min(height, width) / 2                       # pixels
     x = ((np.arange(width, dtype=np.float32) + 0.5 - width / 2) / unit)[None]
     y = ((np.arange(height, dtype=np.float32) + 0.5 - height / 2) / unit)[:, None]
-    depth = np.repeat(20 / (3 + np.clip(y, -1, 1)), width, axis=1)                      # (H, W)
-    if scene.style == "solid":
+    depth = np.repeat(scene.wall_depth(np.clip(y, -1, 1)), width, axis=1)               # (H, W)
+    if scene.style != "outline":
         wall = np.float32(BACKGROUNDS[scene.background]) * (1.08 - 0.03 * depth[..., None])
     else:
         wall = np.float32((62, 66, 84)) * (1.8 - 0.16 * depth[..., None])
@@ -231,8 +261,8 @@ class Scenes(torch.utils.data.Dataset):
     """
 
     def __init__(self, n, height, width, style, seed):
-        if style not in PLAIN:
-            raise ValueError(f"style is {style!r}: choose one of {', '.join(PLAIN)}")
+        if style not in PAINT_OUTSIDE:
+            raise ValueError(f"style is {style!r}: choose one of {', '.join(PAINT_OUTSIDE)}")
         self.n, self.height, self.width, self.style, self.seed = n, height, width, style, seed
 
     def __len__(self):

@@ -14,7 +14,7 @@ scenes, its half width is
 
 other seeds would have given another mean, and so would other scenes. The scatter that is neither the seed's nor the
 scene's is counted twice, so the interval is a little too wide. A measure without a value for each scene has N = 1.
-Where nothing was trained, S = 1, and t(N - 1) sqrt(var_i(d_i) / N) is left.
+Where nothing was trained, S = 1, and t(N - 1) sqrt(var_i(d_i) / N) is left. One seed of training has no interval.
 
 The files, or those of a folder, hold JSON lines. A value is called by its name in the line: "all" is line["all"], and
 "black.mean" is line["black"]["mean"]. "run.objective" is the objective in "run", which is what train.py wrote into
@@ -62,14 +62,14 @@ def look_up(row, name):
 
 
 def read_rows(paths, conditions):
-    """Files of JSON lines -> the rows that meet every condition (name, value); each row has a "run"."""
+    """Files of JSON lines -> the rows that meet every condition (name, "value" or "value|other"); each has a "run"."""
     rows = []
     files = [file for path in map(Path, paths) for file in sorted(path.glob("*.jsonl")) or [path]]
     for path in files:
         run = read_result(path)
         for line in read_text(path).splitlines():
             row = {"run": run, **json.loads(line)}
-            if all(str(look_up(row, name)) == value for name, value in conditions):
+            if all(str(look_up(row, name)) in value.split("|") for name, value in conditions):
                 rows.append(row)
     if not rows:
         wanted = "".join(f" {name}={value}" for name, value in conditions)
@@ -123,12 +123,13 @@ def print_line(cells):
     print(f"| {' | '.join(cells)} |")
 
 
-def check_percent(args):
-    """ValueError for a share that is not printed."""
+def check_names(args, *flags):
+    """ValueError for a flag that names what is not printed."""
     names = [of.name for of in args.of]
-    for name in args.percent:
-        if name not in names:
-            raise ValueError(f"--percent {name}: it must be one of --of, which are {' '.join(names)}")
+    for flag in flags:
+        for name in getattr(args, flag):
+            if name not in names:
+                raise ValueError(f"--{flag} {name}: it must be one of --of, which are {' '.join(names)}")
 
 
 def table(args):
@@ -137,7 +138,7 @@ def table(args):
     for name in names:
         if all(look_up(row, name) is None for row in rows):
             raise ValueError(f"--of {name}: no row has it")
-    check_percent(args)
+    check_names(args, "percent")
     print_line([*(by.heading for by in args.by), "results", *(of.heading for of in args.of)])
     print("|" + "---|" * (len(args.by) + 1 + len(args.of)))
     for key, members in group(rows, [by.name for by in args.by]):
@@ -160,8 +161,10 @@ def best(args):
 # ------------------------------------------------------------------ pairs
 
 def interval(differences):
-    """Differences (S seeds, N scenes), not one alone -> mean, and the half width of its 95 % interval."""
+    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval; of one alone, None."""
     seeds, scenes = differences.shape
+    if differences.size == 1:
+        return differences.item(), None
     variance = differences.mean(1).var(ddof=1) / seeds if seeds > 1 else 0
     if scenes > 1:
         variance += differences.mean(0).var(ddof=1) / scenes
@@ -192,10 +195,14 @@ def differences(args):
             arms = {str(name): by_seed(of_it, (*values, name)) for (name,), of_it in compared}
             for name in arms.keys() - {args.against}:
                 seeds = sorted(arms[name].keys() & arms.get(args.against, {}).keys(), key=str)
-                pairs = [values_of(arms[name][seed], of.name) - values_of(arms[args.against][seed], of.name)
-                         for seed in seeds]
-                if np.size(pairs) > 1:
-                    found[of.heading].append(((*values, name), len(seeds), *interval(np.array(pairs))))
+                if seeds:
+                    theirs = np.array([values_of(arms[args.against][seed], of.name) for seed in seeds])
+                    pairs = np.array([values_of(arms[name][seed], of.name) for seed in seeds]) - theirs
+                    pairs /= theirs.mean() if of.name in args.relative else 1
+                    mean, half = interval(pairs)
+                    if seeds != [None] and len(seeds) == 1:
+                        half = None                 # of training: one seed does not say how far seeds scatter
+                    found[of.heading].append(((*values, name), len(seeds), mean, half))
         found[of.heading].sort(key=lambda row: sort_key(row[0]))
         if not found[of.heading]:
             raise ValueError(f"--of {of.name}: no two results of another {args.compare.name} and of {args.against}")
@@ -204,10 +211,10 @@ def differences(args):
 
 def paired(args):
     """Print a table of the differences, a line for each --by and --compare; with --out also draw them."""
-    check_percent(args)
+    check_names(args, "percent", "relative")
     found, against = differences(args), in_words(args.against, args.words)
     print_line([*(by.heading for by in args.by), args.compare.heading, "pairs",
-                *(f"{heading}, less that of {against}" for heading in found)])
+                *(f"{of.heading}, less that of {against}{unit(of.name, args)}" for of in args.of)])
     print("|" + "---|" * (len(args.by) + 2 + len(found)))
     lines = defaultdict(dict)
     for heading, rows in found.items():
@@ -217,19 +224,29 @@ def paired(args):
         cells = [in_words(value, args.words) for value in values]
         for of in args.of:
             mean, half = lines[values, pairs].get(of.heading, (None, None))
-            cells.append("" if mean is None else difference_in_words(mean, half, of.name in args.percent))
+            cells.append("" if mean is None else difference_in_words(mean, half, unit(of.name, args) != ""))
         print_line([*cells[:len(values)], str(pairs), *cells[len(values):]])
     if args.out:
         check_replaceable(args.out)
         save_figure(draw_differences(found, args), args.out)
 
 
+def unit(name, args):
+    """The unit of a difference, for a heading; "" for none."""
+    return ", %" if name in args.relative else ", points" if name in args.percent else ""
+
+
 def difference_in_words(mean, half, percent):
-    """-0.01 and 0.004 -> "**-0.0100** (-0.0140 to -0.00600)", in bold where the interval excludes 0."""
-    figures = [100 * x if percent else x for x in (mean, mean - half, mean + half)]
+    """-0.01 and 0.004 -> "**-0.010** (-0.014 to -0.0060)", in bold where the interval excludes 0; half may be None."""
+    def signed(x):
+        if percent:
+            return f"{100 * x:+.1f}"
+        return f"{x:+#.2g}" if abs(x) < 10 else f"{x:+.0f}"
+
+    if half is None:
+        return signed(mean)
     mark = "**" if abs(mean) > half else ""
-    mean, low, high = (f"{x:+.1f}" if percent else f"{x:+#.2g}" if abs(x) < 10 else f"{x:+.0f}" for x in figures)
-    return f"{mark}{mean}{mark} ({low} to {high})"
+    return f"{mark}{signed(mean)}{mark} ({signed(mean - half)} to {signed(mean + half)})"
 
 
 def draw_differences(found, args):
@@ -240,13 +257,12 @@ def draw_differences(found, args):
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     colours = {objective: f"C{i}" for i, objective in enumerate(sorted({values[-1] for values in lines}))}
     for axis, of in zip(axes, args.of):
-        scale = 100 if of.name in args.percent else 1
+        scale = 100 if unit(of.name, args) else 1
         axis.axvline(0, color="black", linewidth=1)
         for values, _, mean, half in found[of.heading]:
-            axis.errorbar(scale * mean, lines.index(values), xerr=scale * half, fmt="o", capsize=3,
-                          color=colours[values[-1]])
-        unit = ", percentage points" if scale == 100 else ""
-        axis.set(title=of.heading, xlabel=f"less that of {in_words(args.against, args.words)}{unit}",
+            axis.errorbar(scale * mean, lines.index(values), xerr=None if half is None else scale * half, fmt="o",
+                          capsize=3, color=colours[values[-1]])
+        axis.set(title=of.heading, xlabel=f"less that of {in_words(args.against, args.words)}{unit(of.name, args)}",
                  yticks=range(len(lines)), yticklabels=[", ".join(in_words(value, args.words) for value in values)
                                                         for values in lines])
         axis.grid(axis="x", alpha=0.3)
@@ -324,7 +340,8 @@ def add_common_arguments(parser):
     parser.add_argument("files", nargs="+", help="files of JSON lines, such as result.json or validation.jsonl of "
                                                  "train.py, or captions.jsonl of toy.judge")
     parser.add_argument("--where", type=equation, nargs="+", default=[], metavar="NAME=VALUE",
-                        help="use only the results that have these values, such as ensemble=4 (default: all results)")
+                        help='use only the results that have these values, such as ensemble=4 or '
+                             'objective="dm|diff2flow" (default: all results)')
     parser.add_argument("--words", type=equation, nargs="+", default=[], metavar="VALUE=WORDS",
                         help='print these words in place of a value of --by or --panel, such as fm="naive matching"')
 
@@ -354,6 +371,9 @@ def arguments():
     of_paired.add_argument("--compare", type=column, default="run.objective=objective", metavar="NAME",
                            help="what differs in a pair (default: run.objective)")
     of_paired.add_argument("--against", default="dm", help="its value in the results compared with (default: dm)")
+    of_paired.add_argument("--relative", nargs="+", default=[], metavar="NAME",
+                           help="print the differences of these values of --of as percentages of what they are "
+                                "taken from, in the mean")
     of_paired.add_argument("--out", help="picture of the differences that is written (default: none)")
 
     of_best = commands.add_parser("best", help="print the value with the best results")

@@ -227,11 +227,9 @@ all_depths() {
 
 # ------------------------------------------------------------------ the figures
 
-draw() {
+draw() {        # what claims/README.md shows
     python -m claims.weights
-    python -m claims.report paired $results/style --where own_sampler=True --against dm \
-        --by prediction=prior run.lora=weights --of velocity_error="velocity error" --words none=all base="LoRA base" \
-        --out $results/style-velocity.png
+    python -m claims.page
 }
 
 for what in ${@:-rates priors style size reflow depth draw}; do

@@ -3,7 +3,6 @@ shows what its commands print."""
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,15 +14,15 @@ import torch
 
 import sample
 import train
-from claims import idea, report
+from claims import idea, levels, page, report
+from claims.page import COMMAND, words_of
 from diff2flow import Diff2Flow
 from schedule import sd_schedule
 from toy import judge
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "claims/README.md").read_text()
-COMMAND = r"^    python -m (claims\.report (?:table|paired) (?:.*\\\n)*.*)\n\n((?:\|.*\n)+)"
-TABLES = re.findall(COMMAND, PAGE, re.MULTILINE)
+COMMANDS = [(words_of(command), table) for command, table in COMMAND.findall(PAGE)]
 
 
 @pytest.fixture
@@ -81,6 +80,7 @@ def test_a_table_has_headings_and_values_in_words_and_shares_as_percentages(resu
 def test_a_table_is_of_the_results_that_meet_every_condition(results, claims_report):
     words = ["table", *results, "--by", "run.objective", "--of", "frechet", "--where", "run.objective=fm"]
     assert claims_report(*words, "run.seed=1").splitlines()[2:] == ["| fm | 1 | 4.00 |"]
+    assert len(claims_report(*words[:-1], "run.objective=fm|dm", "run.seed=0|2").splitlines()) == 4
     with pytest.raises(ValueError, match="no row where run.objective=fm run.seed=7 in "):
         claims_report(*words, "run.seed=7")
 
@@ -137,6 +137,16 @@ def test_pairs_are_of_one_seed_and_one_scene(tmp_path, claims_report):
     assert "**" not in claims_report("paired", unpaired, "--by", "prediction", "--of", "error").splitlines()[2]
 
 
+def test_one_seed_of_training_has_no_interval_and_a_difference_may_be_relative(tmp_path, claims_report):
+    folder = arms(tmp_path, [[3.0, 4.0]], [[4.0, 6.0]])
+    words = ["paired", folder, "--by", "prediction", "--of", "error", "--out", tmp_path / "pairs.png"]
+    assert claims_report(*words).splitlines()[2] == "| v | diff2flow | 1 | -1.5 |"
+    assert claims_report(*words, "--relative", "error").splitlines()[:3:2] == [
+        "| prediction | objective | pairs | error, less that of dm, % |", "| v | diff2flow | 1 | -30.0 |"]
+    with pytest.raises(ValueError, match="--relative eror: it must be one of --of, which are error"):
+        claims_report(*words, "--relative", "eror")
+
+
 def test_without_training_the_scenes_alone_scatter(tmp_path, claims_report):
     rows = [{"prediction": "v", "t_shift": shift, "all": sum(right) / 4, "scenes": {"all": right}}
             for shift, right in ((0.0, [1, 1, 0, 1]), (0.5, [1, 0, 0, 1]))]
@@ -153,9 +163,10 @@ def test_a_difference_is_bold_where_its_interval_excludes_0():
 
 
 def test_pairs_that_are_ambiguous_or_none_are_an_error(tmp_path, claims_report):
-    folder = arms(tmp_path, [[1.0]], [[1.0]])
+    folder = arms(tmp_path, [[1.0]], [])
     with pytest.raises(ValueError, match="no two results of another run.objective and of dm"):
         claims_report("paired", folder, "--by", "prediction", "--of", "error")
+    arms(tmp_path, [[1.0]], [[1.0]])
     write_lines(tmp_path / "arms/more.jsonl", [{"run": {"objective": "dm", "seed": 0}, "prediction": "v", "error": 1}])
     with pytest.raises(ValueError, match="more than one row"):
         claims_report("paired", folder, "--by", "prediction", "--of", "error")
@@ -204,6 +215,28 @@ def test_a_plot_has_a_panel_for_each_lora_and_a_line_of_means_for_each_objective
 def test_a_plot_is_written(validation, claims_report, tmp_path):
     claims_report("plot", *validation, "--out", tmp_path / "plots/plot.png")
     assert (tmp_path / "plots/plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------ the levels
+
+def test_a_scene_counts_to_the_level_of_its_own_time(tmp_path, monkeypatch, capsys):
+    """diff2flow is worse by 1 % in the first eighth of the times, by 2 % in the second, and so on."""
+    eighth = np.array([int(8 * ((i * 0.618034 + 0.5) % 1)) for i in range(512)])
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in 0, 1:
+        theirs = 10.0**-eighth * rng.uniform(0.9, 1.1)
+        for objective, errors in (("dm", theirs), ("diff2flow", theirs * (1.01 + 0.01 * eighth))):
+            rows.append({"run": {"objective": objective, "seed": seed, "lora": "none"}, "prediction": "eps",
+                         "velocity_error": errors.mean(), "scenes": {"velocity_error": errors.tolist()}})
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr(sys, "argv", ["claims/levels.py", str(path), "--out", str(tmp_path / "levels.png")])
+    levels.main()
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].strip("|").split("|")]
+    assert cells[:2] == ["eps", "all weights"] and cells[3:] == [f"{n:+.1f}" for n in range(1, 9)]
+    weight = levels.predicted_weights("eps")
+    assert float(cells[2]) < -0.5, "the weight is highest near noise, where the difference is lowest"
+    assert 23 < weight[0] == weight.max() < 89 and 2.38 < weight[4] < 3.82  # METHOD.md: t_fm 0.16, 0.06; 0.64, 0.46
 
 
 # ------------------------------------------------------------------ run.sh
@@ -255,7 +288,7 @@ def test_the_scripts_take_every_command_of_the_claims_loop(run_loop, monkeypatch
     seen = set()
     for words in run_loop():
         script, *options = words[1:] if words[0] == "-m" else words
-        if script == "claims.weights":
+        if script in ("claims.weights", "claims.page"):
             continue
         monkeypatch.setattr(sys, "argv", [script, *options])
         args = scripts[script].arguments()
@@ -280,22 +313,42 @@ def test_the_claims_loop_goes_on_where_it_was_stopped(run_loop):
     assert {words[0] for words in run_loop("rates")} == {"train.py"}
     assert {words[2] for words in run_loop("style") if words[1] == "claims.report"} == {"best"}
     run_loop()
-    assert {words[1] for words in run_loop()} == {"claims.report", "claims.weights"}    # nothing is trained again
+    assert {words[1] for words in run_loop()} == {"claims.weights", "claims.page"}      # nothing is trained again
 
 
 # ------------------------------------------------------------------ the page and the figure
 
-@pytest.mark.parametrize("command, shown", TABLES)
-def test_each_table_of_the_page_is_what_its_command_prints(command, shown, claims_report, monkeypatch):
+@pytest.mark.parametrize("words, table", COMMANDS)
+def test_each_table_of_the_page_is_what_its_command_prints(words, table, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
-    assert claims_report(*shlex.split(command.replace("\\\n", " "))[1:]) == shown
+    if "--out" in words:                            # the figure is drawn, but not into the folder
+        words = [*words[:words.index("--out")], "--out", str(tmp_path / "figure.png")]
+    monkeypatch.setattr(sys, "argv", words)
+    {"claims.report": report, "claims.levels": levels}[words[0]].main()
+    printed = capsys.readouterr().out.splitlines(keepends=True)
+    assert table in ("", "".join(line for line in printed if line.startswith("|")))
 
 
 def test_the_page_shows_every_result():
-    tables = {shlex.split(command)[2] for command, _ in TABLES}
+    tables = {word for words, _ in COMMANDS for word in words if word.startswith("claims/results/")}
     pictures = {f"claims/{path}" for path in re.findall(r"^!\[.+\]\((results/.+)\)$", PAGE, re.MULTILINE)}
     files = {f"claims/results/{path.name}" for path in (ROOT / "claims/results").iterdir()}
-    assert tables | pictures == files
+    assert pictures == {file for file in files if file.endswith(".png")} and files - pictures <= tables
+
+
+def test_the_page_is_written_anew_by_its_own_commands(tmp_path, results, monkeypatch):
+    command = f"    python -m claims.report table {tmp_path} \\\n        --by run.objective=by --of all=right"
+    table = ("| by | results | right |\n|---|---|---|\n| dm | 3 | {} (0.100 to 0.900) |\n"
+             "| fm | 3 | 0.500 (0.500 to 0.500) |")
+    text = f"# Claims\n\nBefore:\n\n{command}\n\n{{}}\n\nafter.\n"
+    monkeypatch.setattr(page, "PAGE", tmp_path / "README.md")
+    page.PAGE.write_text(text.format(table.format("0.399")))
+    monkeypatch.setattr(sys, "argv", ["claims/page.py"])
+    page.main()
+    assert page.PAGE.read_text() == text.format(table.format("0.400"))
+    page.PAGE.write_text(text.format(table).replace("all=right", "al=right"))
+    with pytest.raises(ValueError, match="--of al: no row has it"):
+        page.main()
 
 
 def test_the_network_of_the_figure_is_exact():

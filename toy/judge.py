@@ -365,10 +365,14 @@ def velocity(args):
 # ------------------------------------------------------------------ plain
 
 def brightness(pictures):
-    """Pictures (N, 3, H, W) in [-1, 1] -> their mean and tenths, 0 for black and 1 for white."""
-    means = ((pictures.clamp(-1, 1).mean((1, 2, 3)) + 1) / 2).double()
-    darkest, lightest = means.quantile(torch.tensor([0.1, 0.9], dtype=means.dtype, device=means.device)).tolist()
-    return {"mean": means.mean().item(), "darkest_tenth": darkest, "lightest_tenth": lightest}
+    """Pictures (N, 3, H, W) in [-1, 1] -> the brightness of each, 0 for black and 1 for white, float64 (N,)."""
+    return (pictures.clamp(-1, 1).double().mean((1, 2, 3)) + 1) / 2
+
+
+def mean_and_tenths(values):
+    """-> {mean, darkest_tenth, lightest_tenth} of brightnesses (N,)."""
+    darkest, lightest = values.quantile(torch.tensor([0.1, 0.9], dtype=values.dtype, device=values.device)).tolist()
+    return {"mean": values.mean().item(), "darkest_tenth": darkest, "lightest_tenth": lightest}
 
 
 def plain(args):
@@ -377,11 +381,14 @@ def plain(args):
     for sd, flow, origin in [load_model(path, device, "text-to-image", args.objective) for path in args.models]:
         cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(sd.picture_size()))
         for steps in args.steps:
-            row = {**origin, "n": args.n, "seed": args.seed, "precision": args.precision, "steps": steps, "cfg": cfg}
+            row = {**origin, "n": args.n, "seed": args.seed, "precision": args.precision, "steps": steps, "cfg": cfg,
+                   "scenes": {}}
             for colour in "black", "white":
                 prompts = [f"a {colour} image"] * args.n
                 with amp:
-                    row[colour] = brightness(sample_pictures(sd, flow, prompts, noise, steps, cfg, args.batch)[0])
+                    values = brightness(sample_pictures(sd, flow, prompts, noise, steps, cfg, args.batch)[0])
+                row[colour] = mean_and_tenths(values)
+                row["scenes"][colour] = {"mean": [float(f"{value:.4g}") for value in values]}
             rows.append(row)
     write_results(Path(args.out) / "plain.jsonl", rows)
 

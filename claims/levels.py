@@ -1,0 +1,96 @@
+"""Compare what the weights predict with what was measured: the velocity error at each noise level.
+
+    python -m claims.levels claims/results/style --out claims/results/levels.png
+
+Diff2Flow's loss counts the errors of some levels more than the diffusion loss does, and of others less
+(claims/weights.py). So diff2flow should be ahead of dm most where its weight is highest. toy.judge measures each scene
+at a time of its own, so the scenes with times between two bounds measure the levels between them.
+"""
+import argparse
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from claims.report import by_seed, group, interval, matplotlib_figure, read_rows, save_figure, values_of
+from claims.weights import weights
+from files import check_replaceable, cli
+from train import spread_times
+
+BOUNDS = np.linspace(0, 1, 9)                       # of t_fm: eight bins
+NAMES = {"none": "all weights", "base": "LoRA base"}
+
+
+def predicted_weights(prediction):
+    """-> for each bin the mean over t_fm of Diff2Flow's weight of the squared errors of "v" or "eps", dm's being 1."""
+    t_fm, density, of_v, of_eps = (values.numpy() for values in weights())
+    weight, found = of_v if prediction == "v" else of_eps, []
+    for low, high in zip(BOUNDS, BOUNDS[1:]):
+        inside = (t_fm >= low) & (t_fm < high)
+        found.append(np.average(weight[inside], weights=density[inside]))
+    return np.array(found)
+
+
+def by_level(rows):
+    """Rows of diff2flow and of dm -> for each bin diff2flow's error less dm's, relative to dm's, and half the width of
+    its 95 % interval, None for one seed."""
+    arms = {name: by_seed(members, name) for (name,), members in group(rows, ["run.objective"])}
+    seeds = sorted(arms["diff2flow"].keys() & arms["dm"].keys())
+    ours, theirs = (np.array([values_of(arms[name][seed], "velocity_error") for seed in seeds])     # (seeds, scenes)
+                    for name in ("diff2flow", "dm"))
+    bins = np.digitize(spread_times(ours.shape[1], "cpu").numpy(), BOUNDS) - 1
+    found = []
+    for number in range(len(BOUNDS) - 1):
+        a, b = ours[:, bins == number], theirs[:, bins == number]
+        mean, half = interval((a - b) / b.mean())
+        found.append((mean, half if len(seeds) > 1 else None))
+    return found
+
+
+def draw(panels):
+    """panels: {heading: (weights, measured)} -> a figure: above, the weights; below, the differences."""
+    figure = matplotlib_figure()(figsize=(1 + 3 * len(panels), 5), layout="constrained")
+    axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
+    middle = (BOUNDS[1:] + BOUNDS[:-1]) / 2
+    for (above, below), (heading, (weight, measured)) in zip(axes.T, panels.items()):
+        above.bar(middle, weight, 0.11, color="#e09f1f")
+        above.axhline(1, color="#d1495b", linewidth=2)
+        above.set(title=heading, yscale="log")
+        above.yaxis.set_major_formatter("{x:g}")
+        below.axhline(0, color="#d1495b", linewidth=2)
+        for x, (mean, half) in zip(middle, measured):
+            below.errorbar(x, 100 * mean, None if half is None else 100 * half, fmt="o", capsize=3, color="#00798c")
+        below.set(xlabel=r"time $t_\mathrm{fm}$, from noise to data")
+        below.grid(axis="y", alpha=0.3)
+    axes[0, 0].set_ylabel("weight of errors, dm's is 1")
+    axes[1, 0].set_ylabel("diff2flow's velocity error,\nless that of dm, %")
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m claims.levels", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", help="results of toy.judge velocity, or their folder")
+    parser.add_argument("--out", help="picture that is written (default: none)")
+    args = parser.parse_args()
+    if args.out:
+        check_replaceable(args.out)
+    rows, panels = read_rows(args.files, [("run.objective", "diff2flow|dm")]), {}
+    rows = [row for row in rows if "velocity_error" in row.get("scenes", {})]
+    print("| prior | trained | rank correlation of weight and difference |", *(f"{a:.3g} to {b:.3g} |" for a, b in
+          zip(BOUNDS, BOUNDS[1:])))
+    print("|---" * (3 + len(BOUNDS) - 1) + "|")
+    for (prediction, trained), members in group(rows, ["prediction", "run.lora"]):
+        if {row["run"]["objective"] for row in members} == {"diff2flow", "dm"}:
+            weight, measured = predicted_weights(prediction), by_level(members)
+            differences = [mean for mean, _ in measured]
+            panels[f"{prediction}-prior, {NAMES.get(trained, trained)}"] = weight, measured
+            print(f"| {prediction} | {NAMES.get(trained, trained)} | {spearmanr(weight, differences).statistic:+.2f} |",
+                  *(f"{100 * mean:+.1f} |" for mean in differences))
+    if not panels:
+        raise ValueError(f"no results of both diff2flow and dm in {' '.join(args.files)}")
+    if args.out:
+        save_figure(draw(panels), args.out)
+
+
+if __name__ == "__main__":
+    cli(main)

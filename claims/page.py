@@ -1,0 +1,42 @@
+"""Write the tables and figures of claims/README.md anew, by the commands that stand above them.
+
+    python -m claims.page
+
+A command of claims.report or claims.levels stands on the page as an indented paragraph. The table below it is replaced
+by what the command prints now; the figure is the file of its --out.
+"""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from files import cli, replacing
+
+PAGE = Path("claims/README.md")
+COMMAND = re.compile(r"^    python -m (claims\.(?:report|levels) (?:.*\\\n)*.*)\n(?:\n((?:\|.*\n)+))?", re.MULTILINE)
+
+
+def words_of(command):
+    """A command of the page, which may go on over several lines -> its words."""
+    return shlex.split(command.replace("\\\n", " "))
+
+
+def renewed(match):
+    """A command and its table, as the page has them -> the same with the table that the command prints now."""
+    printed = subprocess.run([sys.executable, "-m", *words_of(match[1])], capture_output=True, text=True)
+    if printed.returncode:
+        raise ValueError(f"{match[1]}: {printed.stderr.strip()}")
+    table = "".join(line + "\n" for line in printed.stdout.splitlines() if line.startswith("|"))
+    print(f"{'as it was' if match[2] in (table, None) else 'changed'}: {match[1]}")
+    return match[0] if match[2] is None else match[0].removesuffix(match[2]) + table
+
+
+def main():
+    page = COMMAND.sub(renewed, PAGE.read_text())
+    with replacing(PAGE) as temporary:
+        temporary.write_text(page)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -48,8 +48,17 @@ train() {       # train CLAIM/ARM OPTIONS...: train.py; a run that was begun goe
 
 weights() { echo "$runs/$1"/*.safetensors | tr ' ' '\n' | grep -E '/(lora|model)\.safetensors$'; }
 
+classifier() {  # classifier STYLE: toy.judge trains it at its first use; one process does it for all
+    local file=runs/classifier-$1.safetensors
+    ( flock 9; [ -e $file ] || python -m toy.judge captions --style $1 --n 2 --steps 1 --out $runs/classifier ) \
+        9> $runs/locks/classifier-$1
+}
+
 judge() {       # judge CLAIM/ARM COMMAND MODEL OPTIONS...: toy.judge; its rows wait in the run's folder
     local rows="$runs/$1/judged-$(echo "${@:2}" | cksum | cut -d' ' -f1)"
+    if [ $2 = captions ]; then
+        if [[ " $* " = *" --style outline "* ]]; then classifier outline; else classifier solid; fi
+    fi
     [ -e "$rows/$2.jsonl" ] || python -m toy.judge "${@:2}" --precision $precision --out "$rows"
 }
 

@@ -17,6 +17,7 @@ from files import check_replaceable, cli
 from train import spread_times
 
 BOUNDS = np.linspace(0, 1, 9)                       # of t_fm: eight bins
+TICKS = [0.5, 1, 2, 5, 10, 20, 50]                  # of weights
 NAMES = {"none": "all weights", "base": "LoRA base"}
 
 
@@ -54,8 +55,8 @@ def draw(panels):
     for (above, below), (heading, (weight, measured)) in zip(axes.T, panels.items()):
         above.bar(middle, weight, 0.11, color="#e09f1f")
         above.axhline(1, color="#d1495b", linewidth=2)
-        above.set(title=heading, yscale="log")
-        above.yaxis.set_major_formatter("{x:g}")
+        above.set(title=heading, yscale="log", yticks=TICKS, yticklabels=TICKS)
+        above.minorticks_off()
         below.axhline(0, color="#d1495b", linewidth=2)
         for x, (mean, half) in zip(middle, measured):
             below.errorbar(x, 100 * mean, None if half is None else 100 * half, fmt="o", capsize=3, color="#00798c")

@@ -241,27 +241,22 @@ def test_a_scene_counts_to_the_level_of_its_own_time(tmp_path, monkeypatch, caps
 
 # ------------------------------------------------------------------ run.sh
 
-STAND_IN = """#!{python}
-# Notes down its command, and leaves the files that run.sh looks for afterwards.
-import sys
-from pathlib import Path
-words = sys.argv[1:]
-with open("commands", "a") as file:
-    print(*words, sep="\\t", file=file)
-if words[1] == "claims.report" and words[2] == "best":
-    print("0.001")
-if "--out" not in words:
-    sys.exit()
-out = Path(words[words.index("--out") + 1])
-names = []
-if words[0] == "train.py":
-    weights = "model" if "none" in words else "lora"
-    names = [weights + ".safetensors", "result.json", "validation.jsonl", "before_after.png"]
-elif words[1] == "toy.judge":
-    names = [words[2] + ".jsonl", "samples.png"]
-for name in names:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / name).touch()
+STAND_IN = r"""#!/usr/bin/env bash
+# In python's place: note down the command, and leave the files that run.sh looks for afterwards.
+script=$1 module=$2 command=$3 style=solid weights=lora out= names=
+(IFS=$'\t'; echo "$*" >> commands)
+if [ "$module $command" = "claims.report best" ]; then echo 0.001; fi
+while [ $# -gt 0 ]; do
+    case $1 in --out) out=$2 ;; --style) style=$2 ;; none) weights=model ;; esac
+    shift
+done
+if [ $script = train.py ]; then
+    names="$weights.safetensors result.json validation.jsonl before_after.png"
+elif [ $module = toy.judge ]; then
+    names="$command.jsonl samples.png"
+    if [ $command = captions ]; then touch runs/classifier-$style.safetensors; fi
+fi
+if [ -n "$names" ]; then mkdir -p "$out" && cd "$out" && touch $names; fi
 """
 
 
@@ -270,7 +265,7 @@ def run_loop(tmp_path):
     """-> the commands that `bash claims/run.sh` runs with the seeds 2 and 3, with a stand-in for python."""
     (tmp_path / "claims").mkdir()
     shutil.copy(ROOT / "claims/run.sh", tmp_path / "claims")
-    (tmp_path / "python").write_text(STAND_IN.format(python=sys.executable))
+    (tmp_path / "python").write_text(STAND_IN)
     (tmp_path / "python").chmod(0o755)
     shell = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEDS": "2 3"}
 

@@ -25,8 +25,8 @@ prior() { echo toy/tiny-$1.safetensors; }       # prior v, or prior eps
 is_one_of() { [[ " $2 " = *" $1 "* ]]; }        # is_one_of WORD WORDS
 
 locked() {      # locked SECONDS CLAIM/ARM FUNCTION OPTIONS...: see once
-    mkdir -p "$runs/locks" "$results/${2%/*}"
     if [ -e "$results/$2.jsonl" ]; then return; fi
+    mkdir -p "$runs/locks" "$results/${2%/*}"
     ( flock -w $1 9 || exit 0
       if [ ! -e "$results/$2.jsonl" ]; then "$3" "$2" "${@:4}"; fi ) 9> "$runs/locks/${2//\//-}"
 }

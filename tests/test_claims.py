@@ -1,5 +1,6 @@
 """claims/: tables and plots say what the results say, the scripts take the loop's commands, and the page of the claims
 shows what its commands print."""
+import itertools
 import json
 import os
 import re
@@ -260,28 +261,35 @@ if [ -n "$names" ]; then mkdir -p "$out" && cd "$out" && touch $names; fi
 """
 
 
-@pytest.fixture
-def run_loop(tmp_path):
+@pytest.fixture(scope="module")
+def run_loop(tmp_path_factory):
     """-> the commands that `bash claims/run.sh` runs with the seeds 2 and 3, with a stand-in for python."""
-    (tmp_path / "claims").mkdir()
-    shutil.copy(ROOT / "claims/run.sh", tmp_path / "claims")
-    (tmp_path / "python").write_text(STAND_IN)
-    (tmp_path / "python").chmod(0o755)
-    shell = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SEEDS": "2 3"}
+    folder = tmp_path_factory.mktemp("loop")
+    (folder / "claims").mkdir()
+    shutil.copy(ROOT / "claims/run.sh", folder / "claims")
+    (folder / "python").write_text(STAND_IN)
+    (folder / "python").chmod(0o755)
+    shell = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SEEDS": "2 3"}
 
     def run(*words):
-        (tmp_path / "commands").write_text("")
-        subprocess.run(["bash", "claims/run.sh", *words], cwd=tmp_path, env=shell, check=True)
-        return [line.split("\t") for line in (tmp_path / "commands").read_text().splitlines()]
+        (folder / "commands").write_text("")
+        subprocess.run(["bash", "claims/run.sh", *words], cwd=folder, env=shell, check=True)
+        return [line.split("\t") for line in (folder / "commands").read_text().splitlines()]
     return run
 
 
-def test_the_scripts_take_every_command_of_the_claims_loop(run_loop, monkeypatch):
+@pytest.fixture(scope="module")
+def whole_loop(run_loop):
+    """-> the commands of the rates, of the styles, and of all that is left then."""
+    return run_loop("rates"), run_loop("style"), run_loop()
+
+
+def test_the_scripts_take_every_command_of_the_claims_loop(whole_loop, monkeypatch):
     scripts = {"sample.py": sample, "train.py": train, "toy.judge": judge, "claims.report": report}
     seeds = set()
     monkeypatch.chdir(ROOT)                         # where toy/tiny-eps.safetensors is known as a bundled prior
     seen = set()
-    for words in run_loop():
+    for words in itertools.chain(*whole_loop):
         script, *options = words[1:] if words[0] == "-m" else words
         if script in ("claims.weights", "claims.page"):
             continue
@@ -295,8 +303,8 @@ def test_the_scripts_take_every_command_of_the_claims_loop(run_loop, monkeypatch
     assert seen == set(scripts) and seeds == {0, 1, 2, 3}                                   # 0: of the rates
 
 
-def test_the_claims_loop_measures_every_model_that_it_trained(run_loop):
-    commands = run_loop()
+def test_the_claims_loop_measures_every_model_that_it_trained(whole_loop):
+    commands = list(itertools.chain(*whole_loop))
     trained = {words[words.index("--out") + 1] for words in commands if words[0] == "train.py"}
     trained = {run for run in trained if "/rates/" not in run}
     judged = {str(Path(word).parent) for words in commands if words[1] == "toy.judge"
@@ -304,10 +312,10 @@ def test_the_claims_loop_measures_every_model_that_it_trained(run_loop):
     assert judged == trained
 
 
-def test_the_claims_loop_goes_on_where_it_was_stopped(run_loop):
-    assert {words[0] for words in run_loop("rates")} == {"train.py"}
-    assert {words[2] for words in run_loop("style") if words[1] == "claims.report"} == {"best"}
-    run_loop()
+def test_the_claims_loop_goes_on_where_it_was_stopped(whole_loop, run_loop):
+    rates, styles, rest = whole_loop
+    assert {words[0] for words in rates} == {"train.py"}
+    assert not any("/rates/" in word for words in styles + rest for word in words)      # they are there already
     assert {words[1] for words in run_loop()} == {"claims.weights", "claims.page"}      # nothing is trained again
 
 

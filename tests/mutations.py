@@ -175,7 +175,9 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("scenes: converse relation swapped", 'f"{self.things[1]} {RELATIONS[self.relation]} {self.things[0]}"',
          'f"{self.things[0]} {RELATIONS[self.relation]} {self.things[1]}"'),
         ("scenes: left is right", '"left": (-1, 0), "right": (1, 0)', '"left": (1, 0), "right": (-1, 0)'),
-        ("scenes: the wall is near at the top", "20 / (3 + np.clip(y, -1, 1))", "20 / (3 - np.clip(y, -1, 1))"),
+        ("scenes: the wall is near at the top", "(1 + y) / bottom + (1 - y) / top", "(1 - y) / bottom + (1 + y) / top"),
+        ("scenes: things below the floor", "thing.depth < scene.wall_depth(thing.y + thing.radius)", "True"),
+        ("scenes: the far thing first", "sorted(rng.uniform(2.6, 6, 3))", "sorted(rng.uniform(2.6, 6, 3))[::-1]"),
         ("scenes: the front one drawn first", "in reversed(scene.things)", "in scene.things"),
         ("scenes: labels of the wrong thing", "enumerate(self.things, start", "enumerate(reversed(self.things), start"),
         ("scenes: seeds overlap", "default_rng((self.seed, i))", "default_rng(self.seed + i)"),
@@ -283,6 +285,15 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("claims: numbers sorted as words", '(0, float(text), "")', "(0, 0.0, text)"),
         ("claims: scenes do not scatter", "differences.mean(0).var(ddof=1) / scenes", "0"),
         ("claims: seeds do not scatter", "differences.mean(1).var(ddof=1) / seeds", "0"),
+        ("claims: one seed has an interval", "seeds != [None] and len(seeds) == 1", "False"),
+        ("claims: relative to ours", "theirs.mean() if of.name", "(pairs + theirs).mean() if of.name"),
+    ]),
+    "claims/levels.py": ("tests/test_claims.py", [
+        ("claims: levels the other way", "BOUNDS) - 1\n", "BOUNDS[::-1])\n"),
+        ("claims: weights of a v-network for eps", 'of_v if prediction == "v" else of_eps', "of_v"),
+    ]),
+    "claims/page.py": ("tests/test_claims.py", [
+        ("claims: a stale table stays", "match[0].removesuffix(match[2]) + table", "match[0]"),
     ]),
 }
 MUTATIONS = [(name, file, old, new, tests)

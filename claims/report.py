@@ -314,12 +314,15 @@ def draw(rows, args):
     lines = math.ceil(len(panels) / columns)
     figure = figure_class(figsize=(4.2 * columns, 3.6 * lines), layout="tight")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
-    axes[0, 0].set_yscale("log")
-    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes[0, 0].yaxis.set_major_formatter("{x:g}")
-    axes[0, 0].yaxis.set_minor_formatter("")
+    if not args.linear:
+        axes[0, 0].set_yscale("log")
+        axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes[0, 0].yaxis.set_major_formatter("{x:g}")
+        axes[0, 0].yaxis.set_minor_formatter("")
     for axis, (key, members) in zip(axes.flat, panels):
         draw_lines(axis, members, args)
+        if args.linear:
+            axis.set_ylim(bottom=0)
         titles = [f"{panel.heading}: {in_words(value, args.words)}" for panel, value in zip(args.panel, key)]
         axis.set_title(", ".join(titles))
     for axis in axes[:, 0]:
@@ -386,7 +389,9 @@ def arguments():
     of_plot.add_argument("--x", type=column, default="step=training step", metavar="NAME",
                          help="value on the horizontal axis (default: step)")
     of_plot.add_argument("--y", type=column, default="velocity_error=velocity error", metavar="NAME",
-                         help="value on the vertical axis, which is logarithmic (default: velocity_error)")
+                         help="value on the vertical axis (default: velocity_error)")
+    of_plot.add_argument("--linear", action="store_true",
+                         help="the vertical axis is linear and begins at 0 (default: it is logarithmic)")
     of_plot.add_argument("--by", type=column, default="run.objective", metavar="NAME",
                          help="draw one line for each different value of this name (default: run.objective)")
     of_plot.add_argument("--panel", type=column, nargs="+", default=[column("run.lora=LoRA")], metavar="NAME",

@@ -218,6 +218,14 @@ def test_a_plot_is_written(validation, claims_report, tmp_path):
     assert (tmp_path / "plots/plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_linear_axis_begins_at_0(validation, monkeypatch):
+    for words, scale, from_0 in ((["--linear"], "linear", True), ([], "log", False)):
+        monkeypatch.setattr(sys, "argv", ["claims/report.py", "plot", *map(str, validation), *words])
+        args = report.arguments()
+        axis = report.draw(report.read_rows(args.files, args.where), args).axes[0]
+        assert axis.get_yscale() == scale and (axis.get_ylim()[0] == 0) == from_0
+
+
 # ------------------------------------------------------------------ the levels
 
 def test_a_scene_counts_to_the_level_of_its_own_time(tmp_path, monkeypatch, capsys):

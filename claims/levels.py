@@ -63,7 +63,7 @@ def draw(panels):
         below.set(xlabel=r"time $t_\mathrm{fm}$, from noise to data")
         below.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("weight of errors, dm's is 1")
-    axes[1, 0].set_ylabel("diff2flow's velocity error,\nless that of dm, %")
+    axes[1, 0].set_ylabel("diff2flow's velocity error,\ndifference from dm (%)")
     return figure
 
 

@@ -214,7 +214,7 @@ def paired(args):
     check_names(args, "percent", "relative")
     found, against = differences(args), in_words(args.against, args.words)
     print_line([*(by.heading for by in args.by), args.compare.heading, "pairs",
-                *(f"{of.heading}, less that of {against}{unit(of.name, args)}" for of in args.of)])
+                *(f"{of.heading}, difference from {against}{unit(of.name, args)}" for of in args.of)])
     print("|" + "---|" * (len(args.by) + 2 + len(found)))
     lines = defaultdict(dict)
     for heading, rows in found.items():
@@ -233,7 +233,7 @@ def paired(args):
 
 def unit(name, args):
     """The unit of a difference, for a heading; "" for none."""
-    return ", %" if name in args.relative else ", points" if name in args.percent else ""
+    return " (%)" if name in args.relative else " (points)" if name in args.percent else ""
 
 
 def difference_in_words(mean, half, percent):
@@ -262,7 +262,7 @@ def draw_differences(found, args):
         for values, _, mean, half in found[of.heading]:
             axis.errorbar(scale * mean, lines.index(values), xerr=None if half is None else scale * half, fmt="o",
                           capsize=3, color=colours[values[-1]])
-        axis.set(title=of.heading, xlabel=f"less that of {in_words(args.against, args.words)}{unit(of.name, args)}",
+        axis.set(title=of.heading, xlabel=f"difference from {in_words(args.against, args.words)}{unit(of.name, args)}",
                  yticks=range(len(lines)), yticklabels=[", ".join(in_words(value, args.words) for value in values)
                                                         for values in lines])
         axis.grid(axis="x", alpha=0.3)

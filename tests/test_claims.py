@@ -143,7 +143,7 @@ def test_one_seed_of_training_has_no_interval_and_a_difference_may_be_relative(t
     words = ["paired", folder, "--by", "prediction", "--of", "error", "--out", tmp_path / "pairs.png"]
     assert claims_report(*words).splitlines()[2] == "| v | diff2flow | 1 | -1.5 |"
     assert claims_report(*words, "--relative", "error").splitlines()[:3:2] == [
-        "| prediction | objective | pairs | error, less that of dm, % |", "| v | diff2flow | 1 | -30.0 |"]
+        "| prediction | objective | pairs | error, difference from dm (%) |", "| v | diff2flow | 1 | -30.0 |"]
     with pytest.raises(ValueError, match="--relative eror: it must be one of --of, which are error"):
         claims_report(*words, "--relative", "eror")
 

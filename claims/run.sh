@@ -140,6 +140,18 @@ style_arm() {   # style_arm NAME PRIOR LORA OBJECTIVE SEED
     done_run $1
 }
 
+style_picture() {   # style_picture PRIOR: seed 1 by each objective from the same noise, if this computer trained them
+    local objective models=()
+    for objective in dm fm-flip diff2flow; do
+        if [ ! -e $runs/style/$1-base-$objective-1/lora.safetensors ]; then return; fi
+        models+=($runs/style/$1-base-$objective-1/lora.safetensors)
+    done
+    if [ -e $results/style-$1.png ]; then return; fi
+    python -m toy.judge captions "${models[@]}" --style outline --cfg 1 --n 8 --precision $precision \
+        --out $runs/picture-$1
+    cp $runs/picture-$1/samples.png $results/style-$1.png
+}
+
 all_styles() {
     for seed in $seeds; do for lora in $loras; do for prior in v eps; do for objective in diff2flow dm fm-flip; do
         once style/$prior-$lora-$objective-$seed style_arm $prior $lora $objective $seed
@@ -147,6 +159,7 @@ all_styles() {
     for seed in $seeds; do for lora in $loras; do for prior in v eps; do
         if is_one_of $seed "$few"; then once style/$prior-$lora-fm-$seed style_arm $prior $lora fm $seed; fi
     done; done; done
+    for prior in v eps; do style_picture $prior; done
 }
 
 # ------------------------------------------------------------------ claim 4: another size of picture

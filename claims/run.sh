@@ -134,6 +134,7 @@ style_arm() {   # style_arm NAME PRIOR LORA OBJECTIVE SEED
         for sampler in diff2flow dm; do         # each by the sampler of the other
             if [ $4 != $sampler ] && is_one_of $4 "diff2flow dm"; then
                 judge $1 captions $model --style outline --cfg 1 --steps 25 10 4 --objective $sampler
+                judge $1 plain $model --cfg 1 --objective $sampler
             fi
         done
     fi

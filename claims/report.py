@@ -35,6 +35,7 @@ from files import SOFTWARE, check_replaceable, cli, read_text, replacing
 from sample import read_result
 
 Column = namedtuple("Column", "name heading")
+COLOURS = {"diff2flow": "#00798c", "dm": "#d1495b", "fm": "#8d96a3", "fm-flip": "#e09f1f"}     # of what is compared
 
 
 def column(text):
@@ -255,16 +256,15 @@ def draw_differences(found, args):
     lines = sorted({values for rows in found.values() for values, *_ in rows}, key=sort_key, reverse=True)
     figure = figure_class(figsize=(2 + 3.2 * len(found), 1.2 + 0.3 * len(lines)), layout="constrained")
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    colours = {objective: f"C{i}" for i, objective in enumerate(sorted({values[-1] for values in lines}))}
     for axis, of in zip(axes, args.of):
         scale = 100 if unit(of.name, args) else 1
         axis.axvline(0, color="black", linewidth=1)
         for values, _, mean, half in found[of.heading]:
             axis.errorbar(scale * mean, lines.index(values), xerr=None if half is None else scale * half, fmt="o",
-                          capsize=3, color=colours[values[-1]])
+                          capsize=3, color=COLOURS.get(values[-1], "black"))
         axis.set(title=of.heading, xlabel=f"difference from {in_words(args.against, args.words)}{unit(of.name, args)}",
                  yticks=range(len(lines)), yticklabels=[", ".join(in_words(value, args.words) for value in values)
-                                                        for values in lines])
+                                                        for values in lines], ylim=(-0.6, len(lines) - 0.4))
         axis.grid(axis="x", alpha=0.3)
     return figure
 
@@ -295,8 +295,8 @@ def draw_lines(axis, rows, args):
             means.append(fmean(ys))
             lows.append(min(ys))
             highs.append(max(ys))
-        axis.plot(xs, means, marker=".", label=in_words(label, args.words))
-        axis.fill_between(xs, lows, highs, alpha=0.2)
+        line, = axis.plot(xs, means, marker=".", label=in_words(label, args.words), color=COLOURS.get(label))
+        axis.fill_between(xs, lows, highs, alpha=0.2, color=line.get_color())
     axis.set_xlabel(args.x.heading)
     axis.legend(fontsize="small")
 

@@ -162,10 +162,10 @@ def test_pictures_of_real_scenes_have_a_frechet_distance_of_0_and_their_own_clas
 
 def test_a_black_image_has_brightness_0_and_a_white_one_1_and_tenths_are_of_the_pictures():
     pictures = torch.linspace(-1, 1, 11).view(11, 1, 1, 1).expand(11, 3, 4, 4)
-    assert judge.brightness(-torch.ones(5, 3, 4, 4))["lightest_tenth"] == 0
-    assert judge.brightness(torch.full((5, 3, 4, 4), 1.5))["darkest_tenth"] == 1            # what a file can hold
-    assert judge.brightness(pictures) == {"mean": pytest.approx(0.5), "darkest_tenth": pytest.approx(0.1),
-                                          "lightest_tenth": pytest.approx(0.9)}
+    assert judge.brightness(-torch.ones(5, 3, 4, 4)).tolist() == [0.0] * 5
+    assert judge.brightness(torch.full((5, 3, 4, 4), 1.5)).tolist() == [1.0] * 5            # what a file can hold
+    assert judge.mean_and_tenths(judge.brightness(pictures)) == {
+        "mean": pytest.approx(0.5), "darkest_tenth": pytest.approx(0.1), "lightest_tenth": pytest.approx(0.9)}
 
 
 def test_shifted_ddim_asks_the_network_between_its_timesteps():
@@ -319,6 +319,7 @@ def test_black_and_white_are_asked_for_as_often_as_said_and_whose_sampler_it_was
     rows = rows_of("runs/plain/plain.jsonl")
     assert asked.count("a black image") == asked.count("a white image") == 6
     assert [(row["steps"], row["own_sampler"]) for row in rows] == [(1, True), (2, True)]
+    assert rows[0]["black"]["mean"] == pytest.approx(np.mean(rows[0]["scenes"]["black"]["mean"]), rel=1e-3)
     assert 0 <= rows[0]["black"]["darkest_tenth"] <= rows[0]["black"]["mean"] <= rows[0]["black"]["lightest_tenth"] <= 1
     run("plain", checkpoint, "--n", 3, "--steps", 1, "--objective", "dm")
     assert [row["own_sampler"] for row in rows_of("runs/plain/plain.jsonl")] == [False]

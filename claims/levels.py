@@ -11,7 +11,7 @@ import argparse
 import numpy as np
 from scipy.stats import spearmanr
 
-from claims.report import by_seed, group, interval, matplotlib_figure, read_rows, save_figure, values_of
+from claims.report import COLOURS, by_seed, group, interval, matplotlib_figure, paired_values, read_rows, save_figure
 from claims.weights import weights
 from files import check_replaceable, cli
 from train import spread_times
@@ -35,15 +35,12 @@ def by_level(rows):
     """Rows of diff2flow and of dm -> for each bin diff2flow's error less dm's, relative to dm's, and half the width of
     its 95 % interval, None for one seed."""
     arms = {name: by_seed(members, name) for (name,), members in group(rows, ["run.objective"])}
-    seeds = sorted(arms["diff2flow"].keys() & arms["dm"].keys())
-    ours, theirs = (np.array([values_of(arms[name][seed], "velocity_error") for seed in seeds])     # (seeds, scenes)
-                    for name in ("diff2flow", "dm"))
+    _, ours, theirs = paired_values(arms["diff2flow"], arms["dm"], "velocity_error")    # each (seeds, scenes)
     bins = np.digitize(spread_times(ours.shape[1], "cpu").numpy(), BOUNDS) - 1
     found = []
     for number in range(len(BOUNDS) - 1):
         a, b = ours[:, bins == number], theirs[:, bins == number]
-        mean, half = interval((a - b) / b.mean())
-        found.append((mean, half if len(seeds) > 1 else None))
+        found.append(interval((a - b) / b.mean()))
     return found
 
 
@@ -54,12 +51,13 @@ def draw(panels):
     middle = (BOUNDS[1:] + BOUNDS[:-1]) / 2
     for (above, below), (heading, (weight, measured)) in zip(axes.T, panels.items()):
         above.bar(middle, weight, 0.11, color="#e09f1f")
-        above.axhline(1, color="#d1495b", linewidth=2)
+        above.axhline(1, color=COLOURS["dm"], linewidth=2)
         above.set(title=heading, yscale="log", yticks=TICKS, yticklabels=TICKS)
         above.minorticks_off()
-        below.axhline(0, color="#d1495b", linewidth=2)
+        below.axhline(0, color=COLOURS["dm"], linewidth=2)
         for x, (mean, half) in zip(middle, measured):
-            below.errorbar(x, 100 * mean, None if half is None else 100 * half, fmt="o", capsize=3, color="#00798c")
+            below.errorbar(x, 100 * mean, None if half is None else 100 * half, fmt="o", capsize=3,
+                           color=COLOURS["diff2flow"])
         below.set(xlabel=r"time $t_\mathrm{fm}$, from noise to data")
         below.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("weight of errors, dm's is 1")

@@ -161,11 +161,14 @@ def best(args):
 
 # ------------------------------------------------------------------ pairs
 
-def interval(differences):
-    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval; of one alone, None."""
+def interval(differences, trained=True):
+    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval.
+
+    The half width is None where nothing says how far values scatter: one seed of training, or one difference alone.
+    """
     seeds, scenes = differences.shape
-    if differences.size == 1:
-        return differences.item(), None
+    if seeds == 1 and (trained or scenes == 1):
+        return differences.mean(), None
     variance = differences.mean(1).var(ddof=1) / seeds if seeds > 1 else 0
     if scenes > 1:
         variance += differences.mean(0).var(ddof=1) / scenes
@@ -185,6 +188,12 @@ def by_seed(rows, names):
     return found
 
 
+def paired_values(ours, theirs, name):
+    """{seed: row} of two arms -> the seeds of both, and the arms' values of a measure, each (seeds, scenes)."""
+    seeds = sorted(ours.keys() & theirs.keys(), key=str)
+    return seeds, *(np.array([values_of(arm[seed], name) for seed in seeds]) for arm in (ours, theirs))
+
+
 def differences(args):
     """-> {heading of --of: [(values of --by and --compare, number of seeds, mean, half width), ...]}."""
     rows, found = read_rows(args.files, args.where), {}
@@ -195,15 +204,10 @@ def differences(args):
             compared = group(members, [args.compare.name])
             arms = {str(name): by_seed(of_it, (*values, name)) for (name,), of_it in compared}
             for name in arms.keys() - {args.against}:
-                seeds = sorted(arms[name].keys() & arms.get(args.against, {}).keys(), key=str)
+                seeds, ours, theirs = paired_values(arms[name], arms.get(args.against, {}), of.name)
                 if seeds:
-                    theirs = np.array([values_of(arms[args.against][seed], of.name) for seed in seeds])
-                    pairs = np.array([values_of(arms[name][seed], of.name) for seed in seeds]) - theirs
-                    pairs /= theirs.mean() if of.name in args.relative else 1
-                    mean, half = interval(pairs)
-                    if seeds != [None] and len(seeds) == 1:
-                        half = None                 # of training: one seed does not say how far seeds scatter
-                    found[of.heading].append(((*values, name), len(seeds), mean, half))
+                    pairs = (ours - theirs) / (theirs.mean() if of.name in args.relative else 1)
+                    found[of.heading].append(((*values, name), len(seeds), *interval(pairs, trained=seeds != [None])))
         found[of.heading].sort(key=lambda row: sort_key(row[0]))
         if not found[of.heading]:
             raise ValueError(f"--of {of.name}: no two results of another {args.compare.name} and of {args.against}")

@@ -12,10 +12,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import signal
 import socket
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -173,6 +175,8 @@ def owned(folder):
             (folder / ".lock").unlink(missing_ok=True)
 
 
+# ------------------------------------------------------------------ the log
+
 def trim_log(path, last_step):
     """Cut from a .jsonl what comes after `last_step`: a resumed run writes it again. A torn last line goes too."""
     if not path.exists():
@@ -191,6 +195,74 @@ def trim_log(path, last_step):
 def append_log(path, row):
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+class Metrics:
+    """metrics.jsonl and the numbers beside the bar: every ten steps the means since the last line, among them the share
+    of time spent waiting for data. out is the run's folder, or None: then nothing is written. net is the network whose
+    times t_dm are remembered for the message of a failed step."""
+
+    def __init__(self, args, out, start, net=None):
+        self.args, self.out, self.recent, self.asked_at, self.asked = args, out, [], [], []
+        self.clock, self.waited = time.time(), 0.0
+        if out:
+            trim_log(out / "metrics.jsonl", start)
+        if net is not None:
+            net.register_forward_pre_hook(self.remember)
+
+    def remember(self, net, inputs):
+        if torch.is_grad_enabled():
+            self.asked.append(inputs[1].detach())
+
+    def timed(self, batches):
+        """Yield the batches, and add up the seconds until each was there."""
+        begin = time.time()
+        for batch in batches:
+            self.waited += time.time() - begin
+            yield batch
+            begin = time.time()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Inside `with`, time does not count."""
+        begin = time.time()
+        yield
+        self.clock += time.time() - begin
+
+    def add(self, step, loss, norm, lr, bar, now=False):
+        """loss, and norm of the gradient, are scalars on the device, which are read only where a line is written."""
+        self.recent.append(torch.stack([loss, norm]))
+        self.asked_at.append((lr, self.asked))
+        self.asked = []
+        if step % 10 and not now:
+            return
+        recent = torch.stack(self.recent)
+        loss, norm = recent.mean(0).tolist()
+        images, seconds = len(recent) * self.args.batch * self.args.grad_accum, time.time() - self.clock
+        memory = torch.cuda.max_memory_allocated() / 2**30 if recent.is_cuda else 0.0
+        row = {"step": step, "loss": loss, "grad": norm, "lr": lr, "img_s": round(images / seconds, 2),
+               "waiting": round(self.waited / seconds, 3), "mem_gb": round(memory, 2)}
+        if not math.isfinite(loss + norm):
+            bad = (~recent.isfinite()).any(1).tolist().index(True)
+            self.fail(step - len(recent) + bad, *recent[bad].tolist(), *self.asked_at[bad])
+        if self.out:
+            append_log(self.out / "metrics.jsonl", row)
+        bar.set_postfix_str(f"loss {loss:.4f} grad {norm:.2f} lr {lr:.1e} {row['img_s']} img/s "
+                            f"waiting {row['waiting']:.0%} mem {row['mem_gb']} GB")
+        self.recent, self.asked_at, self.clock, self.waited = [], [], time.time(), 0.0
+
+    def fail(self, step, loss, norm, lr, asked):
+        """Stop at a step whose loss or gradient is not finite. Neither it nor what came after it was saved."""
+        times = ""
+        if asked:
+            t = torch.cat(asked)
+            times = f"the network was asked at t = {t.min():g} to {t.max():g}, "
+        resumable = self.out and (self.out / "state.safetensors").exists()
+        lower = f"--lr {self.args.lr / 3:.1g}"
+        way_out = f"go on from the last save by python train.py --resume {self.out} {lower}" if resumable else (
+            f"begin again with {lower}")
+        raise ValueError(f"the loss is {loss:g} and the gradient's norm {norm:g} at step {step + 1} ({times}learning "
+                         f"rate {lr:g}): stopped, and the step is not saved; {way_out}")
 
 
 # ------------------------------------------------------------------ a run

@@ -399,75 +399,6 @@ class EMA:
             self.swap()
 
 
-class Metrics:
-    """metrics.jsonl and the numbers beside the bar: every ten steps the means since the last line, among them the share
-    of time spent waiting for data. out is the run's folder, or None: then nothing is written. net: whose times t_dm to
-    remember, for the message of a failed step."""
-
-    def __init__(self, args, out, start, net=None):
-        self.args, self.out, self.recent, self.times, self.asked = args, out, [], [], []
-        self.clock, self.waited = time.time(), 0.0
-        if out:
-            run.trim_log(out / "metrics.jsonl", start)
-        if net is not None:
-            net.register_forward_pre_hook(self.remember)
-
-    def remember(self, net, inputs):
-        if torch.is_grad_enabled():
-            self.asked.append(inputs[1].detach())
-
-    def timed(self, batches):
-        """Yield the batches, and add up the seconds until each was there."""
-        begin = time.time()
-        for batch in batches:
-            self.waited += time.time() - begin
-            yield batch
-            begin = time.time()
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Inside `with`, time does not count."""
-        begin = time.time()
-        yield
-        self.clock += time.time() - begin
-
-    def add(self, step, loss, norm, bar, now=False):
-        """loss and norm are scalars on the device, which are read only where a line is written."""
-        self.recent.append(torch.stack([loss, norm]))
-        self.times.append(self.asked)
-        self.asked = []
-        if step % 10 and not now:
-            return
-        recent = torch.stack(self.recent)
-        loss, norm = recent.mean(0).tolist()
-        images, seconds = len(recent) * self.args.batch * self.args.grad_accum, time.time() - self.clock
-        memory = torch.cuda.max_memory_allocated() / 2**30 if recent.is_cuda else 0.0
-        row = {"step": step, "loss": loss, "grad": norm, "lr": learning_rate(step - 1, self.args),
-               "img_s": round(images / seconds, 2), "waiting": round(self.waited / seconds, 3),
-               "mem_gb": round(memory, 2)}
-        if not math.isfinite(loss + norm):
-            bad = (~recent.isfinite()).any(1).tolist().index(True)
-            self.fail(step - len(recent) + bad, *recent[bad].tolist(), self.times[bad])
-        if self.out:
-            run.append_log(self.out / "metrics.jsonl", row)
-        bar.set_postfix_str(f"loss {loss:.4f} grad {norm:.2f} lr {row['lr']:.1e} {row['img_s']} img/s "
-                            f"waiting {row['waiting']:.0%} mem {row['mem_gb']} GB")
-        self.recent, self.times, self.clock, self.waited = [], [], time.time(), 0.0
-
-    def fail(self, step, loss, norm, asked):
-        """Stop at a step whose loss or gradient is not finite. Neither it nor what came after it was saved."""
-        lr, times = learning_rate(step, self.args), ""
-        if asked:
-            t = torch.cat(asked)
-            times = f"the network was asked at t = {t.min():g} to {t.max():g}, "
-        resumable = self.out and (self.out / "state.safetensors").exists()
-        lower = f"--lr {self.args.lr / 3:.1g}"
-        way_out = f"go on from the last save by python train.py --resume {self.out} {lower}" if resumable else (
-            f"begin again with {lower}")
-        raise ValueError(f"the loss is {loss:g} and the gradient's norm {norm:g} at step {step + 1} ({times}learning "
-                         f"rate {lr:g}): stopped, and the step is not saved; {way_out}")
-
-
 # ------------------------------------------------------------------ a run's files
 
 def save_weights(args, out, sd, metadata, step):
@@ -491,7 +422,7 @@ def train(args, job, amp, sd, flow, example, trained, dataset, validation, metad
     out, ranks, about = job.out, job.ranks, {"base_hash": str(sd.unet_hash), "data": run.listing(args.data)}
     optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), EMA(trained)
     start = run.restore(run.state_file(args.resume), ema, optimizer, **about) if args.resume else 0
-    metrics = Metrics(args, out if ranks.leads else None, start, flow.net)
+    metrics = run.Metrics(args, out if ranks.leads else None, start, flow.net)
     batches = metrics.timed(iter(load_batches(args, sd, dataset, start, ranks)))
     plain, flow.net = flow.net, ranks.wrap(flow.net)
     mine = range(ranks.rank, args.grad_accum, ranks.count)
@@ -499,7 +430,7 @@ def train(args, job, amp, sd, flow, example, trained, dataset, validation, metad
                disable=not ranks.leads)
     job.stop.waits = True
     for step in bar:
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(step, args)
         step_loss = 0
         for i in mine:
             torch.manual_seed(seed_of(args.seed, step * args.grad_accum + i))
@@ -520,7 +451,7 @@ def train(args, job, amp, sd, flow, example, trained, dataset, validation, metad
         done, stopping = step + 1, ranks.any(job.stop.came)
         saving = done % args.save_every == 0 or done == args.steps or stopping
         previewing = args.preview_every > 0 and done % args.preview_every == 0
-        metrics.add(done, ranks.mean(step_loss), norm, bar, now=saving)
+        metrics.add(done, ranks.mean(step_loss), norm, lr, bar, now=saving)
         if ranks.leads and (saving or previewing):
             with metrics.paused(), ema.in_place(), amp:
                 if saving:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import depth
+import run
 import sample
 import train
 from data import read_pairs
@@ -518,16 +519,16 @@ def test_the_cards_command_trains_a_lora_on_photographs_from_a_file_of_stable_di
 
 def test_the_share_of_time_spent_waiting_for_data_is_logged(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: now[0]))
 
     def pass_time(seconds):
         now[0] += seconds
         return seconds
-    metrics = train.Metrics(Namespace(batch=2, grad_accum=1, lr=1, warmup=0, decay="constant"), Path("."), 0)
+    metrics = run.Metrics(Namespace(batch=2, grad_accum=1), Path("."), 0)
     bar, one = SimpleNamespace(set_postfix_str=lambda text: None), torch.ones(())
     for step, _ in zip(count(1), metrics.timed(map(pass_time, [1.0, 2.0, 0.0, 0.0]))):
         now[0] += 3
-        metrics.add(step, one, one, bar, now=step % 2 == 0)
+        metrics.add(step, one, one, 1.0, bar, now=step % 2 == 0)
         with metrics.paused():
             now[0] += 100
     assert [(row["waiting"], row["img_s"]) for row in rows_of("metrics.jsonl")] == [(0.333, 0.44), (0.0, 0.67)]

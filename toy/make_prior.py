@@ -176,13 +176,13 @@ def train_autoencoder(args, job, amp, sd, trained, pictures):
     optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), train.EMA(trained)
     start = run.restore(run.state_file(args.resume), ema, optimizer) if args.resume else 0
     keys = Keys(len(dataset), args.seed, start * args.batch, args.steps * args.batch)
-    metrics = train.Metrics(args, out, start)
+    metrics = run.Metrics(args, out, start)
     batches = metrics.timed(iter(DataLoader(dataset, args.batch, sampler=keys)))
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", dynamic_ncols=True)
     job.stop.waits = True
     for step in bar:
         torch.manual_seed(seed_of(args.seed, step))
-        optimizer.param_groups[0]["lr"] = train.learning_rate(step, args)
+        optimizer.param_groups[0]["lr"] = lr = train.learning_rate(step, args)
         images = next(batches)["image"].to(sd.device, memory_format=torch.channels_last)
         with amp:
             loss = autoencoder_loss(vae, images)
@@ -194,7 +194,7 @@ def train_autoencoder(args, job, amp, sd, trained, pictures):
 
         done = step + 1
         saving = done % args.save_every == 0 or done == args.steps or job.stop.came
-        metrics.add(done, loss.detach(), norm, bar, now=saving)
+        metrics.add(done, loss.detach(), norm, lr, bar, now=saving)
         with ema.in_place():
             if saving:
                 save_autoencoder(args, out, sd, pictures)

@@ -33,7 +33,7 @@ def predicted_weights(prediction):
 
 def by_level(rows):
     """Rows of diff2flow and of dm -> for each bin diff2flow's error less dm's, relative to dm's, and half the width of
-    its 95 % interval, None for one seed."""
+    its 95 % interval, None for fewer than three seeds."""
     arms = {name: by_seed(members, name) for (name,), members in group(rows, ["run.objective"])}
     _, ours, theirs = paired_values(arms["diff2flow"], arms["dm"], "velocity_error")    # each (seeds, scenes)
     bins = np.digitize(spread_times(ours.shape[1], "cpu").numpy(), BOUNDS) - 1
@@ -42,6 +42,12 @@ def by_level(rows):
         a, b = ours[:, bins == number], theirs[:, bins == number]
         found.append(interval((a - b) / b.mean()))
     return found
+
+
+def in_bold(mean, half):
+    """A difference in %, in bold where its interval excludes 0."""
+    mark = "**" if half is not None and abs(mean) > half else ""
+    return f"{mark}{100 * mean:+.1f}{mark}"
 
 
 def draw(panels):
@@ -84,7 +90,7 @@ def main():
             differences = [mean for mean, _ in measured]
             panels[f"{prediction}-prior, {NAMES.get(trained, trained)}"] = weight, measured
             print(f"| {prediction} | {NAMES.get(trained, trained)} | {spearmanr(weight, differences).statistic:+.2f} |",
-                  *(f"{100 * mean:+.1f} |" for mean in differences))
+                  *(f"{in_bold(mean, half)} |" for mean, half in measured))
     if not panels:
         raise ValueError(f"no results of both diff2flow and dm in {' '.join(args.files)}")
     if args.out:

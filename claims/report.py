@@ -10,11 +10,12 @@ mean of --of. paired: the difference between runs of two objectives with the sam
 interval. An effect is shown where the interval excludes 0. With d_si the difference of seed s on scene i, S seeds and N
 scenes, its half width is
 
-    t(S - 1) sqrt(var_s(mean_i d_si) / S + var_i(mean_s d_si) / N),    t(S - 1) the 97.5 % point of Student's t:
+    t(n) sqrt(A + B)        A = var_s(mean_i d_si) / S        B = var_i(mean_s d_si) / N
+    t(n) the 97.5 % point of Student's t        n = (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1))
 
-other seeds would have given another mean, and so would other scenes. The scatter that is neither the seed's nor the
-scene's is counted twice, so the interval is a little too wide. A measure without a value for each scene has N = 1.
-Where nothing was trained, S = 1, and t(N - 1) sqrt(var_i(d_i) / N) is left. One seed of training has no interval.
+Other seeds would have given another mean (A), and so would other scenes (B); n is Welch's and Satterthwaite's number
+of degrees of freedom of such a sum. A measure without a value for each scene has B = 0, and where nothing was trained
+A = 0. Fewer than three seeds of training say too little of A, and have no interval.
 
 The files, or those of a folder, hold JSON lines. A value is called by its name in the line: "all" is line["all"], and
 "black.mean" is line["black"]["mean"]. "run.objective" is the objective in "run", which is what train.py wrote into
@@ -162,17 +163,23 @@ def best(args):
 # ------------------------------------------------------------------ pairs
 
 def interval(differences, trained=True):
-    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval.
+    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval: see above.
 
-    The half width is None where nothing says how far values scatter: one seed of training, or one difference alone.
+    The half width is None where too little says how far values scatter: fewer than three seeds of training, or one
+    difference alone.
     """
     seeds, scenes = differences.shape
-    if seeds == 1 and (trained or scenes == 1):
+    if seeds * scenes == 1 or (trained and seeds < 3):
         return differences.mean(), None
-    variance = differences.mean(1).var(ddof=1) / seeds if seeds > 1 else 0
-    if scenes > 1:
-        variance += differences.mean(0).var(ddof=1) / scenes
-    return differences.mean(), stats.t.ppf(0.975, (seeds if seeds > 1 else scenes) - 1) * math.sqrt(variance)
+    parts = []                                                          # A and B, each with its degrees of freedom
+    for means in differences.mean(1), differences.mean(0):
+        if len(means) > 1:
+            parts.append((means.var(ddof=1) / len(means), len(means) - 1))
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return differences.mean(), 0.0
+    freedom = variance**2 / sum(part**2 / own for part, own in parts)
+    return differences.mean(), stats.t.ppf(0.975, freedom) * math.sqrt(variance)
 
 
 def values_of(row, name):

@@ -56,7 +56,7 @@ def draw(panels):
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
     middle = (BOUNDS[1:] + BOUNDS[:-1]) / 2
     for (above, below), (heading, (weight, measured)) in zip(axes.T, panels.items()):
-        above.bar(middle, weight, 0.11, color="#e09f1f")
+        above.bar(middle, weight, 0.11, color="#7d5ba6")
         above.axhline(1, color=COLOURS["dm"], linewidth=2)
         above.set(title=heading, yscale="log", yticks=TICKS, yticklabels=TICKS)
         above.minorticks_off()

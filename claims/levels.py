@@ -11,7 +11,17 @@ import argparse
 import numpy as np
 from scipy.stats import spearmanr
 
-from claims.report import COLOURS, by_seed, group, interval, matplotlib_figure, paired_values, read_rows, save_figure
+from claims.report import (
+    COLOURS,
+    by_seed,
+    group,
+    interval,
+    marked,
+    matplotlib_figure,
+    paired_values,
+    read_rows,
+    save_figure,
+)
 from claims.weights import weights
 from files import check_replaceable, cli
 from train import spread_times
@@ -42,12 +52,6 @@ def by_level(rows):
         a, b = ours[:, bins == number], theirs[:, bins == number]
         found.append(interval((a - b) / b.mean()))
     return found
-
-
-def in_bold(mean, half):
-    """A difference in %, in bold where its interval excludes 0."""
-    mark = "**" if half is not None and abs(mean) > half else ""
-    return f"{mark}{100 * mean:+.1f}{mark}"
 
 
 def draw(panels):
@@ -90,7 +94,7 @@ def main():
             differences = [mean for mean, _ in measured]
             panels[f"{prediction}-prior, {NAMES.get(trained, trained)}"] = weight, measured
             print(f"| {prediction} | {NAMES.get(trained, trained)} | {spearmanr(weight, differences).statistic:+.2f} |",
-                  *(f"{in_bold(mean, half)} |" for mean, half in measured))
+                  " | ".join(marked(f"{100 * mean:+.1f}", mean, half) for mean, half in measured), "|")
     if not panels:
         raise ValueError(f"no results of both diff2flow and dm in {' '.join(args.files)}")
     if args.out:

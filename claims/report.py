@@ -248,6 +248,11 @@ def unit(name, args):
     return " (%)" if name in args.relative else " (points)" if name in args.percent else ""
 
 
+def marked(text, mean, half):
+    """A mean in words -> the same, in bold where its interval excludes 0; half may be None."""
+    return f"**{text}**" if half is not None and abs(mean) > half else text
+
+
 def difference_in_words(mean, half, percent):
     """-0.01 and 0.004 -> "**-0.010** (-0.014 to -0.0060)", in bold where the interval excludes 0; half may be None."""
     def signed(x):
@@ -257,8 +262,7 @@ def difference_in_words(mean, half, percent):
 
     if half is None:
         return signed(mean)
-    mark = "**" if abs(mean) > half else ""
-    return f"{mark}{signed(mean)}{mark} ({signed(mean - half)} to {signed(mean + half)})"
+    return f"{marked(signed(mean), mean, half)} ({signed(mean - half)} to {signed(mean + half)})"
 
 
 def draw_differences(found, args):

@@ -115,7 +115,7 @@ def test_an_interval_holds_the_true_difference_in_about_95_of_100_experiments(se
         of_seeds, of_scenes, of_pairs = (rng.normal(size=shape) for shape in ((seeds, 1), (1, 100), (seeds, 100)))
         mean, half = report.interval(1 + spread * of_seeds + of_scenes + of_pairs)
         held += abs(mean - 1) < half
-    assert 0.93 < held / 1000 < 0.985
+    assert 0.94 < held / 1000 < 0.985                       # 0.95, less twice the spread of a share of 1000
 
 
 def test_an_interval_of_seeds_alone_is_students():

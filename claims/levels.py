@@ -3,8 +3,9 @@
     python -m claims.levels claims/results/style --out claims/results/levels.png
 
 Diff2Flow's loss counts the errors of some levels more than the diffusion loss does, and of others less
-(claims/weights.py). So diff2flow should be ahead of dm most where its weight is highest. toy.judge measures each scene
-at a time of its own, so the scenes with times between two bounds measure the levels between them.
+(claims/weights.py). So diff2flow should be ahead of dm most where its weight is highest. fm-flip has the same weights,
+since its loss is the same squared error of u at uniform t_fm; what differs is what the network is asked. toy.judge
+measures each scene at a time of its own, so the scenes with times between two bounds measure the levels between them.
 """
 import argparse
 
@@ -29,6 +30,7 @@ from train import spread_times
 BOUNDS = np.linspace(0, 1, 9)                       # of t_fm: eight bins
 TICKS = [0.5, 1, 2, 5, 10, 20, 50]                  # of weights
 NAMES = {"none": "all weights", "base": "LoRA base"}
+SHIFTS = {"diff2flow": -0.01, "fm-flip": 0.01}      # of the points, so that they do not hide each other
 
 
 def predicted_weights(prediction):
@@ -41,11 +43,10 @@ def predicted_weights(prediction):
     return np.array(found)
 
 
-def by_level(rows):
-    """Rows of diff2flow and of dm -> for each bin diff2flow's error less dm's, relative to dm's, and half the width of
-    its 95 % interval, None for fewer than three seeds."""
-    arms = {name: by_seed(members, name) for (name,), members in group(rows, ["run.objective"])}
-    _, ours, theirs = paired_values(arms["diff2flow"], arms["dm"], "velocity_error")    # each (seeds, scenes)
+def by_level(arm, dm):
+    """{seed: row} of an objective and of dm -> for each bin the objective's error less dm's, relative to dm's, and half
+    the width of its 95 % interval, None for fewer than three seeds."""
+    _, ours, theirs = paired_values(arm, dm, "velocity_error")                          # each (seeds, scenes)
     bins = np.digitize(spread_times(ours.shape[1], "cpu").numpy(), BOUNDS) - 1
     found = []
     for number in range(len(BOUNDS) - 1):
@@ -55,23 +56,26 @@ def by_level(rows):
 
 
 def draw(panels):
-    """panels: {heading: (weights, measured)} -> a figure: above, the weights; below, the differences."""
+    """panels: {heading: (weights, {objective: measured})} -> a figure: above, the weights; below, the differences."""
     figure = matplotlib_figure()(figsize=(1 + 3 * len(panels), 5), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
     middle = (BOUNDS[1:] + BOUNDS[:-1]) / 2
-    for (above, below), (heading, (weight, measured)) in zip(axes.T, panels.items()):
+    for (above, below), (heading, (weight, objectives)) in zip(axes.T, panels.items()):
         above.bar(middle, weight, 0.11, color="#7d5ba6")
         above.axhline(1, color=COLOURS["dm"], linewidth=2)
         above.set(title=heading, yscale="log", yticks=TICKS, yticklabels=TICKS)
         above.minorticks_off()
         below.axhline(0, color=COLOURS["dm"], linewidth=2)
-        for x, (mean, half) in zip(middle, measured):
-            below.errorbar(x, 100 * mean, None if half is None else 100 * half, fmt="o", capsize=3,
-                           color=COLOURS["diff2flow"])
+        for name, measured in objectives.items():
+            for x, (mean, half) in zip(middle + SHIFTS[name], measured):
+                points = below.errorbar(x, 100 * mean, None if half is None else 100 * half, fmt="o", capsize=3,
+                                        color=COLOURS[name])
+            points.set_label(name)
+        below.legend(fontsize="small")
         below.set(xlabel=r"time $t_\mathrm{fm}$, from noise to data")
         below.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("weight of errors, dm's is 1")
-    axes[1, 0].set_ylabel("diff2flow's velocity error,\ndifference from dm (%)")
+    axes[1, 0].set_ylabel("velocity error,\ndifference from dm (%)")
     return figure
 
 
@@ -83,20 +87,23 @@ def main():
     args = parser.parse_args()
     if args.out:
         check_replaceable(args.out)
-    rows, panels = read_rows(args.files, [("run.objective", "diff2flow|dm")]), {}
+    rows, panels = read_rows(args.files, [("run.objective", "|".join(["dm", *SHIFTS]))]), {}
     rows = [row for row in rows if "velocity_error" in row.get("scenes", {})]
-    print("| prior | trained | rank correlation of weight and difference |", *(f"{a:.3g} to {b:.3g} |" for a, b in
-          zip(BOUNDS, BOUNDS[1:])))
-    print("|---" * (3 + len(BOUNDS) - 1) + "|")
+    print("| prior | trained | objective | rank correlation of weight and difference |",
+          *(f"{a:.3g} to {b:.3g} |" for a, b in zip(BOUNDS, BOUNDS[1:])))
+    print("|---" * (4 + len(BOUNDS) - 1) + "|")
     for (prediction, trained), members in group(rows, ["prediction", "run.lora"]):
-        if {row["run"]["objective"] for row in members} == {"diff2flow", "dm"}:
-            weight, measured = predicted_weights(prediction), by_level(members)
-            differences = [mean for mean, _ in measured]
+        arms = {name: by_seed(of_it, name) for (name,), of_it in group(members, ["run.objective"])}
+        names = [name for name in SHIFTS if name in arms and "dm" in arms]
+        if names:
+            weight, measured = predicted_weights(prediction), {name: by_level(arms[name], arms["dm"]) for name in names}
             panels[f"{prediction}-prior, {NAMES.get(trained, trained)}"] = weight, measured
-            print(f"| {prediction} | {NAMES.get(trained, trained)} | {spearmanr(weight, differences).statistic:+.2f} |",
-                  " | ".join(marked(f"{100 * mean:+.1f}", mean, half) for mean, half in measured), "|")
+        for name in names:
+            rank = spearmanr(weight, [mean for mean, _ in measured[name]]).statistic
+            print(f"| {prediction} | {NAMES.get(trained, trained)} | {name} | {rank:+.2f} |",
+                  " | ".join(marked(f"{100 * mean:+.1f}", mean, half) for mean, half in measured[name]), "|")
     if not panels:
-        raise ValueError(f"no results of both diff2flow and dm in {' '.join(args.files)}")
+        raise ValueError(f"no results of dm and of another objective in {' '.join(args.files)}")
     if args.out:
         save_figure(draw(panels), args.out)
 

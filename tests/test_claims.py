@@ -232,22 +232,25 @@ def test_a_linear_axis_begins_at_0(validation, monkeypatch):
 # ------------------------------------------------------------------ the levels
 
 def test_a_scene_counts_to_the_level_of_its_own_time(tmp_path, monkeypatch, capsys):
-    """diff2flow is worse by 1 % in the first eighth of the times, by 2 % in the second, and so on."""
+    """diff2flow is worse by 1 % in the first eighth of the times, by 2 % in the second, and so on; fm-flip better."""
     eighth = np.array([int(8 * ((i * 0.618034 + 0.5) % 1)) for i in range(512)])
     rng = np.random.default_rng(0)
     rows = []
     for seed in 0, 1, 2:
         theirs = 10.0**-eighth * rng.uniform(0.9, 1.1)
-        for objective, errors in (("dm", theirs), ("diff2flow", theirs * (1.01 + 0.01 * eighth))):
+        for objective, sign in ("dm", 0), ("diff2flow", 1), ("fm-flip", -1):
+            errors = theirs * (1 + sign * 0.01 * (1 + eighth))
             rows.append({"run": {"objective": objective, "seed": seed, "lora": "none"}, "prediction": "eps",
                          "velocity_error": errors.mean(), "scenes": {"velocity_error": errors.tolist()}})
     path = write_lines(tmp_path / "rows.jsonl", rows)
     monkeypatch.setattr(sys, "argv", ["claims/levels.py", str(path), "--out", str(tmp_path / "levels.png")])
     levels.main()
-    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].strip("|").split("|")]
-    assert cells[:2] == ["eps", "all weights"] and cells[3:] == [f"**{n:+.1f}**" for n in range(1, 9)]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    for cells, objective, sign in (lines[2], "diff2flow", 1), (lines[3], "fm-flip", -1):
+        assert cells[:3] == ["eps", "all weights", objective]
+        assert cells[4:] == [f"**{sign * n:+.1f}**" for n in range(1, 9)]
     weight = levels.predicted_weights("eps")
-    assert float(cells[2]) < -0.5, "the weight is highest near noise, where the difference is lowest"
+    assert float(lines[2][3]) < -0.5, "the weight is highest near noise, where the difference is lowest"
     assert 23 < weight[0] == weight.max() < 89 and 2.38 < weight[4] < 3.82  # METHOD.md: t_fm 0.16, 0.06; 0.64, 0.46
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure every claim of the paper on the bundled priors: train the models, measure them, draw the plots.
 #
-#     bash claims/run.sh              everything, in some 47 hours of one CPU core (an estimate)
+#     bash claims/run.sh              everything, in some 48 hours of one CPU core (an estimate)
 #     bash claims/run.sh style        only some of: rates priors style size reflow depth draw
 #
 # A model is an arm: trained, measured at once on scenes that are the same for all arms, its results written to
@@ -82,11 +82,13 @@ rate_arm() {    # rate_arm NAME PRIOR LORA OBJECTIVE RATE
     done_arm $1 $runs/$1/result.json
 }
 
-rates_of() { if [ $1 = none ]; then echo 2e-4 5e-4 1e-3 2e-3; else echo 2e-3 4e-3 8e-3 1.6e-2; fi; }
+rates_of() { if [ $1 = none ]; then echo 5e-4 1e-3 2e-3 4e-3; else echo 2e-3 4e-3 8e-3 1.6e-2; fi; }
 
-sweep() {       # sweep PRIOR LORA OBJECTIVE: measure its four rates
-    local rate
-    for rate in $(rates_of $2); do surely rates/$1-$2-$3-$rate rate_arm $1 $2 $3 $rate; done
+sweep() {       # sweep PRIOR LORA OBJECTIVE: measure its four rates, first those that no process is at
+    local rate how
+    for how in once surely; do for rate in $(rates_of $2); do
+        $how rates/$1-$2-$3-$rate rate_arm $1 $2 $3 $rate
+    done; done
 }
 
 best_rate() {   # best_rate PRIOR LORA OBJECTIVE: after its sweep
@@ -245,9 +247,12 @@ depth_arm() {   # depth_arm NAME PRIOR OBJECTIVE SEED
 }
 
 all_depths() {
-    for seed in $seeds; do for prior in v eps; do for objective in diff2flow dm fm-flip; do
+    for seed in $seeds; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
         once depth/$prior-$objective-$seed depth_arm $prior $objective $seed
     done; done; done
+    if [ -e $runs/depth/v-diff2flow-1/before_after.png ]; then
+        cp $runs/depth/v-diff2flow-1/before_after.png $results/depth-samples.png
+    fi
 }
 
 # ------------------------------------------------------------------ the figures

@@ -67,10 +67,8 @@ def draw(panels):
         above.minorticks_off()
         below.axhline(0, color=COLOURS["dm"], linewidth=2)
         for name, measured in objectives.items():
-            for x, (mean, half) in zip(middle + SHIFTS[name], measured):
-                points = below.errorbar(x, 100 * mean, None if half is None else 100 * half, fmt="o", capsize=3,
-                                        color=COLOURS[name])
-            points.set_label(name)
+            means, halves = 100 * np.array(measured, float).T              # no interval: nan, for which no bar is drawn
+            below.errorbar(middle + SHIFTS[name], means, halves, fmt="o", capsize=3, color=COLOURS[name], label=name)
         below.legend(fontsize="small")
         below.set(xlabel=r"time $t_\mathrm{fm}$, from noise to data")
         below.grid(axis="y", alpha=0.3)
@@ -94,14 +92,15 @@ def main():
     print("|---" * (4 + len(BOUNDS) - 1) + "|")
     for (prediction, trained), members in group(rows, ["prediction", "run.lora"]):
         arms = {name: by_seed(of_it, name) for (name,), of_it in group(members, ["run.objective"])}
-        names = [name for name in SHIFTS if name in arms and "dm" in arms]
-        if names:
-            weight, measured = predicted_weights(prediction), {name: by_level(arms[name], arms["dm"]) for name in names}
-            panels[f"{prediction}-prior, {NAMES.get(trained, trained)}"] = weight, measured
-        for name in names:
-            rank = spearmanr(weight, [mean for mean, _ in measured[name]]).statistic
+        dm = arms.pop("dm", None)
+        if not dm or not arms:
+            continue
+        weight, objectives = predicted_weights(prediction), {name: by_level(arm, dm) for name, arm in arms.items()}
+        panels[f"{prediction}-prior, {NAMES.get(trained, trained)}"] = weight, objectives
+        for name, measured in objectives.items():
+            rank = spearmanr(weight, [mean for mean, _ in measured]).statistic
             print(f"| {prediction} | {NAMES.get(trained, trained)} | {name} | {rank:+.2f} |",
-                  " | ".join(marked(f"{100 * mean:+.1f}", mean, half) for mean, half in measured[name]), "|")
+                  " | ".join(marked(f"{100 * mean:+.1f}", mean, half) for mean, half in measured), "|")
     if not panels:
         raise ValueError(f"no results of dm and of another objective in {' '.join(args.files)}")
     if args.out:

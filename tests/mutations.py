@@ -292,7 +292,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     ]),
     "claims/levels.py": ("tests/test_claims.py", [
         ("claims: levels the other way", "BOUNDS) - 1\n", "BOUNDS[::-1])\n"),
-        ("claims: fm-flip's levels are diff2flow's", "by_level(arms[name]", 'by_level(arms["diff2flow"]'),
+        ("claims: fm-flip's levels are diff2flow's", "by_level(arm, dm) for",
+         'by_level(arms["diff2flow"], dm) for'),
         ("claims: weights of a v-network for eps", 'of_v if prediction == "v" else of_eps', "of_v"),
     ]),
     "claims/page.py": ("tests/test_claims.py", [

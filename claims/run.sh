@@ -154,6 +154,10 @@ style_picture() {   # style_picture PRIOR: seed 1 by each objective from the sam
     if [ -e $results/style-$1.png ]; then return; fi
     python -m toy.judge captions "${models[@]}" --style outline --cfg 1 --n 8 --precision $precision \
         --out $runs/picture-$1
+    if [ $1 = eps ]; then                       # from the v-prior all draw true black and white
+        python -m toy.judge plain "${models[@]}" --cfg 1 --n 4 --precision $precision --out $runs/picture-plain
+        cp $runs/picture-plain/samples.png $results/plain-eps.png
+    fi
     cp $runs/picture-$1/samples.png $results/style-$1.png
 }
 

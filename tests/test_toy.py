@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
 import lora
@@ -321,6 +322,7 @@ def test_black_and_white_are_asked_for_as_often_as_said_and_whose_sampler_it_was
     assert [(row["steps"], row["own_sampler"]) for row in rows] == [(1, True), (2, True)]
     assert rows[0]["black"]["mean"] == pytest.approx(np.mean(rows[0]["scenes"]["black"]["mean"]), rel=1e-3)
     assert 0 <= rows[0]["black"]["darkest_tenth"] <= rows[0]["black"]["mean"] <= rows[0]["black"]["lightest_tenth"] <= 1
+    assert Image.open("runs/plain/samples.png").height > 2 * 64, "a row of pictures for each number of steps"
     run("plain", checkpoint, "--n", 3, "--steps", 1, "--objective", "dm")
     assert [row["own_sampler"] for row in rows_of("runs/plain/plain.jsonl")] == [False]
 

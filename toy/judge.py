@@ -294,12 +294,11 @@ def print_shares(rows, real, n):
         print(f"{name:15}", *("   none" if column[name] is None else f"{column[name]:7.1%}" for column in columns))
 
 
-def save_samples(path, pictures, rows, real):
-    """The first pictures of each row: 8, or 32 of a single row."""
-    n = min(len(real.captions), 8 if len(rows) > 1 else 32)
-    labels = [f"{row['model']} {row['steps']} steps".replace("/", "/ ") for row in rows]
-    save_grid(path, torch.cat([samples[:n] for samples in pictures]), min(8, n), "\n".join(map(in_words, rows)),
-              labels if len(rows) > 1 else None, real.captions[:n] * len(rows))
+def save_samples(path, pictures, rows, captions, making):
+    """pictures: the first ones of each row, which have these captions; making: how they were made, in words."""
+    labels = [f"{'/ '.join(Path(row['model']).with_suffix('').parts[-2:])}, {row['steps']} steps" for row in rows]
+    save_grid(path, torch.cat(pictures), min(8, len(captions)), making, labels if len(rows) > 1 else None,
+              captions * len(rows))
     print(path)
 
 
@@ -327,7 +326,9 @@ def captions(args):
             rows.append(row)
             pictures.append(samples)
             print(in_words(row))
-    save_samples(out / "samples.png", pictures, rows, real)
+    n = min(args.n, 8 if len(rows) > 1 else 32)
+    save_samples(out / "samples.png", [samples[:n] for samples in pictures], rows, real.captions[:n],
+                 "\n".join(map(in_words, rows)))
     print_shares(rows, real, args.n)
     write_results(out / "captions.jsonl", rows)
 
@@ -377,19 +378,24 @@ def mean_and_tenths(values):
 
 def plain(args):
     """Of text-to-image models: n samples of "a black image", and n of "a white image"."""
-    (device, amp), rows = begin(args, "plain.jsonl"), []
+    (device, amp), rows, pictures = begin(args, "samples.png", "plain.jsonl"), [], []
+    prompts, shown = {"black": "a black image", "white": "a white image"}, min(args.n, 4)
     for sd, flow, origin in [load_model(path, device, "text-to-image", args.objective) for path in args.models]:
         cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(sd.picture_size()))
         for steps in args.steps:
             row = {**origin, "n": args.n, "seed": args.seed, "precision": args.precision, "steps": steps, "cfg": cfg,
                    "scenes": {}}
-            for colour in "black", "white":
-                prompts = [f"a {colour} image"] * args.n
+            for colour, prompt in prompts.items():
                 with amp:
-                    values = brightness(sample_pictures(sd, flow, prompts, noise, steps, cfg, args.batch)[0])
+                    samples, _ = sample_pictures(sd, flow, [prompt] * args.n, noise, steps, cfg, args.batch)
+                values = brightness(samples)
                 row[colour] = mean_and_tenths(values)
                 row["scenes"][colour] = {"mean": [float(f"{value:.4g}") for value in values]}
+                pictures.append(samples[:shown])
             rows.append(row)
+    save_samples(Path(args.out) / "samples.png", pictures, rows,
+                 [prompt for prompt in prompts.values() for _ in range(shown)],
+                 "\n".join(f"{row['model']}, {row['steps']} steps, cfg {row['cfg']:g}" for row in rows))
     write_results(Path(args.out) / "plain.jsonl", rows)
 
 

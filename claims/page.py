@@ -5,12 +5,14 @@
 A command of claims.report or claims.levels stands on the page as an indented paragraph. The table below it is replaced
 by what the command prints now; the figure is the file of its --out.
 """
+import contextlib
+import io
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+from claims import levels, report
 from files import cli, replacing
 
 PAGE = Path("claims/README.md")
@@ -22,12 +24,20 @@ def words_of(command):
     return shlex.split(command.replace("\\\n", " "))
 
 
+def run(words):
+    """The words of a command -> the table that it prints."""
+    sys.argv = words
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        {"claims.report": report, "claims.levels": levels}[words[0]].main()
+    return "".join(line for line in printed.getvalue().splitlines(keepends=True) if line.startswith("|"))
+
+
 def renewed(match):
     """A command and its table, as the page has them -> the same with the table that the command prints now."""
-    printed = subprocess.run([sys.executable, "-m", *words_of(match[1])], capture_output=True, text=True)
-    if printed.returncode:
-        raise ValueError(f"{match[1]}: {printed.stderr.strip()}")
-    table = "".join(line + "\n" for line in printed.stdout.splitlines() if line.startswith("|"))
+    try:
+        table = run(words_of(match[1]))
+    except ValueError as error:
+        raise ValueError(f"{match[1]}: {error}") from None
     print(f"{'as it was' if match[2] in (table, None) else 'changed'}: {match[1]}")
     return match[0] if match[2] is None else match[0].removesuffix(match[2]) + table
 

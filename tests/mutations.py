@@ -277,7 +277,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("toy: frechet trace sign", "B.trace() - 2 * root", "B.trace() + 2 * root"),
         ("toy: score counts what does not apply", "((predicted == labels) | (labels == -100)).all(1)",
          "(predicted == labels).all(1)"),
-        ("toy: black and white swapped", "means = ((pictures.clamp(-1, 1)", "means = ((-pictures.clamp(-1, 1)"),
+        ("toy: black and white swapped", "return (pictures.clamp(-1, 1)", "return (-pictures.clamp(-1, 1)"),
         ("toy: all scenes at one time", "spread_times(len(world), sd.device)", "spread_times(1, sd.device)"),
     ]),
     "claims/report.py": ("tests/test_claims.py", [

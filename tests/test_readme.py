@@ -15,6 +15,7 @@ import torch
 import sample
 from diff2flow import Diff2Flow
 from schedule import sd_schedule
+from tests.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -155,6 +156,11 @@ def test_the_line_for_coco_takes_the_first_caption_of_each_picture(tmp_path):
     (tmp_path / "annotations/captions_val2017.json").write_text(json.dumps({"images": [], "annotations": annotations}))
     done = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert done.stdout.splitlines() == ["two boats", "a dog", "a red bus"]
+
+
+def test_the_text_that_a_mutation_replaces_is_there_once():
+    """Else tests/README.md's command stops before the first one."""
+    assert [name for name, file, old, *_ in MUTATIONS if (ROOT / file).read_text().count(old) != 1] == []
 
 
 def test_ruff_finds_nothing():

@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
 # Measure every claim of the paper on the bundled priors: train the models, measure them, draw the plots.
 #
-#     bash claims/run.sh              everything, in some 48 hours of one CPU core (an estimate)
+#     bash claims/run.sh              everything: some 50 hours of one CPU core, or half an hour of an H100 (estimates)
 #     bash claims/run.sh style        only some of: rates priors style size reflow depth draw
 #
 # A model is an arm: trained, measured at once on scenes that are the same for all arms, its results written to
 # claims/results/CLAIM/ARM.jsonl. An arm whose results are there is done, so what was stopped goes on when it is started
-# again, also on another computer; several processes that run this share the arms between them, best with
-# OMP_NUM_THREADS=1 each. An arm that needs a learning rate first does that part of the sweep. Runs go to runs/claims/.
+# again, also on another computer; several processes that run this share the arms between them, best one for each core
+# with OMP_NUM_THREADS=1, and on a GPU under MPS (nvidia-cuda-mps-control -d). An arm that needs a learning rate first
+# does that part of the sweep. Runs go to runs/claims/.
 # SEEDS="1 2" and LORAS=base choose the seeds and what is trained. The script needs Linux (flock), matplotlib and scipy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export NVIDIA_TF32_OVERRIDE=0   # on a GPU float32 is float32 in convolutions too
 
 runs=runs/claims
 results=claims/results
 seeds=${SEEDS:-1 2 3 4 5}
 loras=${LORAS:-base none}
-few="1 2"                       # the seeds of what needs no more
+few="1 2"                       # the seeds of what needs no more,
+three="1 2 3"                   # and of what is sampled in other ways too
 sweep_seed=0                    # of the rates, and of nothing else
 precision=fp32                  # of training and sampling: the same for all arms, on every computer
 
@@ -133,7 +136,7 @@ style_arm() {   # style_arm NAME PRIOR LORA OBJECTIVE SEED
     judge $1 velocity $model --style outline
     judge $1 plain $model --cfg 1
     judge $1 captions $model --style outline --cfg 1 --steps 25 10 4
-    if is_one_of $5 "$few"; then
+    if is_one_of $5 "$three"; then
         judge $1 captions $model --style outline --cfg 3
         for sampler in diff2flow dm; do         # each by the sampler of the other
             if [ $4 != $sampler ] && is_one_of $4 "diff2flow dm"; then

@@ -18,14 +18,15 @@ runs=runs/claims
 results=claims/results
 seeds=${SEEDS:-1 2 3 4 5}
 loras=${LORAS:-base none}
-few="1 2"                       # the seeds of what needs no more,
-three="1 2 3"                   # and of what is sampled in other ways too
+few="1 2"                       # the seeds of what needs no more
 sweep_seed=0                    # of the rates, and of nothing else
 precision=fp32                  # of training and sampling: the same for all arms, on every computer
 
 prior() { echo toy/tiny-$1.safetensors; }       # prior v, or prior eps
 
 is_one_of() { [[ " $2 " = *" $1 "* ]]; }        # is_one_of WORD WORDS
+
+extra() { if [ $1 = base ]; then echo 1 2 3; else echo $few; fi; }     # the seeds of fm, and of other ways to sample
 
 locked() {      # locked SECONDS CLAIM/ARM FUNCTION OPTIONS...: see once
     if [ -e "$results/$2.jsonl" ]; then return; fi
@@ -136,7 +137,7 @@ style_arm() {   # style_arm NAME PRIOR LORA OBJECTIVE SEED
     judge $1 velocity $model --style outline
     judge $1 plain $model --cfg 1
     judge $1 captions $model --style outline --cfg 1 --steps 25 10 4
-    if is_one_of $5 "$three"; then
+    if is_one_of $5 "$(extra $3)"; then
         judge $1 captions $model --style outline --cfg 3
         for sampler in diff2flow dm; do         # each by the sampler of the other
             if [ $4 != $sampler ] && is_one_of $4 "diff2flow dm"; then
@@ -169,7 +170,9 @@ all_styles() {
         once style/$prior-$lora-$objective-$seed style_arm $prior $lora $objective $seed
     done; done; done; done
     for seed in $seeds; do for lora in $loras; do for prior in v eps; do
-        if is_one_of $seed "$few"; then once style/$prior-$lora-fm-$seed style_arm $prior $lora fm $seed; fi
+        if is_one_of $seed "$(extra $lora)"; then
+            once style/$prior-$lora-fm-$seed style_arm $prior $lora fm $seed
+        fi
     done; done; done
     for prior in v eps; do style_picture $prior; done
 }
@@ -189,7 +192,7 @@ all_sizes() {
     for size in 96 128; do
         once size/$size-prior prior_arm v captions --size $size --n 128
         for seed in $seeds; do for lora in $loras; do for objective in diff2flow dm fm-flip fm; do
-            if is_one_of $seed "$few"; then
+            if is_one_of $seed "$few" || [ "$size $seed" = "96 3" ]; then
                 once size/$size-$lora-$objective-$seed size_arm $lora $objective $size $seed
             fi
         done; done; done

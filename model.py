@@ -683,7 +683,9 @@ class StableDiffusion(nn.Module):
         self.config = self.unet.config = replace(self.config, in_channels=2 * z)
 
     def pack(self):
-        """Make a model faster that is only to be sampled, on an x86 CPU. Elsewhere this does nothing."""
+        """Make a model faster that is only to be sampled: in channels_last on CUDA, by PackedConv2d on an x86 CPU."""
+        if self.device.type == "cuda":
+            self.to(memory_format=torch.channels_last)
         if self.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
             return
         if self.unet.out[2].weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -191,12 +191,13 @@ def objective_of(flow):
     return next(name for name, kind in OBJECTIVES.items() if type(flow) is kind)
 
 
-def guidance(sd, cfg=None):
-    """-> cfg, or where that is None the scale that the model's file asks for, or 4."""
+def guidance(sd, cfg=None, for_pairs=False):
+    """-> cfg, or where that is None the scale that the model's file asks for, or 4. For pairs it is 7.5 (Sec. 4.2), but 1
+    where the file asks for 1: after Reflow the model holds the guidance of its own pairs."""
     told = sd.metadata.get("cfg", 4.0) if cfg is None else cfg
     try:
         if abs(float(told)) <= 1e6:                             # which NaN is not
-            return float(told)
+            return 7.5 if for_pairs and cfg is None and float(told) != 1 else float(told)
     except ValueError:
         pass
     raise ValueError(f"{sd.path}: its metadata says cfg {told!r}, which is no scale of guidance: give --cfg")
@@ -328,7 +329,7 @@ def arguments():
                                                f"has the first {PICTURES_IN_GRID}")
     add("--print-sigmas", action="store_true", help="print the steps as sigmas for other tools, and stop")
     args = parser.parse_args()
-    pictures, pairs = {"steps": 25, "out": "samples.png"}, {"steps": 40, "out": "pairs", "cfg": 7.5}
+    pictures, pairs = {"steps": 25, "out": "samples.png"}, {"steps": 40, "out": "pairs"}
     for name, value in (pictures if args.pairs is None else pairs).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -442,7 +443,7 @@ def main():
         print(f"ComfyUI, ManualSigmas: {sigmas}\ndiffusers: sigmas=[{sigmas}]")
         return
     sd.pack()
-    args.cfg, size = guidance(sd, args.cfg), list(sd.picture_size(args.size))
+    args.cfg, size = guidance(sd, args.cfg, bool(args.pairs)), list(sd.picture_size(args.size))
     n = args.pairs or args.n or len(prompts) or 8
     style = sd.metadata.get("style") if sd.metadata.get("style") in PLAIN else "solid"
     if args.pairs:

@@ -17,14 +17,15 @@ Other seeds would have given another mean (A), and so would other scenes (B); n 
 of degrees of freedom of such a sum. A measure without a value for each scene has B = 0, and where nothing was trained
 A = 0. Fewer than three seeds of training say too little of A, and have no interval.
 
-The files, or those of a folder, hold JSON lines. A value is called by its name in the line: "all" is line["all"], and
-"black.mean" is line["black"]["mean"]. "run.objective" is the objective in "run", which is what train.py wrote into
-result.json. A line without a "run" takes it from the result.json beside its file. NAME="HEADING" gives a name a heading
-in words.
+The files, or those of a folder, hold JSON lines. A value is called by its name in the line: "all" is line["all"],
+"black.mean" line["black"]["mean"] and "size.0" line["size"][0]. "run.objective" is the objective in "run", what
+train.py wrote into result.json; a line without a "run" takes it from the result.json beside its file. "arm" is the file's
+name without the number of the seed. NAME="HEADING" gives a name a heading in words.
 """
 import argparse
 import json
 import math
+import re
 from collections import defaultdict, namedtuple
 from pathlib import Path
 from statistics import fmean
@@ -54,9 +55,11 @@ def equation(text):
 
 
 def look_up(row, name):
-    """"plain.black" -> row["plain"]["black"], or None where the row has no such value."""
+    """"plain.black" -> row["plain"]["black"], "size.0" -> row["size"][0], or None where the row has no such value."""
     value = row
     for part in name.split("."):
+        if isinstance(value, list):
+            value = {str(i): entry for i, entry in enumerate(value)}
         if not isinstance(value, dict):
             return None
         value = value.get(part)
@@ -64,13 +67,14 @@ def look_up(row, name):
 
 
 def read_rows(paths, conditions):
-    """Files of JSON lines -> the rows that meet every condition (name, "value" or "value|other"); each has a "run"."""
+    """Files of JSON lines -> the rows that meet every condition (name, "value" or "value|other"), each with a "run" and
+    an "arm"."""
     rows = []
     files = [file for path in map(Path, paths) for file in sorted(path.glob("*.jsonl")) or [path]]
     for path in files:
         run = read_result(path)
         for line in read_text(path).splitlines():
-            row = {"run": run, **json.loads(line)}
+            row = {"run": run, "arm": re.sub(r"-\d+$", "", path.stem), **json.loads(line)}
             if all(str(look_up(row, name)) in value.split("|") for name, value in conditions):
                 rows.append(row)
     if not rows:

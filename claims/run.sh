@@ -78,6 +78,13 @@ done_run() {    # done_run CLAIM/ARM: what was measured, and the curve of its tr
     done_arm $1 "$runs/$1"/judged-*/*.jsonl "$runs/$1/curve.jsonl"
 }
 
+samples_of() {  # samples_of CLAIM/ARM NAME: the samples that were judged become results/NAME.png, if they are here
+    local picture
+    for picture in "$runs/$1"/judged-*/samples.png; do
+        if [ -e "$picture" ]; then cp "$picture" "$results/$2.png"; fi
+    done
+}
+
 # ------------------------------------------------------------------ the learning rates
 
 rate_arm() {    # rate_arm NAME PRIOR LORA OBJECTIVE RATE
@@ -197,6 +204,7 @@ all_sizes() {
             fi
         done; done; done
     done
+    for arm in 128-prior 128-base-diff2flow-1; do samples_of size/$arm size-$arm; done
 }
 
 # ------------------------------------------------------------------ claim 8: Reflow, and Reflow again
@@ -225,7 +233,7 @@ reflow_arm() {  # reflow_arm NAME SEED GUIDANCE
 again_arm() {   # again_arm NAME SEED: train on pairs of the first model
     local first=reflow/cfg4-$2
     reflow $first $2 4
-    pairs again-$2 --lora $(weights $first) --steps 25 --seed 2
+    pairs again-$2 --lora $(weights $first) --steps 25 --cfg 1 --seed 2
     train $1 --task reflow --data $runs/pairs/again-$2 --seed $2 --steps 1500 --preview-every 0
     judge $1 captions $(weights $1) --steps 25 4 2 1
     done_run $1
@@ -244,6 +252,7 @@ all_reflows() {
             once reflow/again-$seed again_arm $seed
         fi
     done
+    for arm in prior cfg4-1 again-1; do samples_of reflow/$arm reflow-$arm; done
 }
 
 # ------------------------------------------------------------------ claim 9: depth

@@ -1,8 +1,8 @@
-"""On paper: the memory and the GPU hours of finetuning. Computed, not measured: this never ran on a GPU.
+"""On paper: the memory and the GPU hours of finetuning. Computed; test_costs.py compares it with a GPU's own peaks.
 
     python -m tests.costs                   SD 2.1 at 512 and 768 px, LoRA and all weights (two to five minutes)
     python -m tests.costs sd15              the same of SD 1.5
-    python -m tests.costs --tflops 300      hours at a rate of your own: 10^12 floating-point operations a second
+    python -m tests.costs --tflops 30       hours at a rate of your own: 10^12 floating-point operations a second
 
 The code that train.py runs is run for one batch, on torch's fake tensors: they have shapes, types and owners, but no
 numbers. LiveBytes adds up the memory that they would take, FlopCounterMode the multiplications and additions. Fake
@@ -10,9 +10,8 @@ tensors of the CPU are taken, since they can be compared with real ones, and wha
 bf16 autocast, fused attention in the UNet (which keeps q, k, v, the result and a number a row, no N x N matrix), and no
 fast path in the text encoder.
 
-What is not counted: the CUDA context, cuDNN's workspaces, temporaries inside a kernel, and memory lost between blocks,
-together a guess of 1 to 3 GiB. The rates are assumptions: 40 % of the dense bf16 peak, which only well-tuned code
-reaches, so the hours are a lower estimate; reading pictures, Adam and previews are not in them.
+What is not counted: the CUDA context, cuDNN's workspaces, and memory lost between blocks. The hours take the rate for
+granted that a step of bench.py reached on an H100; reading pictures and previews are not in them.
 """
 import argparse
 import contextlib
@@ -36,8 +35,7 @@ from tests.checkpoints import CONFIGS
 
 GIB = 2**30
 PRESETS = {"small": "LoRA small", "base": "LoRA base", "none": "all weights"}
-PEAKS = {"H100": 989.0, "A100": 312.0}      # dense bf16, in 10^12 operations a second, by NVIDIA's data sheets
-SHARE_OF_PEAK = 0.4
+MEASURED = 70.0         # 10^12 operations a second: LoRA base, 4 x 512 px, bf16 autocast, on an H100 (tests/README.md)
 PAIRS, PAIR_STEPS, PAIR_CFG, PAIR_SIZE = 1_800_000, 40, 7.5, 512
 ATTENTION = {  # FlopCounterMode knows the fused attention of CUDA only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
@@ -197,16 +195,16 @@ def memory_row(name, plain, checkpointed):
     return [name, *(f"{number / GIB:.1f}" for number in numbers)]
 
 
-def hours(operations, rates):
-    """At each rate, in 10^12 operations a second -> GPU hours in words."""
-    return [f"{operations / (rate * 1e12) / 3600:,.0f}" for rate in rates]
+def hours(operations, rate):
+    """At a rate in 10^12 operations a second -> GPU hours in words."""
+    return f"{operations / (rate * 1e12) / 3600:,.0f}"
 
 
-def flops_row(name, cost, passes, rates):
+def flops_row(name, cost, passes, rate):
     """passes: of a batch of 4, in the whole run."""
     tera = [f"{cost.flops[part] / 1e12:.1f}" for part in ("encoding", "forward", "backward")]
     total = passes * sum(cost.flops.values())
-    return [name, *tera, f"{total / 1e18:,.0f}", *hours(total, rates)]
+    return [name, *tera, f"{total / 1e18:,.0f}", hours(total, rate)]
 
 
 def print_memory(costs, names):
@@ -215,34 +213,31 @@ def print_memory(costs, names):
           [memory_row(names[key], *pair) for key, pair in costs.items()])
 
 
-def print_hours(costs, names, pairs, rates):
+def print_hours(costs, names, pairs, rate):
     recipe = train.recipe("text-to-image", bundled=False)
-    rows = [flops_row(f"{names[key]}{with_flag}", cost, recipe["steps"] * recipe["grad_accum"], rates.values())
+    rows = [flops_row(f"{names[key]}{with_flag}", cost, recipe["steps"] * recipe["grad_accum"], rate)
             for with_flag, which in (("", 0), (", `--checkpointing`", 1))
             for key, cost in ((key, pair[which]) for key, pair in costs.items())]
     total = PAIRS * pairs
     rows.append([f"{PAIRS:,} pairs, {PAIR_SIZE} px, {PAIR_STEPS} steps with guidance", "", "", "",
-                 f"{total / 1e18:,.0f}", *hours(total, rates.values())])
+                 f"{total / 1e18:,.0f}", hours(total, rate)])
     table(["10^12 operations for 4 images", "encoding pictures and text", "forward", "backward",
            f"10^18 operations for {recipe['steps']:,} steps of 64 images, or for the pairs",
-           *(f"hours, {name}" for name in rates)], rows)
+           f"hours at {rate:g} TFLOP/s"], rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=list(CONFIGS), default="sd21", help="the model (default: sd21)")
-    parser.add_argument("--tflops", type=float, help="10^12 operations a second that your GPU reaches (default: "
-                                                     f"{SHARE_OF_PEAK:g} of the peak of {' and '.join(PEAKS)})")
+    parser.add_argument("--tflops", type=float, default=MEASURED,
+                        help=f"10^12 operations a second that your GPU reaches (default: {MEASURED:g})")
     args = parser.parse_args()
-    config, rates = CONFIGS[args.name], {name: SHARE_OF_PEAK * peak for name, peak in PEAKS.items()}
-    if args.tflops:
-        rates = {f"{args.tflops:g} TFLOP/s": args.tflops}
-    print(f"{args.name}, bf16 autocast, batches of 4. COMPUTED, NOT MEASURED: no GPU was at hand. Assumed rates: "
-          + ", ".join(f"{name} {rate:.0f} TFLOP/s" for name, rate in rates.items()))
+    config = CONFIGS[args.name]
+    print(f"{args.name}, bf16 autocast, batches of 4. Computed, not measured.")
     names = {(preset, size): f"{words}, {size} px" for size in (512, 768) for preset, words in PRESETS.items()}
     costs = {key: [one_batch(config, *key, checkpointing) for checkpointing in (False, True)] for key in names}
     print_memory(costs, names)
-    print_hours(costs, names, pair_flops(config), rates)
+    print_hours(costs, names, pair_flops(config), args.tflops)
 
 
 if __name__ == "__main__":

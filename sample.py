@@ -192,8 +192,8 @@ def objective_of(flow):
 
 
 def guidance(sd, cfg=None, for_pairs=False):
-    """-> cfg, or where that is None the scale that the model's file asks for, or 4. For pairs it is 7.5 (Sec. 4.2), but 1
-    where the file asks for 1: after Reflow the model holds the guidance of its own pairs."""
+    """-> cfg, or where that is None the scale that the model's file asks for, or 4. For pairs it is 7.5 (Sec. 4.2), but
+    1 where the file asks for 1: after Reflow the model holds the guidance of its own pairs."""
     told = sd.metadata.get("cfg", 4.0) if cfg is None else cfg
     try:
         if abs(float(told)) <= 1e6:                             # which NaN is not

@@ -18,9 +18,9 @@ of degrees of freedom of such a sum. A measure without a value for each scene ha
 A = 0. Fewer than three seeds of training say too little of A, and have no interval.
 
 The files, or those of a folder, hold JSON lines. A value is called by its name in the line: "all" is line["all"],
-"black.mean" line["black"]["mean"] and "size.0" line["size"][0]. "run.objective" is the objective in "run", what
-train.py wrote into result.json; a line without a "run" takes it from the result.json beside its file. "arm" is the file's
-name without the number of the seed. NAME="HEADING" gives a name a heading in words.
+"black.mean" line["black"]["mean"] and "size.0" line["size"][0]. "run.objective" is the objective in "run", which is
+what train.py wrote into result.json; a line without a "run" takes it from the result.json beside its file. "arm" is the
+file's name without the number of the seed. NAME="HEADING" gives a name a heading in words.
 """
 import argparse
 import json
@@ -329,7 +329,7 @@ def draw(rows, args):
             if look_up(row, name) is None:
                 raise ValueError(f"a row lacks {name}: {json.dumps(row)[:200]}")
     panels = group(rows, [panel.name for panel in args.panel])
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = figure_class(figsize=(4.2 * columns, 3.6 * lines), layout="tight")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False)

@@ -211,6 +211,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
          "        pass\n    return files"),
         ("sample.py: noise from the seed alone", "seed_of(seed, i)", "seed_of(seed, 0)"),
         ("sample.py: guidance after Reflow", 'sd.metadata.get("cfg", 4.0)', "4.0"),
+        ("sample.py: guidance of pairs after Reflow", "and float(told) != 1 else", "else"),
         ("sample.py: objective of the file ignored", 'trained_by if trained_by in ("fm", "fm-flip") else "', '"'),
         ("sample.py: prediction of the LoRA ignored", 'prediction_of(told)[0] or sd.prediction', "sd.prediction"),
         ("sample.py: another base not noticed", "if theirs == sd.unet_hash:", "if True:"),

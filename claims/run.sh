@@ -18,7 +18,8 @@ runs=runs/claims
 results=claims/results
 seeds=${SEEDS:-1 2 3 4 5}
 loras=${LORAS:-base none}
-few="1 2"                       # the seeds of what needs no more
+few="1 2"                       # the seeds of what costs much, or is far off,
+three="1 2 3"                   # and of what wants an interval all the same
 sweep_seed=0                    # of the rates, and of nothing else
 precision=fp32                  # of training and sampling: the same for all arms, on every computer
 
@@ -26,7 +27,7 @@ prior() { echo toy/tiny-$1.safetensors; }       # prior v, or prior eps
 
 is_one_of() { [[ " $2 " = *" $1 "* ]]; }        # is_one_of WORD WORDS
 
-extra() { if [ $1 = base ]; then echo 1 2 3; else echo $few; fi; }     # the seeds of fm, and of other ways to sample
+extra() { if [ $1 = base ]; then echo $three; else echo $few; fi; }    # the seeds of fm, and of other ways to sample
 
 locked() {      # locked SECONDS CLAIM/ARM FUNCTION OPTIONS...: see once
     if [ -e "$results/$2.jsonl" ]; then return; fi
@@ -199,7 +200,7 @@ all_sizes() {
     for size in 96 128; do
         once size/$size-prior prior_arm v captions --size $size --n 128
         for seed in $seeds; do for lora in $loras; do for objective in diff2flow dm fm-flip fm; do
-            if is_one_of $seed "$few" || [ "$size $seed" = "96 3" ]; then
+            if is_one_of $seed "$few" || { is_one_of $seed "$three" && [ $size = 96 ]; }; then
                 once size/$size-$lora-$objective-$seed size_arm $lora $objective $size $seed
             fi
         done; done; done
@@ -242,12 +243,11 @@ again_arm() {   # again_arm NAME SEED: train on pairs of the first model
 all_reflows() {
     once reflow/prior prior_arm v captions --objective diff2flow --steps 25 4 2 1
     for seed in $seeds; do
-        if is_one_of $seed "$few"; then
-            for guidance in 4 1; do once reflow/cfg$guidance-$seed reflow_arm $seed $guidance; done
-        fi
+        if is_one_of $seed "$three"; then once reflow/cfg4-$seed reflow_arm $seed 4; fi
+        if is_one_of $seed "$few"; then once reflow/cfg1-$seed reflow_arm $seed 1; fi
     done
     for seed in $seeds; do
-        if is_one_of $seed "$few"; then
+        if is_one_of $seed "$three"; then
             surely reflow/cfg4-$seed reflow_arm $seed 4
             once reflow/again-$seed again_arm $seed
         fi

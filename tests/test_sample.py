@@ -155,6 +155,8 @@ def test_a_lora_is_its_merged_model_and_brings_its_guidance(tiny):
     assert not torch.equal(weights["out.2.weight"], plain.unet.state_dict()["out.2.weight"])
     assert "cfg 1," in works(sample, f"{FEW} --n 1 --ckpt {tiny} --lora lora.safetensors")
     assert "cfg 4," in works(sample, f"{FEW} --n 1 --ckpt {tiny}")
+    assert "cfg 1," in works(sample, f"{FEW} --pairs 1 --ckpt {tiny} --lora lora.safetensors --out again")
+    assert "cfg 7.5," in works(sample, f"{FEW} --pairs 1 --ckpt {tiny} --out pairs")
 
 
 def test_a_lora_remembers_the_prediction_that_it_was_trained_with(tiny):

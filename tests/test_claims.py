@@ -86,6 +86,13 @@ def test_a_table_is_of_the_results_that_meet_every_condition(results, claims_rep
         claims_report(*words, "run.seed=7")
 
 
+def test_a_name_reaches_into_objects_and_lists_and_an_arm_has_no_seed_in_its_name(tmp_path):
+    file = write_lines(tmp_path / "cfg4-12.jsonl", [{"size": [96, 128], "black": {"mean": 0.5}}])
+    row, = report.read_rows([file], [("size.1", "128")])
+    names = "arm", "size.0", "black.mean", "size.2", "arm.0"
+    assert [report.look_up(row, name) for name in names] == ["cfg4", 96, 0.5, None, None]
+
+
 def test_a_name_that_no_result_has_is_an_error(results, claims_report):
     with pytest.raises(ValueError, match="--of frechte: no row has it"):
         claims_report("table", *results, "--by", "run.objective", "--of", "frechte")

@@ -72,9 +72,9 @@ def read_rows(paths, conditions):
     rows = []
     files = [file for path in map(Path, paths) for file in sorted(path.glob("*.jsonl")) or [path]]
     for path in files:
-        run = read_result(path)
+        about = {"run": read_result(path), "arm": re.sub(r"-\d+$", "", path.stem)}
         for line in read_text(path).splitlines():
-            row = {"run": run, "arm": re.sub(r"-\d+$", "", path.stem), **json.loads(line)}
+            row = {**about, **json.loads(line)}
             if all(str(look_up(row, name)) in value.split("|") for name, value in conditions):
                 rows.append(row)
     if not rows:

@@ -79,12 +79,7 @@ done_run() {    # done_run CLAIM/ARM: what was measured, and the curve of its tr
     done_arm $1 "$runs/$1"/judged-*/*.jsonl "$runs/$1/curve.jsonl"
 }
 
-samples_of() {  # samples_of CLAIM/ARM NAME: the samples that were judged become results/NAME.png, if they are here
-    local picture
-    for picture in "$runs/$1"/judged-*/samples.png; do
-        if [ -e "$picture" ]; then cp "$picture" "$results/$2.png"; fi
-    done
-}
+keep() { if [ -e "$2" ]; then cp "$2" "$results/$1"; fi; }      # keep NAME PICTURE: show it, if this computer drew it
 
 # ------------------------------------------------------------------ the learning rates
 
@@ -197,15 +192,17 @@ size_arm() {    # size_arm NAME LORA OBJECTIVE SIZE SEED
 }
 
 all_sizes() {
+    local size some
     for size in 96 128; do
+        if [ $size = 96 ]; then some=$three; else some=$few; fi
         once size/$size-prior prior_arm v captions --size $size --n 128
         for seed in $seeds; do for lora in $loras; do for objective in diff2flow dm fm-flip fm; do
-            if is_one_of $seed "$few" || { is_one_of $seed "$three" && [ $size = 96 ]; }; then
+            if is_one_of $seed "$some"; then
                 once size/$size-$lora-$objective-$seed size_arm $lora $objective $size $seed
             fi
         done; done; done
     done
-    for arm in 128-prior 128-base-diff2flow-1; do samples_of size/$arm size-$arm; done
+    for arm in 128-prior 128-base-diff2flow-1; do keep size-$arm.png $runs/size/$arm/judged-*/samples.png; done
 }
 
 # ------------------------------------------------------------------ claim 8: Reflow, and Reflow again
@@ -252,7 +249,7 @@ all_reflows() {
             once reflow/again-$seed again_arm $seed
         fi
     done
-    for arm in prior cfg4-1 again-1; do samples_of reflow/$arm reflow-$arm; done
+    for arm in prior cfg4-1 again-1; do keep reflow-$arm.png $runs/reflow/$arm/judged-*/samples.png; done
 }
 
 # ------------------------------------------------------------------ claim 9: depth
@@ -269,9 +266,7 @@ all_depths() {
     for seed in $seeds; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
         once depth/$prior-$objective-$seed depth_arm $prior $objective $seed
     done; done; done
-    if [ -e $runs/depth/v-diff2flow-1/before_after.png ]; then
-        cp $runs/depth/v-diff2flow-1/before_after.png $results/depth-samples.png
-    fi
+    keep depth-samples.png $runs/depth/v-diff2flow-1/before_after.png
 }
 
 # ------------------------------------------------------------------ the figures

@@ -15,7 +15,8 @@ scenes, its half width is
 
 Other seeds would have given another mean (A), and so would other scenes (B); n is Welch's and Satterthwaite's number
 of degrees of freedom of such a sum. A measure without a value for each scene has B = 0, and where nothing was trained
-A = 0. Fewer than three seeds of training say too little of A, and have no interval.
+A = 0. Fewer than three seeds of training say too little of A, and have no interval. A model as it was before training
+has no seed, and is compared with every seed of what was trained from it.
 
 The files, or those of a folder, hold JSON lines. A value is called by its name in the line: "all" is line["all"],
 "black.mean" line["black"]["mean"] and "size.0" line["size"][0]. "run.objective" is the objective in "run", which is
@@ -200,7 +201,12 @@ def by_seed(rows, names):
 
 
 def paired_values(ours, theirs, name):
-    """{seed: row} of two arms -> the seeds of both, and the arms' values of a measure, each (seeds, scenes)."""
+    """{seed: row} of two arms -> the seeds of both, and the arms' values of a measure, each (seeds, scenes).
+
+    If theirs was not trained, it has the seed None alone, and its row stands beside each of ours.
+    """
+    if theirs.keys() == {None}:
+        theirs = dict.fromkeys(ours, theirs[None])
     seeds = sorted(ours.keys() & theirs.keys(), key=str)
     return seeds, *(np.array([values_of(arm[seed], name) for seed in seeds]) for arm in (ours, theirs))
 

@@ -2,16 +2,19 @@
 shows what its commands print."""
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import sample
 import train
@@ -165,6 +168,17 @@ def test_without_training_the_scenes_alone_scatter(tmp_path, claims_report):
                             "--against", "0.0", "--by", "prediction", "--of", "all=right", "--percent", "all")
     half = 3.18245 * 0.5 / 2                                      # Student's t of 3, times the spread of -1, 0, 0, 0
     assert printed.splitlines()[2] == f"| v | 0.5 | 1 | -25.0 ({-25 - 100 * half:+.1f} to {-25 + 100 * half:+.1f}) |"
+
+
+def test_a_model_before_training_is_compared_with_every_seed_of_what_was_trained_from_it(tmp_path, claims_report):
+    before = {"run": {}, "model": "prior", "right": 0.5, "scenes": {"right": [0.0, 1.0]}}
+    after = [{"run": {"seed": seed}, "model": "after", "right": fmean(right), "scenes": {"right": right}}
+             for seed, right in enumerate([[0.7, 1.6], [0.9, 1.8], [0.8, 1.7]])]
+    printed = claims_report("paired", write_lines(tmp_path / "rows.jsonl", [before, *after]), "--compare", "model",
+                            "--against", "prior", "--by", "run.lora=LoRA", "--of", "right")
+    seeds, scenes = 0.1**2 / 3, 0.1**2 / 2 / 2              # A: of the means 0.65, 0.85, 0.75; B: of 0.8, 0.7
+    half = stats.t.ppf(0.975, (seeds + scenes)**2 / (seeds**2 / 2 + scenes**2)) * math.sqrt(seeds + scenes)
+    assert printed.splitlines()[2] == f"| None | after | 3 | **+0.75** ({0.75 - half:+#.2g} to {0.75 + half:+#.2g}) |"
 
 
 def test_a_difference_is_bold_where_its_interval_excludes_0():

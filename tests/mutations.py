@@ -289,6 +289,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("claims: two seeds have an interval", "(trained and seeds < 3)", "(trained and seeds < 2)"),
         ("claims: degrees of freedom of the seeds alone", "variance**2 / sum(part**2 / own for part, own in parts)",
          "parts[0][1]"),
+        ("claims: a model before training has no pair", "theirs.keys() == {None}", "False"),
         ("claims: relative to ours", "theirs.mean() if of.name", "ours.mean() if of.name"),
     ]),
     "claims/levels.py": ("tests/test_claims.py", [

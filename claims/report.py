@@ -40,6 +40,8 @@ from sample import read_result
 Column = namedtuple("Column", "name heading")
 COLOURS = {"diff2flow": "#00798c", "dm": "#d1495b", "fm": "#8d96a3", "fm-flip": "#e09f1f"}     # of what is compared
 
+FEW = 5                     # values on a horizontal axis that are each marked, at distances of their logarithms
+
 
 def column(text):
     """NAME or NAME=HEADING -> Column."""
@@ -322,6 +324,11 @@ def draw_lines(axis, rows, args):
             highs.append(max(ys))
         line, = axis.plot(xs, means, marker=".", label=in_words(label, args.words), color=COLOURS.get(label))
         axis.fill_between(xs, lows, highs, alpha=0.2, color=line.get_color())
+    values = sorted({look_up(row, args.x.name) for row in rows})
+    if len(values) <= FEW and values[0] > 0:
+        axis.set_xscale("log")
+        axis.set_xticks(values, values)
+        axis.minorticks_off()
     axis.set_xlabel(args.x.heading)
     axis.legend(fontsize="small")
 
@@ -419,8 +426,9 @@ def arguments():
                          help="the vertical axis is linear and begins at 0 (default: it is logarithmic)")
     of_plot.add_argument("--by", type=column, default="run.objective", metavar="NAME",
                          help="draw one line for each different value of this name (default: run.objective)")
-    of_plot.add_argument("--panel", type=column, nargs="+", default=[column("run.lora=LoRA")], metavar="NAME",
-                         help="draw one panel for each different combination of these values (default: run.lora)")
+    of_plot.add_argument("--panel", type=column, nargs="*", default=[column("run.lora=LoRA")], metavar="NAME",
+                         help="draw one panel for each different combination of these values, without a name a single "
+                              "panel (default: run.lora)")
     of_plot.add_argument("--out", default="plot.png", help="picture that is written (default: plot.png)")
 
     args = parser.parse_args()

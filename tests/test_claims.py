@@ -237,6 +237,16 @@ def test_a_plot_has_a_panel_for_each_lora_and_a_line_of_means_for_each_objective
             assert (heights.min(), heights.max()) == pytest.approx((factor / 11, 2 * factor))
 
 
+def test_a_plot_without_a_panel_is_one_and_few_values_of_x_are_each_marked(tmp_path, monkeypatch):
+    rows = [{"steps": steps, "arm": "prior", "all": steps / 25} for steps in (25, 4, 1, 2)]
+    monkeypatch.setattr(sys, "argv", ["claims/report.py", "plot", str(write_lines(tmp_path / "rows.jsonl", rows)),
+                                      "--x", "steps", "--y", "all", "--by", "arm", "--panel", "--linear"])
+    args = report.arguments()
+    axis, = report.draw(report.read_rows(args.files, args.where), args).axes
+    assert axis.get_title() == "" and axis.get_xscale() == "log"
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "4", "25"]
+
+
 def test_a_plot_is_written(validation, claims_report, tmp_path):
     claims_report("plot", *validation, "--out", tmp_path / "plots/plot.png")
     assert (tmp_path / "plots/plot.png").read_bytes().startswith(b"\x89PNG")

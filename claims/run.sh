@@ -192,12 +192,11 @@ size_arm() {    # size_arm NAME LORA OBJECTIVE SIZE SEED
 }
 
 all_sizes() {
-    local size some
+    local size
     for size in 96 128; do
-        if [ $size = 96 ]; then some=$three; else some=$few; fi
         once size/$size-prior prior_arm v captions --size $size --n 128
         for seed in $seeds; do for lora in $loras; do for objective in diff2flow dm fm-flip fm; do
-            if is_one_of $seed "$some"; then
+            if is_one_of $seed "$three"; then
                 once size/$size-$lora-$objective-$seed size_arm $lora $objective $size $seed
             fi
         done; done; done

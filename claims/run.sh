@@ -192,11 +192,13 @@ size_arm() {    # size_arm NAME LORA OBJECTIVE SIZE SEED
 }
 
 all_sizes() {
-    local size
+    local size some
     for size in 96 128; do
         once size/$size-prior prior_arm v captions --size $size --n 128
         for seed in $seeds; do for lora in $loras; do for objective in diff2flow dm fm-flip fm; do
-            if is_one_of $seed "$three"; then
+            some=$few
+            if [ $size = 96 ] || is_one_of $lora-$objective "base-diff2flow base-dm"; then some=$three; fi
+            if is_one_of $seed "$some"; then
                 once size/$size-$lora-$objective-$seed size_arm $lora $objective $size $seed
             fi
         done; done; done

@@ -196,7 +196,7 @@ all_sizes() {
     for size in 96 128; do
         once size/$size-prior prior_arm v captions --size $size --n 128
         for seed in $seeds; do for lora in $loras; do for objective in diff2flow dm fm-flip fm; do
-            some=$few
+            some=$few                   # at 128 three of what claim 4 compares by an interval
             if [ $size = 96 ] || is_one_of $lora-$objective "base-diff2flow base-dm"; then some=$three; fi
             if is_one_of $seed "$some"; then
                 once size/$size-$lora-$objective-$seed size_arm $lora $objective $size $seed

@@ -1,43 +1,40 @@
-"""Pictures with captions, Reflow's pairs, the order in which items come, and pictures in and out.
+"""Pictures with captions, and the order in which a run uses them.
 
-An item is a dict: image (3, H, W) in [-1, 1] and caption, or, of a pair, noise and latent (z, h, w) and caption.
-A key is epoch * n + i. `Keys` makes every epoch a new permutation, and a photograph's crop depends on the key.
+An item is a dict: image (3, H, W) in [-1, 1] and caption. A key is epoch * n + i: `Keys` makes a new permutation for
+every epoch, and a picture's random crop depends on its key.
 """
-import bisect
+import copy
+import hashlib
 import io
-import json
-import math
 import os
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from files import SOFTWARE, check_replaceable, from_json, open_tensors, read_text, replacing
+from support.files import from_json, read_text
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-LARGEST_SIDE = {".png": 2**31 - 1, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}   # in pixels, of what is written here
 
 
 # ------------------------------------------------------------------ the order of the items
 
-def seed_of(seed, i):
-    """The seed of random stream number i: of picture i, of epoch i, of training step i."""
-    return seed * 1_000_003 + i
+def noises(numbers, shape, seed):
+    """The noise of pictures `numbers` -> (len(numbers), *shape). Picture i's noise depends on (seed, i) alone."""
+    return torch.stack([torch.from_numpy(np.random.default_rng((seed, i)).standard_normal(shape, dtype=np.float32))
+                        for i in numbers])
 
 
 class Keys(Sampler):
-    """The keys at positions from start to stop, in a data set of n items, in whole batches, of which the process `rank`
-    of `ranks` takes every ranks-th.
+    """The keys at positions start to stop of an endless shuffled data set of n items, in whole batches. Process `rank`
+    of `ranks` takes every ranks-th batch.
 
-    A key is a function of (seed, position) alone, so a resumed run begins at another start, and several processes share
-    what one would do.
+    A key depends on (seed, position) alone: a resumed run starts at a later position, and several processes together
+    take the same keys as one.
     """
 
     def __init__(self, n, seed, start, stop, batch=1, rank=0, ranks=1):
@@ -53,53 +50,57 @@ class Keys(Sampler):
             for position in range(start, start + self.batch):
                 epoch, i = divmod(position, self.n)
                 if epoch != order_epoch:
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-                    order, order_epoch = torch.randperm(self.n, generator=generator).tolist(), epoch
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.n).tolist()
+                    order_epoch = epoch
                 yield epoch * self.n + order[i]
 
 
-class Kept(Dataset):
-    """prepare(item) of each item of a data set, made when the item first comes and kept from then on.
+class Memoised(Dataset):
+    """prepare(item) for each item of a data set, computed when it is first used and kept in memory.
 
-    For scenes, which come again and again and are the same each time: their latents are computed once.
+    For procedural scenes, which are the same in every epoch: their latents are computed once.
     """
 
     def __init__(self, dataset, prepare):
-        self.dataset, self.prepare, self.kept = dataset, prepare, {}
+        self.dataset, self.prepare, self.prepared = dataset, prepare, {}
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, key):
         i = key % len(self.dataset)
-        if i not in self.kept:
-            self.kept[i] = self.prepare(self.dataset[i])
-        return self.kept[i]
+        if i not in self.prepared:
+            self.prepared[i] = self.prepare(self.dataset[i])
+        return self.prepared[i]
 
 
 # ------------------------------------------------------------------ lists of files
 
 def progress(items, title, **options):
-    """A bar of what takes more than a second, which vanishes when it is full."""
+    """tqdm for what may take more than a second; the bar disappears at the end."""
     return tqdm(items, title, leave=False, dynamic_ncols=True, delay=1, **options)
 
 
 def files_in(folder):
-    """-> the paths of all files under `folder` as strings, in the order of Paths: by the names of their parts. Without
-    those that a killed writer left half-written."""
+    """-> the paths (str) of all files under `folder`, sorted as Paths are, without half-written *.partial.* files."""
     found = []
     with progress(None, f"listing {folder}", unit="file") as bar:
-        for parent, _, names in os.walk(folder):        # no call for each file: a hundred thousand take half a second
+        for parent, _, names in os.walk(folder):        # no system call per file: half a second for 100,000 files
             found += [os.path.join(parent, name) for name in names if ".partial." not in name]
             bar.update(len(names))
-    return sorted(found, key=lambda path: path.replace(os.sep, "\0"))       # which is before every other character
+    return sorted(found, key=lambda path: path.replace(os.sep, "\0"))       # \0 sorts before every other character
 
 
-# ------------------------------------------------------------------ pictures, in
+def hash_of_name(name):
+    """-> hash (str) of a file's name, by which held-out pictures are chosen: it depends on no other file."""
+    return hashlib.sha256(name.replace(os.sep, "/").encode(errors="surrogateescape")).hexdigest()
+
+
+# ------------------------------------------------------------------ pictures
 
 def open_rgb(path, content=None):
-    """-> PIL image in RGB, upright, alpha on white. ValueError for a damaged file. content: its bytes, if it lies
-    in a tar."""
+    """-> PIL image in RGB, upright, transparency on white. content: the file's bytes, if it is in a tar. ValueError for
+    a damaged file."""
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as file:
             image = ImageOps.exif_transpose(file)
@@ -114,8 +115,7 @@ def open_rgb(path, content=None):
 
 
 def is_picture(path):
-    """Whether the file begins like one. Pillow, which takes ten times as long, is asked about unusual beginnings alone.
-    """
+    """Cheap check of the first bytes; asks Pillow, which takes ten times as long, only if they are unusual."""
     try:
         with open(path, "rb", buffering=0) as file:
             if file.read(4).startswith((b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM")):      # RIFF: .webp
@@ -133,8 +133,10 @@ def pictures_in(folder):
 
 
 def crop_box(image, height, width, right, down):
-    """The largest part of `image` with the shape height x width, `right` and `down` (0 to 1) of the spare way along
-    -> (left, top, right, bottom) in pixels."""
+    """The largest crop of `image` with the aspect ratio of height x width -> (left, top, right, bottom) in pixels.
+
+    right, down: the crop's position, from 0 (left, top) to 1 (right, bottom).
+    """
     scale = min(image.width / width, image.height / height)
     width, height = min(width * scale, image.width), min(height * scale, image.height)
     left, top = right * (image.width - width), down * (image.height - height)
@@ -147,12 +149,12 @@ def to_tensor(image):
 
 
 def centre_crop(image, height, width):
-    """PIL image -> the part in its centre, scaled to height x width (3, H, W)."""
+    """PIL image -> its centre crop, scaled to height x width (3, H, W)."""
     return to_tensor(image.resize((width, height), Image.LANCZOS, box=crop_box(image, height, width, 0.5, 0.5)))
 
 
 def random_crop(image, height, width, rng):
-    """PIL image -> a part of it, scaled to cover height x width, or the mirror image of that part (3, H, W)."""
+    """PIL image -> a random crop, scaled to height x width and flipped half of the time (3, H, W)."""
     box = crop_box(image, height, width, rng.random(), rng.random())
     image = image.resize((width, height), Image.LANCZOS, box=box)
     return to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
@@ -161,7 +163,7 @@ def random_crop(image, height, width, rng):
 # ------------------------------------------------------------------ folders of pictures with captions
 
 def read_metadata(path):
-    """Lines {"file_name": path from the jsonl's own folder, "text": caption} -> {image path: caption}, all strings."""
+    """metadata.jsonl: lines {"file_name": path relative to it, "text": caption} -> {image path: caption}, strings."""
     captions, wanted = {}, '{"file_name": "...", "text": "..."}'
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -174,16 +176,18 @@ def read_metadata(path):
 
 
 class ImageFolder(Dataset):
-    """Photographs under `folder`, scaled to cover height x width, cropped and flipped at random by (seed, key), where
-    key = epoch * n + i: image (3, H, W) in [-1, 1], and a caption from NAME.txt beside the image, else from
-    metadata.jsonl, else "". At the beginning only the first bytes of the images are read, and no NAME.txt."""
+    """Pictures under `folder` with their captions: image (3, H, W) in [-1, 1], caption.
+
+    A caption is NAME.txt beside NAME.jpg, else the picture's line in metadata.jsonl, else "". Pictures are cropped and
+    flipped at random by (seed, key). Opening reads the first bytes of each picture and no NAME.txt.
+    """
 
     def __init__(self, folder, height, width, seed=0):
         folder = Path(os.path.normpath(folder))
         if not folder.is_dir():
-            raise ValueError(f"{folder} is {'a file' if folder.exists() else 'not there'}: give a folder of images")
-        self.height, self.width, self.seed = height, width, seed
-        self.items, self.undecodable, self.illegible = [], set(), set()     # items, and which of them have failed
+            raise ValueError(f"{folder} is {'a file' if folder.exists() else 'missing'}: pass a folder of images")
+        self.folder, self.height, self.width, self.seed = folder, height, width, seed
+        self.items, self.undecodable, self.illegible = [], set(), set()     # the last two: indices into items
         unreadable, metadata, files = [], {}, files_in(folder)
         texts = {path for path in files if path.endswith(".txt")}
         for path in files:
@@ -198,13 +202,29 @@ class ImageFolder(Dataset):
             self.items.append((path, text if text in texts else None, metadata.get(path, "")))
         if not self.items:
             tars = any(path.endswith(".tar") for path in files)
-            raise ValueError(f"{folder} has no readable image ({len(unreadable)} unreadable): give a folder with "
+            raise ValueError(f"{folder} has no readable image ({len(unreadable)} unreadable): pass a folder with "
                              f"{' '.join(SUFFIXES)} files{', or its tars: ' + str(folder / '*.tar') if tars else ''}")
         uncaptioned = [path for path, text, caption in self.items if text is None and not caption]
         for paths, what in (unreadable, "unreadable and skipped"), (uncaptioned, "without a caption"):
             if paths:
                 print(f"warning: {len(paths)} of {len(self.items) + len(unreadable)} images {what}, first {paths[0]}",
                       file=sys.stderr)
+
+    @property
+    def words(self):
+        return f"{len(self):,} pictures in {self.folder}"
+
+    def hold_out(self, n):
+        """Take min(n, a tenth) of the pictures out, chosen by a hash of their names -> n items of them, and words for
+        what they are. With fewer than ten pictures nothing is held out: the items are of training pictures."""
+        by_hash = sorted(self.items, key=lambda item: hash_of_name(os.path.relpath(item[0], self.folder)))
+        count = min(n, len(self) // 10)
+        if not count:
+            return [self[i] for i in range(n)], "training pictures, too few to hold any out"
+        held_out, others = copy.copy(self), set(by_hash[count:])
+        held_out.items, held_out.undecodable, held_out.illegible = by_hash[:count], set(), set()
+        self.items = [item for item in self.items if item in others]
+        return [held_out[i] for i in range(n)], f"{count} held-out pictures"
 
     def __len__(self):
         return len(self.items)
@@ -218,8 +238,7 @@ class ImageFolder(Dataset):
         return {"image": random_crop(image, self.height, self.width, rng), "caption": self.caption(i)}
 
     def caption(self, i):
-        """Of a text file that cannot be read, which is found here, hours after the start: empty, with a warning, once.
-        """
+        """The caption of item i. For an unreadable text file: "", with one warning."""
         _, text, caption = self.items[i]
         if text is None:
             return caption
@@ -232,168 +251,10 @@ class ImageFolder(Dataset):
             return ""
 
     def decode(self, i):
-        """-> RGB image, or None with a warning, once, where the file is damaged behind its header."""
+        """-> RGB image. For a file that is damaged behind its header: None, with one warning."""
         try:
             return open_rgb(self.items[i][0])
         except ValueError as error:
             self.undecodable.add(i)
-            print(f"warning: {error}, left out; {len(self.undecodable)} of {len(self.items)} so far",
+            print(f"warning: {error}, skipped; {len(self.undecodable)} of {len(self.items)} so far",
                   file=sys.stderr)
-
-
-# ------------------------------------------------------------------ Reflow's pairs
-
-def read_pairs(path, tensors=("noise", "latent")):
-    """A file of `sample.py --pairs` -> {"prompts": n strings, "settings": those that made the pairs, and the wanted
-    tensors (n, z, h, w) in float16}."""
-    try:
-        with open_tensors(path) as file:
-            metadata = file.metadata()
-            prompts, settings = from_json(metadata["prompts"]), from_json(metadata["about"])
-            noise, latent = ((part.get_dtype(), part.get_shape()) for part in map(file.get_slice, ("noise", "latent")))
-            if noise != latent or noise[0] != "F16" or len(noise[1]) != 4 or noise[1][0] != len(prompts):
-                raise ValueError(f"{len(prompts)} prompts for noise {noise} and latents {latent}")
-            if not all(isinstance(prompt, str) for prompt in prompts):
-                raise ValueError("a prompt in it is no text")
-            height, width = settings["size"]
-            if not all(isinstance(number, (int, float)) for number in (height, width, settings["cfg"])):
-                raise ValueError("its size or cfg is no number")
-            return {"prompts": prompts, "settings": settings} | {name: file.get_tensor(name) for name in tensors}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: truncated, or no pairs of sample.py: delete it, and they are made again "
-                         f"({error})") from error
-
-
-def batch_file(shard, start):
-    """Where a batch of pairs is kept until its shard is complete -> pairs-NUMBER.from-START.safetensors."""
-    return shard.with_name(f"{shard.stem}.from-{start:05d}.safetensors")
-
-
-def files_of_shard(shard):
-    """The files of a shard (the path pairs-NUMBER.safetensors), whole or in progress, in the order of their pairs
-    -> [(path, its first pair's number in the shard, what read_pairs tells without tensors)].
-
-    A batch that the whole file holds too was left by a process that was killed while it joined them: it is not listed.
-    """
-    files, n, path = [], 0, shard if shard.exists() else batch_file(shard, 0)
-    while path.exists():
-        about = read_pairs(path, ())
-        files.append((path, n, about))
-        n += len(about["prompts"])
-        path = batch_file(shard, n)
-    return files
-
-
-class Pairs(Dataset):
-    """The pairs in a folder: latent and noise (z, h, w), caption. The last `validation` of them are held out: they lie
-    behind the end of the data set, for `pair` alone. `settings` are those that made the pairs."""
-
-    def __init__(self, folder, validation):
-        self.files, self.starts, self.settings, n = [], [], None, 0
-        shards = {path.with_name(path.name.split(".")[0] + ".safetensors")
-                  for path in Path(folder).glob("pairs-*.safetensors")}
-        if not shards:
-            raise ValueError(f"{folder} has no pairs-*.safetensors: sample.py --pairs N --out {folder} makes them")
-        for shard in progress(sorted(shards), "opening pairs", unit="file"):
-            for path, _, about in files_of_shard(shard):
-                if self.settings not in (None, about["settings"]):
-                    raise ValueError(f"{path}: its pairs were made with other settings than those of {self.files[0]}")
-                self.settings = about["settings"]
-                self.files.append(path)
-                self.starts.append(n)
-                n += len(about["prompts"])
-        if n <= validation:
-            raise ValueError(f"{folder} has {n} pairs, of which {validation} are held out (--validation): make more")
-        self.n = n - validation
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, key):
-        return self.pair(key % self.n)
-
-    def pair(self, i):
-        number = bisect.bisect_right(self.starts, i) - 1
-        with open_tensors(self.files[number]) as file:
-            row, prompts = i - self.starts[number], json.loads(file.metadata()["prompts"])
-            noise, latent = (file.get_slice(name)[row].float() for name in ("noise", "latent"))
-            if not (noise.isfinite().all() and latent.isfinite().all()):
-                raise ValueError(f"{self.files[number]}: pair {row} holds NaN or infinity: delete the file, and "
-                                 "sample.py --pairs makes it again")
-            return {"noise": noise, "latent": latent, "caption": prompts[row]}
-
-
-# ------------------------------------------------------------------ pictures, out
-
-def to_pil(image):
-    """(3, H, W) in [-1, 1] -> PIL image"""
-    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-def check_picture_file(path, size):
-    """ValueError if a picture of `size` (width, height) cannot be written to `path`, or must not be."""
-    path = Path(path)
-    largest = LARGEST_SIDE.get(path.suffix.lower())
-    if largest is None or path.is_dir():
-        raise ValueError(f"--out {path}: it must be the name of a picture, which ends in {' '.join(LARGEST_SIDE)}")
-    if max(size) > largest:
-        raise ValueError(f"{path}: it would have {size[0]}x{size[1]} pixels, a {path.suffix} at most {largest} "
-                         "a side: write a .png, or fewer pictures")
-    check_replaceable(path)
-
-
-def save_picture(path, picture, making):
-    """Write a PIL image, whole or not at all. `making` says how it was made, where other tools look for that: a .png's
-    text "parameters", the Exif of others."""
-    making = making.encode(errors="replace").decode()       # a .jsonl can smuggle in what UTF-8 does not know
-    text, exif = PngInfo(), Image.Exif()
-    text.add_itxt("parameters", making)
-    exif[ExifTags.Base.Software] = SOFTWARE
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + making.encode("utf-16-be")
-    with replacing(path) as temporary:
-        picture.save(temporary, pnginfo=text, exif=exif)
-
-
-class GridPlan:
-    """Where n pictures of height x width lie in a grid, row by row, with one text a row on the left (row_labels), and
-    one text a picture below it (captions). .size is the grid's (width, height) in pixels."""
-
-    font, line, gap = ImageFont.load_default(size=11), 14, 4
-
-    def __init__(self, n, height, width, columns, row_labels=None, captions=None):
-        zoom = max(1, round(128 / max(height, width)))
-        self.columns, self.height, self.width = columns, height * zoom, width * zoom
-        self.captions = [textwrap.wrap(text, self.width // 6, max_lines=5, placeholder=" ...")
-                         for text in captions or []]
-        self.row_labels = [textwrap.wrap(text, 16) for text in row_labels or []]
-        self.row = self.height + self.line * max(map(len, self.captions), default=0) + self.gap
-        self.margin = max((int(self.font.getlength(text)) + 3 * self.gap for label in self.row_labels
-                           for text in label), default=self.gap)
-        self.size = self.margin + columns * (self.width + self.gap), self.gap + math.ceil(n / columns) * self.row
-
-    def place(self, i):
-        """-> the left upper corner of picture i."""
-        return self.margin + i % self.columns * (self.width + self.gap), self.gap + i // self.columns * self.row
-
-    def draw(self, images):
-        """images (n, 3, height, width) in [-1, 1] -> PIL image"""
-        grid = Image.new("RGB", self.size, (238, 238, 238))
-        texts = []                                      # (x, y, lines)
-        for i, image in enumerate(images):
-            x, y = self.place(i)
-            grid.paste(to_pil(image).resize((self.width, self.height), Image.BICUBIC), (x, y))
-            texts.append((x, y + self.height, self.captions[i] if self.captions else []))
-        for row, label in enumerate(self.row_labels):
-            _, y = self.place(row * self.columns)
-            texts.append((2 * self.gap, y + (self.height - self.line * len(label)) // 2, label))
-        for x, y, lines in texts:
-            for number, text in enumerate(lines):
-                ImageDraw.Draw(grid).text((x, y + number * self.line), text, "black", self.font)
-        return grid
-
-
-def save_grid(path, images, columns, making, row_labels=None, captions=None):
-    """images (N, 3, H, W) in [-1, 1], row by row; row_labels: one text a row; captions: one text an image."""
-    plan = GridPlan(len(images), *images.shape[2:], columns, row_labels, captions)
-    save_picture(path, plan.draw(images), making)

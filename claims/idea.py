@@ -8,8 +8,8 @@ import torch
 from matplotlib.figure import Figure
 
 from diff2flow import Diff2Flow, alpha_sigma
-from files import cli, replacing
 from schedule import sd_schedule
+from support.files import cli, replacing
 
 MODES = torch.tensor([-1.5, 0.1, 1.4])      # the data: one of these three numbers,
 WIDTH = 0.06                                # plus Gaussian noise of this standard deviation

@@ -24,8 +24,8 @@ from claims.report import (
     save_figure,
 )
 from claims.weights import weights
-from files import check_replaceable, cli
-from train import spread_times
+from support.files import check_replaceable, cli
+from support.validation import spread_times
 
 BOUNDS = np.linspace(0, 1, 9)                       # of t_fm: eight bins
 TICKS = [0.5, 1, 2, 5, 10, 20, 50]                  # of weights

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from claims import levels, report
-from files import cli, replacing
+from support.files import cli, replacing
 
 PAGE = Path("claims/README.md")
 COMMAND = re.compile(r"^    python -m (claims\.(?:report|levels) (?:.*\\\n)*.*)\n(?:\n((?:\|.*\n)+))?", re.MULTILINE)

@@ -34,8 +34,8 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
-from files import SOFTWARE, check_replaceable, cli, read_text, replacing
-from sample import read_result
+from support.files import SOFTWARE, check_replaceable, cli, read_text, replacing
+from support.load import read_result
 
 Column = namedtuple("Column", "name heading")
 COLOURS = {"diff2flow": "#00798c", "dm": "#d1495b", "fm": "#8d96a3", "fm-flip": "#e09f1f"}     # of what is compared

@@ -13,8 +13,8 @@ So inside the trained range Diff2Flow's loss is the network's own with another w
 import torch
 from matplotlib.figure import Figure
 
-from files import cli, replacing
 from schedule import sd_schedule
+from support.files import cli, replacing
 
 OUT = "claims/weights.png"
 LEVELS = [0, 50, 100, 200, 400, 600, 800, 900, 999]     # timesteps in the printed table

@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import evaluate
 import numpy as np
 import open_clip
 import torch
@@ -40,7 +41,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import depth
-import evaluate
 import lora
 import sample
 import train

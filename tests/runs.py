@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from files import cli, open_tensors
 from PIL import Image
 from safetensors.torch import load_file
 
 import sample
 import train
-from files import cli, open_tensors
 from model import TINY, StableDiffusion
 
 SHORT = "--steps 4 --batch 2 --grad-accum 1 --lr 1e-3 --validation 2 --previews 2 --scenes 8 --size 32 "

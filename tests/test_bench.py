@@ -2,12 +2,12 @@
 import json
 import sys
 
+import bench
 import numpy as np
 import pytest
 import torch
-
-import bench
 from bench import Case
+
 from tests.checkpoints import NARROW
 from tests.runs import call
 

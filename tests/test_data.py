@@ -9,12 +9,12 @@ import struct
 import numpy as np
 import pytest
 import torch
+from files import save_tensors
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
 from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_picture, to_pil
-from files import save_tensors
 from tests.runs import save_photo, save_photos
 
 

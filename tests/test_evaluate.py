@@ -3,6 +3,7 @@ import json
 import os
 import sys
 
+import evaluate
 import numpy as np
 import open_clip
 import pytest
@@ -11,8 +12,6 @@ import torch.nn.functional as F
 import torch_fidelity
 from PIL import Image
 from scipy.linalg import sqrtm
-
-import evaluate
 
 
 def rand(*shape, seed):

@@ -8,9 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
-
 from files import check_range, cli, from_json, open_tensors, read_text, replacing, save_tensors
+from torch.utils.data import DataLoader
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import files
 import numpy as np
 import pytest
+import run
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import files
-import run
 import sample
 import train
 from data import pictures_in

@@ -5,16 +5,16 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import storage
 import torch
 from safetensors.torch import save_file
+from storage import Tars
 from torch.utils.data import DataLoader
 
 import data
-import storage
 import train
 from data import ImageFolder
 from model import StableDiffusion, load_checkpoint
-from storage import Tars
 from tests import runs
 from tests.runs import (
     SHORT,

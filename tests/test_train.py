@@ -13,16 +13,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import run
 import torch
+from files import replacing
 from safetensors.torch import load_file, save_file
 
 import depth
-import run
 import sample
 import train
 from data import read_pairs
 from diff2flow import Diff2Flow
-from files import replacing
 from model import StableDiffusion, load_checkpoint
 from sample import load_flow
 from tests import runs

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from files import SOFTWARE, check_replaceable, maker_of, save_tensors
 from PIL import Image
 
 import depth
@@ -14,7 +15,6 @@ import lora
 import sample
 import train
 from data import save_picture
-from files import SOFTWARE, check_replaceable, maker_of, save_tensors
 from tests import runs
 from tests.runs import FEW, SHORT, call, metadata, refusal, save_photo, save_photos, works
 from tests.test_sample import write_lora

@@ -34,15 +34,25 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import lora
-from data import save_grid
-from depth import DepthScenes, align, depth_errors
+from depth import DepthScenes
 from diff2flow import OBJECTIVES, Diffusion, alpha_sigma, interpolate
-from files import SOFTWARE, check_range, check_replaceable, cli, open_tensors, replacing, save_tensors
-from sample import BUNDLED_PRIOR, draw, guidance, load_flow, objective_of, pick_device, pick_precision, read_result
 from schedule import sd_schedule
+from support.files import SOFTWARE, check_range, check_replaceable, cli, open_tensors, replacing, save_tensors
+from support.load import (
+    BUNDLED_PRIOR,
+    guidance,
+    load_flow,
+    objective_of,
+    pick_device,
+    pick_precision,
+    picture_size,
+    read_result,
+)
+from support.lora_file import is_lora_file, read_metadata
+from support.pictures import save_grid
+from support.validation import spread_times
+from tools.measure_depth import align, depth_errors
 from toy.scenes import LABELS, PLAIN, Scenes, render
-from train import spread_times
 
 SIZE = 64                                           # pixels a side of what the classifier sees
 CLASSES = [len(classes) for classes in LABELS.values()]     # the number of classes of each attribute
@@ -188,11 +198,11 @@ def load_model(path, device, task, objective=None):
     """
     path = Path(path)
     tells = path.suffix == ".safetensors"                           # a .ckpt has no metadata
-    its_own = lora.read_metadata(path).get("objective") if tells else None
+    its_own = read_metadata(path).get("objective") if tells else None
     objective = objective or its_own
     if objective not in (None, *OBJECTIVES):
         raise ValueError(f"{path}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
-    is_lora = tells and lora.is_lora_file(path)
+    is_lora = tells and is_lora_file(path)
     files = {"lora_file": path} if is_lora else {"ckpt": path}
     sd, flow = load_flow(**files, device=device, task=task, objective=objective)
     run, number = read_result(path), path.stem.rpartition("-")[2]
@@ -262,7 +272,9 @@ def sample_pictures(sd, flow, captions, noise, steps, cfg, batch):
         x0 = noise[start:start + batch].to(grid.device)
         points = [x0 / (alpha + sigma)]             # the path's first x_fm, where x_dm = x0 (Eq. 13)
         context = sd.encode_text(captions[start:start + batch])
-        pictures.append(draw(sd, flow, x0, context, steps, cfg=cfg, callback=points.append).clamp(-1, 1))
+        uncond = sd.encode_text([""])
+        x1 = flow.sample(x0, context, steps, uncond, cfg, points.append)
+        pictures.append(sd.decode(x1).float().clamp(-1, 1))
         straight += straightness(points, grid) * len(x0) / len(captions)
     pictures = torch.cat(pictures)
     if pictures.shape[2:] != (SIZE, SIZE):
@@ -309,7 +321,7 @@ def captions(args):
         raise ValueError(f"--t-shift {args.t_shift:g}: only DDIM has a timestep to shift; add --objective dm")
     out, (device, amp) = Path(args.out), begin(args, "samples.png", "captions.jsonl")
     models = [load_model(path, device, "text-to-image", args.objective) for path in args.models]
-    sizes = [tuple(sd.picture_size(args.size)) for sd, _, _ in models]
+    sizes = [tuple(picture_size(sd, args.size)) for sd, _, _ in models]
     settings = {name: vars(args)[name] for name in ("n", "seed", "style", "t_shift", "precision", "device")}
     classifier = load_classifier(args.style, device)
     real = real_scenes(args, classifier, models[0][0], device)
@@ -352,7 +364,7 @@ def velocity(args):
     """Of text-to-image models, on held-out scenes."""
     (device, amp), rows = begin(args, "velocity.jsonl"), []
     for sd, flow, origin in [load_model(path, device, "text-to-image") for path in args.models]:
-        size = sd.picture_size(args.size)
+        size = picture_size(sd, args.size)
         world = Scenes(args.n, *size, args.style, HELD_OUT_SEED + args.seed)
         noise = seeded_noise(args, sd.latent_shape(size))
         with amp:
@@ -381,7 +393,7 @@ def plain(args):
     (device, amp), rows, pictures = begin(args, "samples.png", "plain.jsonl"), [], []
     prompts, shown = {"black": "a black image", "white": "a white image"}, min(args.n, 4)
     for sd, flow, origin in [load_model(path, device, "text-to-image", args.objective) for path in args.models]:
-        cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(sd.picture_size()))
+        cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(picture_size(sd)))
         for steps in args.steps:
             row = {**origin, "n": args.n, "seed": args.seed, "precision": args.precision, "steps": steps, "cfg": cfg,
                    "scenes": {}}
@@ -426,7 +438,7 @@ def depth(args):
         noise = torch.randn((max(args.ensemble), *picture.shape), generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:
             with amp:
-                members = [draw(sd, flow, x0, picture, steps).mean(1)
+                members = [sd.decode(flow.sample(x0.to(device), picture, steps)).float().mean(1)
                            for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
             for ensemble in args.ensemble:
                 prediction = torch.stack(members[:ensemble]).mean(0).clamp(-1, 1).double().cpu().numpy()

@@ -3,17 +3,19 @@
     python -m toy.make_prior autoencoder --out runs/autoencoder
     python -m toy.make_prior prior --ckpt runs/autoencoder/model.safetensors --out runs/prior
     python -m toy.make_prior decoder --ckpt runs/prior/model.safetensors --seed 1 --out runs/decoder
-    python -m toy.make_prior prior --resume runs/prior          go on with a run that was stopped, to the same result
+    python -m toy.make_prior prior --resume runs/prior          resume a run that was stopped, to the same result
 
 Each command writes a checkpoint, OUT/model.safetensors, in Stable Diffusion's layout:
-    autoencoder    learns to encode and decode both styles of scenes, and depth maps in grey; the latents get variance 1
-    prior          UNet and text encoder learn the diffusion loss (objective dm) on solid scenes with captions
-    decoder        the decoder learns on alone: the latents stay as they are, and so does the prior
-A run is a folder as train.py's are. toy/README.md has the commands and the times of the bundled files.
+    autoencoder    trained on both styles of scenes and on grey depth maps; the latents get variance 1
+    prior          UNet and text encoder, trained by the diffusion loss (objective dm) on solid scenes with captions
+    decoder        the decoder alone is trained further, so that the latents, and with them the prior, stay the same
+A run is a folder like those of train.py. toy/README.md has the commands and the times of the bundled files.
 """
 import argparse
 import copy
 import shlex
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,29 +23,28 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import run
 import train
-from data import Keys, save_grid, seed_of
+from data import Keys, progress
 from depth import normalise_depth
-from files import check_range, cli
-from model import LATENT_SCALE, TINY, StableDiffusion, load_checkpoint
-from sample import BUNDLED_PRIOR, make_flow, pick_device, pick_precision
+from model import LATENT_SCALE, TINY, StableDiffusion
+from support import state
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.files import check_range, cli
+from support.load import BUNDLED_PRIOR, make_flow, pick_device, pick_precision, picture_size
+from support.pictures import save_grid
+from support.processes import Ranks
+from support.run import check_new, open_run, save_weights
+from support.validation import VALIDATION_SEED, Validation, finish, measure, measure_before
 from toy.scenes import Scenes
 
-TASKS = ("autoencoder", "prior", "decoder")
-RECIPES = {  # each setting by task
-    #              autoencoder  prior    decoder
-    "steps":       (1600,       16_000,  1000),
-    "batch":       (16,         32,      16),
-    "lr":          (1.5e-3,     1e-3,    1e-3),
-    "warmup":      (100,        200,     100),
-    "scenes":      (48_000,     20_000,  48_000),
-    "validation":  (512,        64,      512),
+RECIPES = {
+    "autoencoder": dict(steps=1600, batch=16, lr=1.5e-3, warmup=100, scenes=48_000, validation=512),
+    "prior": dict(steps=16_000, batch=32, lr=1e-3, warmup=200, scenes=20_000, validation=64),
+    "decoder": dict(steps=1000, batch=16, lr=1e-3, warmup=100, scenes=48_000, validation=512),
 }
-FIXED = {  # settings of train.py that are the same for all three
-    "decay": "cosine", "grad_accum": 1, "clip": 1.0, "ema": 0.999, "caption_dropout": 0.1, "t_sampling": "uniform",
-    "objective": "dm", "style": "solid", "lora": "none", "keep": False, "data": None, "use_ema": False, "previews": 16,
-}
+FIXED = dict(  # settings of train.py that are the same for all three
+    decay="cosine", grad_accum=1, clip=1.0, ema=0.999, caption_dropout=0.1, objective="dm", style="solid", lora="none",
+    keep=False, data=None, use_ema=False, previews=16)
 
 
 # ------------------------------------------------------------------ settings
@@ -54,37 +55,37 @@ def arguments():
     add = parser.add_argument
 
     def default(name):
-        return "(default: " + ", ".join(f"{value} {task}" for value, task in zip(RECIPES[name], TASKS)) + ")"
+        return "(default: " + ", ".join(f"{task} {recipe[name]}" for task, recipe in RECIPES.items()) + ")"
 
-    add("task", choices=TASKS, help="what to train")
+    add("task", choices=list(RECIPES), help="what to train")
     add("--ckpt", help="checkpoint to start from (default: the bundled v-prior; the autoencoder starts from nothing)")
-    add("--prediction", choices=["v", "eps"], help="what the prior learns to predict (default: as its checkpoint says)")
+    add("--prediction", choices=["v", "eps"], help="what the prior learns to predict (default: from its checkpoint)")
     add("--steps", type=int, help=f"optimizer steps {default('steps')}")
     add("--batch", type=int, help=f"pictures in a step {default('batch')}")
     add("--lr", type=float, help=f"learning rate of Adam {default('lr')}")
-    add("--warmup", type=int, help=f"steps in which the learning rate rises {default('warmup')}")
+    add("--warmup", type=int, help=f"steps of linear learning-rate warm-up {default('warmup')}")
     add("--scenes", type=int, help=f"number of different scenes {default('scenes')}")
     add("--validation", type=int, help=f"number of held-out pictures {default('validation')}")
     add("--preview-every", type=int, default=1000, help="steps between previews, 0 for none (default: 1000)")
     add("--save-every", type=int, default=1000, help="steps between saves (default: 1000)")
     add("--precision", choices=["bf16", "fp32"],
-        help="of the forward pass (default: bf16 where the device computes it, else fp32)")
+        help="of forward passes (default: bf16 where the device has it, else fp32)")
     add("--seed", type=int, default=0, help="seed of the scenes, their order, the noise and the times (default: 0)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", help="folder of the run (default: runs/, the task and the time)")
-    add("--resume", help="folder of a run to go on with; its own settings apply")
+    add("--resume", help="folder of a run to resume with its own settings")
     args = parser.parse_args()
     if args.resume:
-        saved = run.saved_settings(args.resume)
+        saved = state.saved_settings(args.resume)
         if saved["task"] != args.task:
             raise ValueError(f"--resume {args.resume}: a run of the task {saved['task']}, not {args.task}")
-        return argparse.Namespace(**run.resumed_settings(args.resume, run.given_flags(parser, args)))
-    for name, row in RECIPES.items():
+        return argparse.Namespace(**state.resumed_settings(args.resume, state.given_flags(parser, args)))
+    for name, value in RECIPES[args.task].items():
         if getattr(args, name) is None:
-            setattr(args, name, row[TASKS.index(args.task)])
+            setattr(args, name, value)
     check_range(args, 1, 1e9, "steps", "batch", "scenes", "validation", "save_every")
     check_range(args, 0, 1e9, "preview_every", "warmup")
-    check_range(args, 0, 2**32, "seed")
+    check_range(args, 0, 2**32 - 1, "seed")
     check_range(args, 1e-12, 1, "lr")
     if args.prediction and args.task != "prior":
         raise ValueError(f"--prediction {args.prediction}: only the prior predicts v or eps")
@@ -94,7 +95,7 @@ def arguments():
 # ------------------------------------------------------------------ the autoencoder
 
 class AutoencoderPictures(Dataset):
-    """What the autoencoder learns: solid scenes and outlines in turn; every eighth picture is a depth map in grey."""
+    """Training pictures of the autoencoder: solid scenes and outlines in turn; every eighth is a grey depth map."""
 
     def __init__(self, n, seed):
         self.solid, self.outline = (Scenes(n, 64, 64, style, seed) for style in ("solid", "outline"))
@@ -122,10 +123,10 @@ def autoencoder_loss(vae, images):
 
 @torch.no_grad()
 def standardise(vae, images):
-    """Make the scaled latents of `images` (N, 3, H, W) have mean 0 and variance 1 in each channel, as the noise has.
+    """Give the scaled latents of `images` (N, 3, H, W) mean 0 and variance 1 in each channel, as noise has.
 
-    A shift and a scale go into the last conv of the encoder, and their inverse into the first one of the decoder: what
-    is decoded stays the same.
+    A shift and a scale are folded into the encoder's last conv, and their inverse into the decoder's first: decoded
+    pictures stay the same.
     """
     mean = torch.cat([vae.moments(batch)[0] for batch in images.split(64)])
     shift, scale = mean.mean((0, 2, 3)), mean.std((0, 2, 3)) * LATENT_SCALE
@@ -138,7 +139,7 @@ def standardise(vae, images):
 
 
 def load_autoencoder(args, device):
-    """-> sd, {name: parameter} of what is trained: the autoencoder, or its decoder alone."""
+    """-> sd, {name: parameter} to train: the autoencoder, or its decoder alone."""
     if args.task == "autoencoder" and args.ckpt is None:
         sd = StableDiffusion(TINY, "v").to(device)
         log_variance = sd.first_stage_model.quant_conv.bias.data[sd.config.latent_channels:]
@@ -151,18 +152,18 @@ def load_autoencoder(args, device):
 
 
 def save_autoencoder(args, out, sd, pictures):
-    """Write the checkpoint. A new autoencoder is standardised in the file alone, and goes on learning as it is."""
+    """Write the checkpoint. A new autoencoder is standardised in the file only; its training continues unchanged."""
     vae = sd.first_stage_model
     before = copy.deepcopy(vae.state_dict())
     if args.task == "autoencoder":
         standardise(vae, pictures[::2])                             # the solid ones
-    sd.save(out / "model.safetensors", torch.float16, resolution="64")
+    save_checkpoint(sd, out / "model.safetensors", torch.float16, resolution="64")
     vae.load_state_dict(before)
 
 
 @torch.no_grad()
 def preview_autoencoder(out, vae, pictures, step):
-    """Write the first held-out pictures, and below each what is decoded from its latents."""
+    """Write a grid of held-out pictures, and below them the same encoded and decoded."""
     shown, path = pictures[:16], out / f"step_{step:06d}.png"
     decoded = vae.decode(vae.moments(shown)[0]).float()
     making = f"{out}, step {step}: pictures, encoded and decoded"
@@ -170,51 +171,35 @@ def preview_autoencoder(out, vae, pictures, step):
     tqdm.write(f"step {step}: squared error {F.mse_loss(decoded, shown):.4f} on held-out pictures, {path}")
 
 
-def train_autoencoder(args, job, amp, sd, trained, pictures):
-    """The loop of train.py with another loss. pictures (N, 3, 64, 64) are held out."""
-    out, vae, dataset = job.out, sd.first_stage_model, AutoencoderPictures(args.scenes, args.seed)
+def train_autoencoder(args, run, sd, trained, autocast):
+    """The loop of train.py with another loss."""
+    vae, dataset = sd.first_stage_model, AutoencoderPictures(args.scenes, args.seed)
     optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), train.EMA(trained)
-    start = run.restore(run.state_file(args.resume), ema, optimizer) if args.resume else 0
-    keys = Keys(len(dataset), args.seed, start * args.batch, args.steps * args.batch)
-    metrics = run.Metrics(args, out, start)
-    batches = metrics.timed(iter(DataLoader(dataset, args.batch, sampler=keys)))
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", dynamic_ncols=True)
-    job.stop.waits = True
-    for step in bar:
-        torch.manual_seed(seed_of(args.seed, step))
-        optimizer.param_groups[0]["lr"] = lr = train.learning_rate(step, args)
-        images = next(batches)["image"].to(sd.device, memory_format=torch.channels_last)
-        with amp:
-            loss = autoencoder_loss(vae, images)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
+    keys = Keys(len(dataset), args.seed, run.start * args.batch, args.steps * args.batch)
+    for step, batches in run.steps(DataLoader(dataset, args.batch, sampler=keys), optimizer, ema):
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, args)
+        for batch in batches:
+            with autocast:
+                images = batch["image"].to(sd.device, memory_format=torch.channels_last)
+                loss = autoencoder_loss(vae, images)
+            loss.backward()
+            run.log(loss=loss)
+        run.log(norm=torch.nn.utils.clip_grad_norm_(trained.values(), args.clip))
         optimizer.step()
         optimizer.zero_grad()
         ema.update(step, args.ema)
 
-        done = step + 1
-        saving = done % args.save_every == 0 or done == args.steps or job.stop.came
-        metrics.add(done, loss.detach(), norm, lr, bar, now=saving)
-        with ema.in_place():
-            if saving:
-                save_autoencoder(args, out, sd, pictures)
-            if args.preview_every and done % args.preview_every == 0:
-                with amp:
-                    preview_autoencoder(out, vae, pictures, done)
-        if saving:  # the state comes last: a run killed before it is there makes the other files again
-            run.save_state(out, args, done, ema, optimizer)
-        if job.stop.came and done < args.steps:
-            raise run.Stopped(done, args.steps)
-    job.stop.waits = False
 
-
-def make_autoencoder(args, device, amp, job):
+def make_autoencoder(args, out, device, autocast):
     sd, trained = load_autoencoder(args, device)
-    held_out = AutoencoderPictures(args.validation, train.HELD_OUT_SEED)
+    held_out = AutoencoderPictures(args.validation, VALIDATION_SEED)
     pictures = torch.stack([held_out[i]["image"] for i in range(args.validation)]).to(device)
-    print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters\n{describe(args, job.out)}")
-    train_autoencoder(args, job, amp, sd, trained, pictures)
-    weights = str(job.out / "model.safetensors")
+    print(f"{args.task}: {sum(p.numel() for p in trained.values()):,} trainable parameters\n{describe(args, out)}")
+    with open_run(args, out, Ranks(device), resume_command(args, out)) as run:
+        run.save_weights = lambda step: save_autoencoder(args, out, sd, pictures)
+        run.preview = lambda step: preview_autoencoder(out, sd.first_stage_model, pictures, step)
+        train_autoencoder(args, run, sd, trained, autocast)
+    weights = str(out / "model.safetensors")
     command = ["python", "sample.py"] if args.task == "decoder" else ["python", "-m", "toy.make_prior", "prior"]
     print(f"weights: {weights}\nnext: {shlex.join([*command, '--ckpt', weights])}")
 
@@ -222,35 +207,38 @@ def make_autoencoder(args, device, amp, job):
 # ------------------------------------------------------------------ the prior
 
 def load_prior(args, device):
-    """-> sd, {name: parameter} of what is trained: all of the UNet, and of the text encoder what the UNet sees."""
+    """-> sd, {name: parameter} to train: the UNet, and the part of the text encoder that it uses."""
     sd = load_checkpoint(args.ckpt or BUNDLED_PRIOR, device, prediction=args.prediction)
     sd.unet.to(memory_format=torch.channels_last).train()
     trained = dict(sd.unet.requires_grad_().named_parameters())
     for name, parameter in sd.text_encoder.named_parameters():
-        if name != "text_projection":       # it is of the pooled output, which Stable Diffusion leaves aside
+        if name != "text_projection":       # for the pooled output, which Stable Diffusion does not use
             trained[f"text.{name}"] = parameter.requires_grad_()
     return sd, trained
 
 
-def make_prior(args, device, amp, job):
-    """As train.py trains all weights on scenes with captions, and the text encoder with them."""
-    out, (sd, trained) = job.out, load_prior(args, device)
-    flow, size = make_flow(sd, args.objective), list(sd.picture_size())
+def make_prior(args, out, device, autocast):
+    """Train all weights on scenes with captions, as train.py does, and the text encoder with them."""
+    sd, trained = load_prior(args, device)
+    flow, size = make_flow(sd, args.objective), list(picture_size(sd))
     dataset = Scenes(args.scenes, *size, args.style, args.seed)
-    held_out = Scenes(args.validation, *size, args.style, train.HELD_OUT_SEED)
+    held_out = Scenes(args.validation, *size, args.style, VALIDATION_SEED)
     items = [held_out[i] for i in range(args.validation)]
     metadata = {"objective": args.objective, "style": args.style, "prediction": sd.prediction, "task": args.task,
                 "schedule": "scaled_linear", "preset": "none", "base": Path(args.ckpt or BUNDLED_PRIOR).name,
                 "resolution": " ".join(map(str, size))}
-    print(f"prior: {sum(p.numel() for p in trained.values()):,} trainable parameters, {sd.prediction}-network\n"
+    print(f"prior: {sum(p.numel() for p in trained.values()):,} trainable parameters, {sd.prediction}-prediction\n"
           f"{describe(args, out)}")
-    with amp:
-        validation = train.Validation(args, out, sd, flow, train.text_to_image, items)
-        before = train.look_before(args, validation, dataset)
-    ema = train.train(args, job, amp, sd, flow, train.text_to_image, trained, dataset, validation, metadata)
-    with ema.in_place(), amp:
-        after = validation.velocity_error(), validation.draw(4, validation.cfg_few)
-    train.finish(args, out, validation, items, size, before, after)
+    with open_run(args, out, Ranks(device), resume_command(args, out), sd.unet_hash) as run:
+        latents = [train.encode_item(sd, item) for item in progress(items, "encoding held-out items")]
+        validation = Validation(args, out, sd, flow, train.text_to_image, latents, "other scenes", autocast)
+        before = measure_before(validation)
+        run.preview, run.save_weights = validation.preview, partial(save_weights, args, out, sd, metadata)
+        loader = train.load_batches(args, sd, dataset, run)
+        ema = train.train(args, run, sd, flow, trained, loader, train.text_to_image, autocast)
+        with ema.in_place():
+            after = measure(validation)
+        finish(validation, items, size, before, after)
 
 
 # ------------------------------------------------------------------ the command line
@@ -260,15 +248,19 @@ def describe(args, out):
             f"seed {args.seed}, into {out}/")
 
 
+def resume_command(args, out):
+    return shlex.join(["python", "-m", "toy.make_prior", args.task, "--resume", str(out)])
+
+
 def main():
     args = arguments()
     device = pick_device(args.device)
-    args.precision, amp = pick_precision(args.precision, device)
-    out = train.run_folder(args)
-    command = ["python", "-m", "toy.make_prior", args.task, "--resume", str(out)]
-    with run.job(out, run.Ranks(device), shlex.join(command)) as job:
-        torch.manual_seed(args.seed)
-        (make_prior if args.task == "prior" else make_autoencoder)(args, device, amp, job)
+    args.precision, autocast = pick_precision(args.precision, device)
+    out = Path(args.resume or args.out or f"runs/{args.task}-{datetime.now():%Y%m%d-%H%M%S}")
+    if not args.resume:
+        check_new(out)
+    torch.manual_seed(args.seed)
+    (make_prior if args.task == "prior" else make_autoencoder)(args, out, device, autocast)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """How fast is it, and beside whom? Ours and a peer's, with the same weights and shapes, measured in turn.
 
-    python bench.py unet --arch sd15 sd21 --size 256 512 --dtype fp32 autocast bf16 --where
-    python bench.py train --arch sd21 --weights base none --json rows.jsonl
-    python bench.py sample load data
-    python bench.py open --batch 1000 10000 100000
+    python -m tools.bench unet --arch sd15 sd21 --size 256 512 --dtype fp32 autocast bf16 --where
+    python -m tools.bench train --arch sd21 --weights base none --json rows.jsonl
+    python -m tools.bench sample load data
+    python -m tools.bench open --batch 1000 10000 100000
 
 what      ours                                         the peer
 unet      a forward pass of model.UNet                 diffusers' UNet2DConditionModel, on CUDA with fused q, k and v
 train     a step of train.py's loop, latents cached    diffusers' UNet in the loop of its text-to-image example; peft
-sample    sample.draw with guidance 4, decoded         diffusers' StableDiffusionPipeline, as many Euler steps
-load      model.load_checkpoint, in the file's format  reading the file's bytes
+sample    Algorithm 2 with guidance 4, decoded         diffusers' StableDiffusionPipeline, as many Euler steps
+load      load_checkpoint, in the file's format      reading the file's bytes
 data      data.ImageFolder in a DataLoader             torchvision's transforms in a DataLoader of as many workers
 open      data.ImageFolder of --batch pictures         torchvision's ImageFolder, which opens no file
 
@@ -43,9 +43,13 @@ from torch.utils.data import DataLoader
 
 import lora
 from data import ImageFolder, progress
-from files import check_range, cli, replacing
-from model import SD15, SD21, StableDiffusion, load_checkpoint
-from sample import draw, make_flow, pick_device, sigma_grid
+from model import SD15, SD21, StableDiffusion
+from sample import sigma_grid
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.files import check_range, cli, replacing
+from support.load import make_flow, pick_device
+from support.names import unet_path
+from support.packed import pack
 from train import EMA
 
 ARCHITECTURES = {"sd15": (SD15, "eps"), "sd21": (SD21, "v")}
@@ -85,7 +89,7 @@ def weights_file(arch):
         for parameter in sd.parameters():
             if not parameter.any():                         # as the last layers of residual branches are at the start
                 torch.nn.init.normal_(parameter, std=0.02)
-        sd.save(path, torch.float16)
+        save_checkpoint(sd, path, torch.float16)
     return path
 
 
@@ -133,7 +137,7 @@ def peer_unet(case, sd):
 
 def unet_ours(case):
     sd, x, t, context, amp = prepare(case)
-    sd.pack()
+    pack(sd)
     net = torch.compile(sd.unet) if case.compile else sd.unet
 
     @torch.no_grad()
@@ -186,7 +190,7 @@ def train_peer(case):
     from diffusers.training_utils import EMAModel
     sd, x1, _, context, amp = prepare(case)
     adapted = {} if case.weights == "none" else {
-        sd.unet.diffusers_path(path): len(adapter.down) for path, adapter in injected(sd.unet, case.weights).items()}
+        unet_path(path, sd.config): len(adapter.down) for path, adapter in injected(sd.unet, case.weights).items()}
     net = peer_unet(case, sd).train()
     if adapted:
         from peft import LoraConfig
@@ -227,13 +231,14 @@ def injected(unet, preset):
 
 def sample_ours(case):
     sd, x0, _, _, amp = prepare(case)
-    sd.pack()
+    pack(sd)
     flow = make_flow(sd, "diff2flow")
     flow.net = torch.compile(flow.net) if case.compile else flow.net
 
     def step():
         with amp:
-            return draw(sd, flow, x0, sd.encode_text([PROMPT] * case.batch), case.steps, cfg=4.0).clamp(-1, 1)
+            context, uncond = sd.encode_text([PROMPT] * case.batch), sd.encode_text([""])
+            return sd.decode(flow.sample(x0.to(sd.device), context, case.steps, uncond, 4.0)).float().clamp(-1, 1)
     return step
 
 
@@ -442,7 +447,8 @@ HEADING = ("| what | batch and size | ours (ms) | the peer (ms) | ratio (of the 
 # ------------------------------------------------------------------ the command line
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", nargs="+", choices=list(SIDES), help="what to measure")
     add("--arch", nargs="+", choices=list(ARCHITECTURES), default=["sd21"], help="networks (default: sd21)")

@@ -1,7 +1,7 @@
 """Measure a folder of sampled pictures as the paper does (Tables 1 and 3, Figure 5): FID, CLIP score, aesthetics.
 
-    python evaluate.py samples/ --real val2017/ --inception weights.pth
-    python evaluate.py samples/ --clip ViT-L-14-quickgelu clip.pt --prompts captions.txt --aesthetics head.pth
+    python -m tools.evaluate samples/ --real val2017/ --inception weights.pth
+    python -m tools.evaluate samples/ --clip ViT-L-14-quickgelu clip.pt --prompts captions.txt --aesthetics head.pth
 
 FID         |m - m'|^2 + tr(C + C' - 2 sqrt(C C')), where m, C and m', C' are the means and covariances of Inception's
             features of the sampled and of the real pictures (torch-fidelity; lower is better)
@@ -24,9 +24,9 @@ from torch import nn
 from tqdm import tqdm
 
 from data import SUFFIXES, open_rgb, pictures_in
-from files import check_range, cli, open_tensors, read_text
-from model import is_plain
-from sample import pick_device
+from support.checkpoint import is_plain
+from support.files import check_range, cli, open_tensors, read_text
+from support.load import pick_device
 
 FID_NETWORK = "inception-v3-compat"     # torch-fidelity's copy of the original TensorFlow network
 
@@ -187,7 +187,8 @@ def check(args):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("samples", help="folder of pictures, such as sample.py --singles writes")
     add("--real", help="folder of real pictures; measure FID against them, scaled and cropped to the samples' size")

@@ -1,8 +1,8 @@
 """On paper: the memory and the GPU hours of finetuning. Computed; test_costs.py compares it with a GPU's own peaks.
 
-    python -m tests.costs                   SD 2.1 at 512 and 768 px, LoRA and all weights (two to five minutes)
-    python -m tests.costs sd15              the same of SD 1.5
-    python -m tests.costs --tflops 30       hours at a rate of your own: 10^12 floating-point operations a second
+    python -m tools.costs                   SD 2.1 at 512 and 768 px, LoRA and all weights (two to five minutes)
+    python -m tools.costs sd15              the same of SD 1.5
+    python -m tools.costs --tflops 30       hours at a rate of your own: 10^12 floating-point operations a second
 
 The code that train.py runs is run for one batch, on torch's fake tensors: they have shapes, types and owners, but no
 numbers. LiveBytes adds up the memory that they would take, FlopCounterMode the multiplications and additions. Fake
@@ -35,7 +35,7 @@ from tests.checkpoints import CONFIGS
 
 GIB = 2**30
 PRESETS = {"small": "LoRA small", "base": "LoRA base", "none": "all weights"}
-MEASURED = 70.0         # 10^12 operations a second: LoRA base, 4 x 512 px, bf16 autocast, on an H100 (tests/README.md)
+MEASURED = 70.0         # 10^12 operations a second: LoRA base, 4 x 512 px, bf16 autocast, on an H100 (docs/speed.md)
 PAIRS, PAIR_STEPS, PAIR_CFG, PAIR_SIZE = 1_800_000, 40, 7.5, 512
 ATTENTION = {  # FlopCounterMode knows the fused attention of CUDA only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:

@@ -1,8 +1,8 @@
 """Full-size files, by hand: does a 4 GB checkpoint load, in how much memory, and do the commands train on it?
 
-    python -m tests.full_size sd15 sd21            read: peak memory, seconds, float32 parity with diffusers, folders
-    python -m tests.full_size sd15 sd21 --train    train two steps on photographs by each task, LoRA in diffusers
-    python -m tests.full_size sd21 --cache         seconds of a step with --cache and without, in turns
+    python -m tools.full_size sd15 sd21            read: peak memory, seconds, float32 parity with diffusers, folders
+    python -m tools.full_size sd15 sd21 --train    train two steps on photographs by each task, LoRA in diffusers
+    python -m tools.full_size sd21 --cache         seconds of a step with --cache and without, in turns
 
 Each file is random, in the real layout, written for the purpose (5 GB in the temporary folder), and deleted. Peak
 memory is VmHWM after loading less VmHWM after the imports. float32 weights stay views of the mapped file, so every
@@ -29,9 +29,11 @@ from torch.utils.data import default_collate
 
 import lora
 import train
-from model import LATENT_SCALE, load_checkpoint
-from run import Ranks
-from storage import fill_cache
+from model import LATENT_SCALE
+from support.cache import fill_cache
+from support.checkpoint import load_checkpoint
+from support.lora_file import load_lora, save_lora
+from support.processes import Ranks
 from tests import checkpoints
 from tests.checkpoints import CONFIGS, PROMPTS, manifest, relative
 
@@ -101,7 +103,7 @@ def compare_lora(path, adapter):
     torch.manual_seed(1)
     x, context, t_dm = torch.randn(1, 4, 32, 32), torch.randn(1, 77, sd.config.context_width), torch.tensor([500.0])
     plain, theirs = sd.unet(x, t_dm, context), checkpoints.diffusers_copy(sd.unet, sd.config)
-    lora.load(adapter, sd.unet)
+    load_lora(adapter, sd.unet)
     ours = sd.unet(x, t_dm, context)
     checkpoints.diffusers_pipeline(theirs).load_lora_weights(adapter)
     print(f"  diffusers with the LoRA against ours: {relative(theirs(x, t_dm, context).sample, ours):.1e}; "
@@ -127,8 +129,8 @@ def compare_folder(name, path):
     for parameter in lora.inject(sd.unet, 16):
         parameter.data += 0.02 * torch.randn_like(parameter)
     adapter = Path(path).with_name("adapter.safetensors")
-    lora.save(sd.unet, adapter, {"prediction": prediction, "base": Path(path).name, "base_hash": sd.unet_hash})
-    run("lora.py", "--merge", adapter, "--ckpt", path, "--out", merged)
+    save_lora(sd.unet, adapter, {"prediction": prediction, "base": Path(path).name, "base_hash": sd.unet_hash})
+    run("-m", "tools.merge", adapter, "--ckpt", path, "--out", merged)
     x, context, t_dm = torch.randn(1, 4, 32, 32), torch.randn(1, 77, sd.config.context_width), torch.tensor([500.0])
     ours = sd.unet(x, t_dm, context)
     del sd
@@ -153,7 +155,7 @@ def measure_cache(path, sizes=(64, 128, 256), turns=5):
         for turn in range(turns + 1):
             for what, dataset in datasets.items():
                 begin = time.process_time()
-                batch = train.to_latents(sd, default_collate([dataset[2 * turn], dataset[2 * turn + 1]]))
+                batch = train.encode_batch(sd, default_collate([dataset[2 * turn], dataset[2 * turn + 1]]))
                 x1, x0, context, mask = train.text_to_image(sd, batch)
                 flow.loss(x1, context, x0, None, mask).backward()
                 seconds.setdefault(what, []).append(time.process_time() - begin)
@@ -185,10 +187,10 @@ def run(*words):
 
 def read(name, path):
     for what in ("compare", "folder", "float32", "bfloat16", "pickle"):
-        run("-m", "tests.full_size", "--measure", what, name, path)
+        run("-m", "tools.full_size", "--measure", what, name, path)
     path.unlink()
     for what in ("float32", "bfloat16"):
-        run("-m", "tests.full_size", "--measure", what, name, path.with_suffix(".ckpt"))
+        run("-m", "tools.full_size", "--measure", what, name, path.with_suffix(".ckpt"))
 
 
 def write_photographs(folder):
@@ -218,10 +220,10 @@ def train_all(name, path):
 
     for preset in ("base", "small"):
         script(f"LoRA {preset}", f"train.py {FEW} --data {photos} --size 256 --lora {preset} --out {folder}/{preset}")
-        run("-m", "tests.full_size", "--measure", "lora", path, folder / preset / "lora.safetensors")
+        run("-m", "tools.full_size", "--measure", "lora", path, folder / preset / "lora.safetensors")
     script("Reflow's pairs", f"sample.py --pairs 4 --steps 2 --batch 1 --size 256 --data {photos} --out {folder}/pairs")
     script("Reflow", f"train.py {FEW} --task reflow --data {folder}/pairs --out {folder}/reflow")
-    run("-m", "tests.full_size", "--measure", "lora", path, folder / "reflow" / "lora.safetensors")
+    run("-m", "tools.full_size", "--measure", "lora", path, folder / "reflow" / "lora.safetensors")
     script("depth", f"train.py {FEW} --task depth --data {photos} --size 192 256 --lora small --out {folder}/depth")
     script("a photograph's depth", f"depth.py {photos}/china.jpg --lora {folder}/depth/lora.safetensors --steps 2 "
                                    f"--ensemble 2 --out {folder}/found")
@@ -231,7 +233,7 @@ def train_all(name, path):
 
 def cache(name, path):
     write_photographs(path.parent / "photos")
-    run("-m", "tests.full_size", "--measure", "cache", name, path)
+    run("-m", "tools.full_size", "--measure", "cache", name, path)
 
 
 def main():

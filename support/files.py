@@ -1,10 +1,10 @@
-"""Files that are whole or not there, and errors that are one line: what every script here shares.
+"""Atomic writes, and user errors as one line instead of a traceback.
 
-    with replacing("grid.png") as temporary:            what is written to `temporary` becomes grid.png at the end
+    with replacing("grid.png") as temporary:            written to a temporary name, then os.replace
         picture.save(temporary)
-    with open_tensors("lora.safetensors") as file:      a damaged file is a ValueError of one line
+    with open_tensors("lora.safetensors") as file:      ValueError for a damaged file
         tensor = file.get_tensor(name)
-    check_replaceable("grid.png")                       so is a file there that is not ours to replace
+    check_replaceable("grid.png")                       ValueError for a file that another program wrote
 """
 import contextlib
 import json
@@ -18,20 +18,21 @@ from PIL import ExifTags, Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-SOFTWARE = "Diff2Flow"      # what pictures and results that are written here name as their maker
+SOFTWARE = "Diff2Flow"      # the maker that our pictures and results name in their metadata
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|Unable to allocate|_ALLOC_FAILED")
 
 
 def cli(main):
-    """Run main(). What the user can mend becomes one line and exit code 2, an interrupt one line and 130."""
+    """Run main(). A user's error becomes one line and exit code 2, Ctrl-C one line and 130. Bugs keep their
+    traceback."""
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = re.split(r"\n[\w.]+Error: ", str(error))[-1]     # a DataLoader's worker sends its traceback before it
+        message = re.split(r"\n[\w.]+Error: ", str(error))[-1]     # a DataLoader worker's error contains its traceback
         if isinstance(error, MemoryError) or NO_MEMORY.search(message):     # torch has no error of its own on a CPU
             message = f"out of memory: lower --batch or --size; train.py takes --checkpointing too ({message})"
         elif isinstance(error, RuntimeError):
-            raise                                                   # a fault of ours
+            raise                                                   # a bug
         message = " ".join(message.split())
         print("error:", message if len(message) < 1500 else f"{message[:1000]} ... {message[-400:]}", file=sys.stderr)
         sys.exit(2)
@@ -41,8 +42,7 @@ def cli(main):
 
 
 def check_range(args, low, high, *names):
-    """ValueError if args.NAME, or a number of that list, is NaN or not between `low` and `high`. None is not checked.
-    """
+    """ValueError if a number in args.NAME (a number, a list, or None) is NaN or outside low .. high."""
     for name in names:
         value = getattr(args, name)
         for number in value if isinstance(value, list) else [value]:
@@ -53,8 +53,8 @@ def check_range(args, low, high, *names):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary path to write to. At the end it takes the place of `path`, when it has reached the disk; on an
-    error it is deleted. Its name is its own, since several processes may write the same file."""
+    """Yields a temporary path to write to, which replaces `path` at the end, after fsync. On an error it is deleted.
+    The name is random, since several processes may write the same file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.partial.{secrets.token_hex(4)}{path.suffix}")
@@ -68,7 +68,7 @@ def replacing(path):
 
 
 def maker_of(path):
-    """-> the program that a picture, a .safetensors or a .json file names as its maker, or None."""
+    """-> the program that a picture, .safetensors or .json file names as its maker, or None."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
@@ -79,31 +79,31 @@ def maker_of(path):
                 return json.loads(file.readline())["software"]
         with Image.open(path) as picture:
             return picture.getexif().get(ExifTags.Base.Software, picture.info.get("Software"))
-    except Exception:       # whatever cannot be read is not ours
+    except Exception:       # an unreadable file is not ours
         return None
 
 
 def check_replaceable(path):
-    """ValueError if there is something at `path` that was not written here: only our own files are replaced."""
+    """ValueError if something exists at `path` that we did not write: only our own files are replaced."""
     if os.path.lexists(path) and maker_of(path) != SOFTWARE:
-        raise ValueError(f"{path} is there already, and was not written by {SOFTWARE}: move it away, or choose another "
+        raise ValueError(f"{path} exists already, and was not written by {SOFTWARE}: move it away, or choose another "
                          "--out")
 
 
 def save_tensors(path, tensors, metadata=None):
-    """Write {name: tensor} and metadata {str: str} as a .safetensors file, whole or not at all."""
+    """Write {name: tensor} and metadata {str: str} as a .safetensors file, atomically."""
     with replacing(path) as temporary:
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         try:
             save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {}), "software": SOFTWARE})
         except SafetensorError as error:        # a full disk, above all
-            raise OSError(f"{path}: could not be written, and is as it was ({error})") from error
-        temporary.chmod(0o644)  # safetensors leaves it readable to its owner alone
+            raise OSError(f"{path}: could not be written, and is unchanged ({error})") from error
+        temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
 
 
 @contextlib.contextmanager
 def open_tensors(path):
-    """A .safetensors file, open: .keys(), .get_tensor(name), .get_slice(name), .metadata(). ValueError if damaged."""
+    """An open .safetensors file: .keys(), .get_tensor(name), .get_slice(name), .metadata(). ValueError if damaged."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file" + (" (it is a folder)" if Path(path).is_dir() else ""))
     try:
@@ -111,15 +111,15 @@ def open_tensors(path):
             yield file
     except SafetensorError as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be read; truncated, or no .safetensors file? ({reason})") from error
+        raise ValueError(f"{path}: cannot be read; truncated, or not a .safetensors file? ({reason})") from error
 
 
 def from_json(text):
-    """-> what the text says, or a ValueError."""
+    """json.loads, whose RecursionError for deep nesting becomes a ValueError."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("lists in lists, or objects in objects, thousands deep") from None
+        raise ValueError("lists or objects are nested thousands deep") from None
 
 
 def read_text(path):

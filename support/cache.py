@@ -1,0 +1,119 @@
+"""train.py --cache FOLDER: latents of pictures and text embeddings of captions, each encoded once for all steps and
+runs."""
+import hashlib
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from data import centre_crop, progress
+from support.checkpoint import hash_of
+from support.files import open_tensors, save_tensors
+
+
+def checksum(tensor):
+    """-> CRC of a tensor's bytes (str)."""
+    return str(zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy()))
+
+
+class TensorFiles(NamedTuple):
+    """A folder of tensors of one shape, a file each. A file is named by a hash of everything its tensor depends on, so
+    that changed inputs are encoded again, and several runs share what is equal."""
+    folder: Path
+    network: str        # cache key of the network, its precision and its settings
+    shape: tuple
+
+    def path(self, source):
+        """source: cache key of the network's input."""
+        name = hashlib.sha256(f"{self.network}\n{source}".encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"       # 256 folders: a million files are slow in one
+
+    def write(self, source, tensor):
+        save_tensors(self.path(source), {"tensor": tensor}, {"checksum": checksum(tensor)})
+
+    def read(self, source):
+        path = self.path(source)
+        try:
+            with open_tensors(path) as file:
+                tensor, expected = file.get_tensor("tensor"), (file.metadata() or {}).get("checksum")
+            if tuple(tensor.shape) != self.shape or checksum(tensor) != expected:
+                raise ValueError(f"{path}: the shape {tuple(tensor.shape)} or the checksum is wrong")
+            return tensor
+        except ValueError as error:
+            raise ValueError(f"{error}; the next start of a run with this --cache encodes it again") from error
+
+    def lacks(self, source):
+        """Whether a tensor is missing or corrupt (prints a warning)."""
+        if not self.path(source).exists():
+            return True
+        try:
+            self.read(source)
+            return False
+        except ValueError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            return True
+
+
+class EncodedFolder(Dataset):
+    """An ImageFolder after encoding: x1, the latents of a picture's centre crop; caption; context, the caption's text
+    embedding; empty, that of the empty prompt. Call `fill` first."""
+
+    def __init__(self, images, latents, embeddings):
+        self.images, self.latents, self.embeddings, self.items = images, latents, embeddings, []
+        for i in progress(range(len(images)), "reading pictures and captions", unit="image"):
+            content = Path(images.items[i][0]).read_bytes()
+            self.items.append((hashlib.sha256(content).hexdigest(), images.caption(i)))
+
+    def fill(self, encode, encode_text, ranks):
+        """Encode this rank's share of what is not cached yet, and wait for the other ranks. encode: image (3, H, W) ->
+        latents; encode_text: caption -> text embedding."""
+        pictures = range(ranks.rank, len(self.items), ranks.count)
+        pictures = [i for i in progress(pictures, "looking for latents") if self.latents.lacks(self.items[i][0])]
+        captions = sorted({"", *(caption for _, caption in self.items)})[ranks.rank::ranks.count]
+        captions = [text for text in progress(captions, "looking for text embeddings") if self.embeddings.lacks(text)]
+        print(f"{self.latents.folder}: encoding {len(pictures):,} of {len(self.items):,} pictures (centre crops, never "
+              f"flipped) and {len(captions):,} captions"
+              + (f" in the first of {ranks.count} processes" if ranks.count > 1 else ""))
+        for i in progress(pictures, "encoding pictures", unit="image"):
+            image = self.images.decode(i)
+            if image is not None:
+                self.latents.write(self.items[i][0], encode(centre_crop(image, self.images.height, self.images.width)))
+        for caption in progress(captions, "encoding captions", unit="caption"):
+            self.embeddings.write(caption, encode_text(caption))
+        ranks.wait()
+        self.empty = self.embeddings.read("")
+        self.items = [item for item in self.items if self.latents.path(item[0]).exists()]   # without damaged pictures
+        if not self.items:
+            raise ValueError(f"none of the {len(self.images)} images can be decoded")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, key):
+        source, caption = self.items[key % len(self.items)]
+        return {"x1": self.latents.read(source).float(), "caption": caption, "context": self.embeddings.read(caption),
+                "empty": self.empty}
+
+
+@torch.no_grad()
+def fill_cache(folder, sd, images, precision, autocast, ranks):
+    """-> EncodedFolder of the ImageFolder `images`, after encoding what the cache in `folder` lacks."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32        # as computed in a training step
+    size, made = (images.height, images.width), f"{precision}, version 1"   # raise the version if encoding changes
+    latents = TensorFiles(Path(folder), f"latents {size} {hash_of(sd.first_stage_model)} {made}",
+                          sd.latent_shape(size))
+    embeddings = TensorFiles(Path(folder), f"text {hash_of(sd.text_encoder)} {made}", (77, sd.config.context_width))
+
+    def encode(image):
+        return sd.encode(image[None].to(sd.device))[0].to(dtype)
+
+    def encode_text(caption):
+        return sd.encode_text([caption])[0].to(dtype)
+
+    encoded = EncodedFolder(images, latents, embeddings)
+    with autocast:
+        encoded.fill(encode, encode_text, ranks)
+    return encoded

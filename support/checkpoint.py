@@ -1,0 +1,472 @@
+"""Checkpoints of Stable Diffusion 1.x and 2.x, read and written: a single file, or a folder of diffusers.
+
+    sd = load_checkpoint("sd21.safetensors")        the architecture is read from the tensors' shapes
+    save_checkpoint(sd, "mine.safetensors")         in the layout that was read, with its extra tensors
+
+Follow load_checkpoint, at the end: it opens the file, finds out what its network predicts, builds an empty model,
+matches every tensor by name and shape, and fills it.
+"""
+import hashlib
+import itertools
+import math
+import re
+import zipfile
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from model import Config, StableDiffusion
+from support.files import from_json, open_tensors, read_text, save_tensors
+from support.names import HF_CLIP, OPEN_CLIP, UNET, VAE, file_names, folder_names
+
+TEXT_PREFIXES = {  # of the text encoder in single files -> its first tensor
+    OPEN_CLIP: "token_embedding.weight",
+    "conditioner.embedders.0.model.": "token_embedding.weight",                     # SD 2.x in Stability's newer code
+    HF_CLIP: "embeddings.token_embedding.weight",
+    "cond_stage_model.transformer.": "embeddings.token_embedding.weight",           # SD 1.x, older merges
+}
+PARTS = {"UNet": UNET, "autoencoder": VAE, "text encoder": ("cond_stage_model.", "conditioner.")}
+NETWORK = re.compile(  # an unknown tensor with such a name is an error; any other extra tensor is kept
+    r"model\.diffusion_model\.|first_stage_model\.(encoder|decoder|(post_)?quant_conv)\."
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.(model|transformer(\.text_model)?)\."
+    r"(token_embedding|positional_embedding|transformer\.resblocks|ln_final|embeddings|encoder|final_layer_norm)\b"
+    r"|unet/|vae/|text_encoder/(embeddings|encoder|final_layer_norm)")
+USUAL_EXTRA = re.compile(
+    r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|logvar|lvlb_weights"
+    r"|.*(logit_scale|position_ids|attn_mask)|model_ema\.(decay|num_updates)")
+OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def in_batches(names):
+    """Yield lists of 64 names. The file is opened again for each, so that the OS can drop the pages that were read."""
+    names = iter(names)
+    while batch := list(itertools.islice(names, 64)):
+        yield batch
+
+
+def read_safetensors(path, names):
+    """Yield (name, tensor)."""
+    for batch in in_batches(names):
+        with open_tensors(path) as file:
+            yield from ((name, file.get_tensor(name)) for name in batch)
+
+
+def is_plain(tensor):
+    """Whether a tensor from a pickle is an ordinary one, not sparse, quantised or without memory."""
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+
+
+class CheckpointFile:
+    """A single file, open: .shapes by name, .metadata, .config, .names(parameter), .tensors(names) one by one."""
+
+    def __init__(self, path):
+        self.path, self.metadata, self.pickled = Path(path), {}, None
+        if self.path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth"):
+            raise ValueError(f"{path}: expected a .safetensors or .ckpt file, or a diffusers folder")
+        if self.path.suffix == ".safetensors":
+            with open_tensors(self.path) as file:
+                self.metadata = file.metadata() or {}
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        else:
+            self.shapes = self.read_pickle()
+        try:
+            self.text_prefix, self.config = find_text(self.shapes), read_config(self.shapes)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def read_pickle(self):
+        try:
+            content = self.unpickle()
+        except Exception as error:  # damaged bytes can raise anything in a parser
+            if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+                raise ValueError(f"{self.path}: refused, since it holds {foreign[1]}, which could run code; "
+                                 "look for a .safetensors version") from error
+            raise ValueError(f"{self.path}: cannot be read; truncated or not a checkpoint? "
+                             f"({type(error).__name__})") from error
+        self.pickled = None if zipfile.is_zipfile(self.path) else content  # older pickles cannot be mapped
+        return {name: tuple(tensor.shape) for name, tensor in content.items()}
+
+    def unpickle(self):
+        """Load with weights_only=True. Lightning's callback class, which old files contain, becomes an inert stub."""
+        stub = type("ModelCheckpoint", (), {})
+        with torch.serialization.safe_globals(
+                [(stub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
+            content = torch.load(self.path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path) or None)
+        content = content.get("state_dict", content) if isinstance(content, dict) else {}
+        return {name: tensor.detach() for name, tensor in content.items()
+                if isinstance(name, str) and isinstance(tensor, torch.Tensor) and is_plain(tensor)}
+
+    def tensors(self, names):
+        if self.path.suffix == ".safetensors":
+            yield from read_safetensors(self.path, names)
+            return
+        for batch in in_batches(names):
+            content = self.pickled or self.unpickle()
+            yield from ((name, content[name]) for name in batch)
+
+    def names(self, parameter):
+        return file_names(parameter, self.text_prefix)
+
+
+class DiffusersFolder:
+    """A folder in diffusers' layout: model_index.json, unet/, vae/, text_encoder/, scheduler/. Used as
+    CheckpointFile."""
+
+    def __init__(self, path):
+        self.path, self.shapes, self.places = Path(path), {}, {}
+        pipeline = self.json("model_index.json").get("_class_name")
+        if not re.fullmatch(r"StableDiffusion(Img2Img|Inpaint)?Pipeline", str(pipeline)):
+            raise ValueError(f"{path}: a folder of {pipeline}; Stable Diffusion 1.x or 2.x is needed")
+        for part in ("unet", "vae", "text_encoder"):
+            for file in self.weight_files(part):
+                self.read_names(part, file)
+        try:
+            self.config, scheduler = self.read_config(), self.json("scheduler/scheduler_config.json")
+            self.metadata = {"prediction_type": str(scheduler["prediction_type"]),
+                             "zero_snr": str(scheduler.get("rescale_betas_zero_snr", False)).lower()}
+            betas = scheduler["beta_schedule"], scheduler["beta_start"], scheduler["beta_end"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: a config.json or scheduler_config.json in it lacks {error}") from error
+        if betas != ("scaled_linear", 0.00085, 0.012):
+            raise ValueError(f"{path}: the noise schedule of its scheduler is {betas}, not Stable Diffusion's")
+
+    def json(self, name):
+        try:
+            return dict(from_json(read_text(self.path / name)))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{self.path / name}: missing or damaged ({type(error).__name__})") from error
+
+    def weight_files(self, part):
+        """-> the files of one variant, sharded or not: the plain variant if there is one, else fp16."""
+        variants = {}
+        for file in sorted((self.path / part).glob("*.safetensors")):
+            stem = re.sub(r"-\d+-of-\d+", "", file.stem)
+            variants.setdefault(stem.partition(".")[2], []).append(file)
+        if not variants:
+            raise ValueError(f"{self.path}: {part}/ is missing or has no .safetensors file (.bin files are not read)")
+        return variants[min(variants)]
+
+    def read_names(self, part, path):
+        with open_tensors(path) as file:
+            for stored in file.keys():
+                name = f"{part}/{stored.removeprefix('text_model.')}"
+                for old, new in OLD_VAE_NAMES.items():
+                    name = name.replace(old, new)
+                self.places[name], self.shapes[name] = (path, stored), tuple(file.get_slice(stored).get_shape())
+
+    def read_config(self):
+        """-> Config, from the folder's config.json files."""
+        unet, vae, text = (self.json(f"{part}/config.json") for part in ("unet", "vae", "text_encoder"))
+        config = Config(
+            unet_widths=tuple(unet["block_out_channels"]), unet_res_blocks=unet["layers_per_block"],
+            attention=tuple("CrossAttn" in block for block in unet["down_block_types"]),
+            context_width=unet["cross_attention_dim"], linear_projection=unet.get("use_linear_projection", False),
+            in_channels=unet["in_channels"], out_channels=unet["out_channels"],
+            vae_widths=tuple(vae["block_out_channels"]), vae_res_blocks=vae["layers_per_block"],
+            latent_channels=vae["latent_channels"], open_clip=text["hidden_act"] == "gelu",
+            text_width=text["hidden_size"], text_layers=text["num_hidden_layers"], text_projection=False,
+            vocabulary=text["vocab_size"])
+        heads = unet["attention_head_dim"]
+        heads = heads if isinstance(heads, list) else [heads] * len(config.unet_widths)
+        if heads != [config.heads(width) for width in config.unet_widths]:
+            raise ValueError(f"{self.path}: {heads} attention heads are not those of Stable Diffusion 1.x or 2.x")
+        if config.text_layers_used < config.text_layers:
+            raise ValueError(f"{self.path}: a text encoder of {config.text_layers} layers, where SD 2.x has 23")
+        return config
+
+    def tensors(self, names):
+        names = sorted(names, key=self.places.get)
+        for path, group in itertools.groupby(names, lambda name: self.places[name][0]):
+            name_of = {self.places[name][1]: name for name in group}
+            yield from ((name_of[stored], tensor) for stored, tensor in read_safetensors(path, name_of))
+
+    def names(self, parameter):
+        return folder_names(parameter, self.config)
+
+
+def open_checkpoint(path):
+    """-> CheckpointFile or DiffusersFolder. ValueError that says what to pass instead."""
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        return DiffusersFolder(path)
+    if path.is_dir():
+        above = "; pass its parent folder" if (path.parent / "model_index.json").is_file() else ""
+        raise ValueError(f"{path}: a folder without model_index.json, so not a diffusers pipeline{above}")
+    if path.is_file():
+        return CheckpointFile(path)
+    if re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) and path.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"{path}: no such checkpoint file or folder. If it is a model's name on the Hugging Face hub, "
+                         f"download it first: hf download {path} --local-dir {path.name}; then --ckpt {path.name}")
+    raise ValueError(f"{path}: no such checkpoint file")
+
+
+def looks_like(shapes):
+    """A guess at what a file is that has no part of Stable Diffusion."""
+    hints = {
+        "lora_": "a LoRA file: pass it as --lora, with the checkpoint it was made for",
+        "down_blocks.": "one part of a diffusers folder: pass the whole folder",
+        "double_blocks": "Flux", "control_model.": "a ControlNet", "encoder.down": "an autoencoder alone",
+        "input_blocks.": "a UNet alone, without autoencoder and text encoder", "text_model.": "a text encoder alone",
+        "resblocks.": "a text encoder alone",
+    }
+    found = (what for hint, what in hints.items() if any(hint in name for name in shapes))
+    return next(found, f"an unknown file of {len(shapes)} tensors")
+
+
+def check_parts(shapes):
+    """ValueError if a single file is something else, or lacks a part of Stable Diffusion 1.x or 2.x."""
+    needed = "Stable Diffusion 1.x or 2.x is needed"
+    if any(re.search(r"label_emb|conditioner\.embedders\.(1|0\.transformer)\.", name) for name in shapes):
+        raise ValueError(f"this looks like an SDXL or unCLIP checkpoint; {needed}")
+    if any(UNET + "joint_blocks" in name for name in shapes):
+        raise ValueError(f"this looks like Stable Diffusion 3; {needed}")
+    missing = [part for part, prefix in PARTS.items() if not any(name.startswith(prefix) for name in shapes)]
+    if len(missing) == len(PARTS):
+        raise ValueError(f"this looks like {looks_like(shapes)}; {needed}")
+    if missing:
+        raise ValueError(f"it has no {' and no '.join(missing)}; a whole checkpoint of {needed}")
+
+
+def find_text(shapes):
+    """-> the prefix of the text encoder's tensors in a single file."""
+    return next((prefix for prefix, first in TEXT_PREFIXES.items() if prefix + first in shapes), HF_CLIP)
+
+
+def read_config(shapes):
+    """{name: shape} of a single file -> Config. ValueError that says what the file looks like."""
+    def count(pattern):
+        return len({match[0] for key in shapes if (match := re.match(pattern, key))})
+
+    check_parts(shapes)
+    try:
+        widths, attention, downsamplers = [], [], []
+        blocks = count(re.escape(UNET) + r"input_blocks\.\d+\.")
+        for i in range(1, blocks):
+            block = f"{UNET}input_blocks.{i}."
+            if block + "0.op.weight" in shapes:
+                downsamplers.append(i)
+            elif len(widths) == len(downsamplers):  # the first block of a level
+                widths.append(shapes[block + "0.in_layers.2.weight"][0])
+                attention.append(block + "1.norm.weight" in shapes)
+        prefix = find_text(shapes)
+        open_clip, embedding = prefix.endswith(".model."), shapes[prefix + TEXT_PREFIXES[prefix]]
+        projection = shapes[UNET + "middle_block.1.proj_in.weight"]
+        levels = count(re.escape(VAE) + r"encoder\.down\.\d+\.")
+        return Config(
+            unet_widths=tuple(widths), unet_res_blocks=(downsamplers or [blocks])[0] - 1, attention=tuple(attention),
+            context_width=shapes[UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+            linear_projection=len(projection) == 2,
+            in_channels=shapes[UNET + "input_blocks.0.0.weight"][1], out_channels=shapes[UNET + "out.2.weight"][0],
+            vae_widths=tuple(shapes[f"{VAE}encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
+            vae_res_blocks=count(re.escape(VAE) + r"encoder\.down\.0\.block\.\d+\."),
+            latent_channels=shapes[VAE + "quant_conv.weight"][0] // 2,
+            open_clip=open_clip, text_width=embedding[1], vocabulary=embedding[0],
+            text_projection=open_clip and prefix + "text_projection" in shapes,
+            text_layers=count(re.escape(prefix) + (r"transformer\.resblocks\.\d+\." if open_clip
+                                                   else r"encoder\.layers\.\d+\.")))
+    except (KeyError, IndexError) as error:
+        raise ValueError("this looks like an incomplete checkpoint; Stable Diffusion 1.x or 2.x is needed "
+                         f"(no tensor {error})") from error
+
+
+def prediction_of(metadata):
+    """-> (prediction, metadata key it came from), or (None, None)."""
+    words = {"v_prediction": "v", "epsilon": "eps"}
+    names = "prediction", "modelspec.prediction_type", "modelspec.predict_key", "prediction_type"
+    return next(((words.get(metadata[name], metadata[name]), name) for name in names if name in metadata), (None, None))
+
+
+def guess_prediction(file, prediction):
+    """-> ("v" or "eps", why): the given one, else the file's metadata, else a guess from the weights."""
+    asked, why = prediction, "as asked"
+    if asked is None:
+        asked, name = prediction_of(file.metadata)
+        why = f"from the file's {name}"
+    if asked is None and "v_pred" in file.shapes:       # an empty tensor in v-prediction files of ComfyUI
+        asked, why = "v", "from the file's tensor v_pred"
+    if asked not in (None, "v", "eps"):
+        raise ValueError(f"{file.path}: prediction {asked!r} ({why}) is neither 'v' nor 'eps'")
+    if asked is not None:
+        return asked, why
+    config = file.config
+    if not config.open_clip:
+        return "eps", "as all of SD 1.x"
+    # one norm's statistics separate SD 2.1 (768, v) from the eps-models with the same shapes
+    last = len(config.unet_widths) * (config.unet_res_blocks + 1) - 1
+    name = f"{UNET}output_blocks.{last}.1.transformer_blocks.0.norm1.bias"
+    if name not in file.shapes:
+        return "v", "the default of SD 2.x; --prediction eps overrides it"
+    (_, bias), = file.tensors([name])
+    std = bias.float().std().item()
+    why = f"guessed from a norm's std, {std:.3f}: v if above 0.09; --prediction overrides it"
+    return "v" if std > 0.09 else "eps", why
+
+
+def check_architecture(file):
+    """ValueError if a file's architecture is not supported."""
+    config = file.config
+    numbers = [number for entry in vars(config).values() for number in (entry if isinstance(entry, tuple) else [entry])]
+    if not all(isinstance(number, int) and 0 <= number < 10**6 for number in numbers):
+        raise ValueError(f"{file.path}: impossible sizes in a config.json or in the tensors' shapes: {numbers}")
+    if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
+        raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels: an inpainting, depth or "
+                         "upscaling variant, which is not supported")
+    if config.vocabulary < 49408 or config.text_width != config.context_width:
+        raise ValueError(f"{file.path}: a text encoder of {config.vocabulary} words and width {config.text_width} does "
+                         f"not fit the tokenizer's 49408 and the UNet's context width {config.context_width}")
+    if config.linear_projection and not config.open_clip:
+        raise ValueError(f"{file.path}: the UNet is an SD 2.x, the text encoder has the names of an SD 1.x")
+
+
+def build_empty(file, prediction):
+    """-> StableDiffusion on the meta device: tensors with shapes, without memory."""
+    import open_clip  # noqa: F401  before the meta device: some versions compute while they are imported
+    try:
+        with torch.device("meta"):
+            return StableDiffusion(file.config, prediction)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"{file.path}: no model has these tensor shapes: {error}") from error
+
+
+def averaged_name(name):
+    """The name of a UNet tensor's EMA in a non-pruned file."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+def find_tensors(file, sd, use_ema):
+    """-> {parameter of `sd`: names of its tensors in the file}, and the names of all extra tensors.
+
+    ValueError if a tensor is missing, has the wrong shape, or is unknown inside one of the networks.
+    """
+    averaged = {averaged_name(name) for name in sd.state_dict() if name.startswith(UNET)}
+    if use_ema and not averaged & file.shapes.keys():
+        raise ValueError(f"{file.path}: it has no EMA weights; leave --use-ema out")
+    plain = {parameter: file.names(parameter) for parameter in sd.state_dict()}
+    stored = {parameter: [averaged_name(name) if use_ema and name.startswith(UNET) else name for name in names]
+              for parameter, names in plain.items()}
+    wanted = {name for names in stored.values() for name in names}
+    known = wanted | averaged | {name for names in plain.values() for name in names}
+    missing, extra = sorted(wanted - file.shapes.keys()), sorted(file.shapes.keys() - known)
+    unknown = [name for name in extra if NETWORK.match(name) and not USUAL_EXTRA.fullmatch(name)]
+    if missing or unknown:
+        raise ValueError(f"{file.path}: not quite a Stable Diffusion {sd.config.version}.x checkpoint: "
+                         f"{len(missing)} tensors missing{', first ' + missing[0] if missing else ''}; "
+                         f"{len(unknown)} unknown{', first ' + unknown[0] if unknown else ''}")
+    for parameter, tensor in sd.state_dict().items():
+        expected = (len(tensor) // len(stored[parameter]), *tensor.shape[1:])
+        for name in stored[parameter]:
+            if file.shapes[name] != expected and file.shapes[name] + (1, 1) != expected:   # diffusers: linear
+                raise ValueError(f"{file.path}: {name} is {file.shapes[name]}, "
+                                 f"expected {expected} from the other tensors")
+    return stored, extra
+
+
+def is_finite(tensor):
+    """Whether a tensor has neither NaN nor infinity, in one pass and without a temporary of its size."""
+    low, high = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()        # both are NaN if any is
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def hash_of(network):
+    """A hash of the first 1024 numbers of each tensor of a network."""
+    words = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        words.update(name.encode() + tensor.flatten()[:1024].float().cpu().numpy().tobytes())
+    return words.hexdigest()
+
+
+def read_weights(file, sd, stored, device, dtype):
+    """Fill `sd` with the file's tensors, read one by one -> their dtypes in the file, {parameter: dtype}.
+
+    Sets sd.unet_hash, of the first 1024 numbers of each UNet tensor in float16: equal for fp32 and fp16 files of a
+    model.
+    """
+    parameter_of = {name: parameter for parameter, names in stored.items() for name in names}
+    read, state, hashes, dtypes = {}, {}, {}, {}
+    for name, tensor in file.tensors(parameter_of):
+        parameter = parameter_of[name]
+        if not tensor.is_floating_point() or not is_finite(tensor):
+            raise ValueError(f"{file.path}: {name} is not floating point, or has NaN or infinity: get another copy")
+        dtypes[parameter] = tensor.dtype
+        if parameter.startswith(UNET):
+            hashes[parameter] = hashlib.sha256(tensor.flatten()[:1024].half().numpy()).hexdigest()
+        read[name] = tensor.to(device=device, dtype=dtype)
+    for parameter, empty in sd.state_dict().items():
+        tensors = [read.pop(name) for name in stored[parameter]]    # q, k and v of SD 1.x become one matrix
+        state[parameter] = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).view(empty.shape)
+    sd.load_state_dict(state, assign=True)
+    sd.unet_hash = hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
+    sd.unet.time_embed.to(torch.promote_types(dtype, torch.float32))    # small, and times must not be rounded
+    sd.text_encoder.attn_mask = torch.full((77, 77), float("-inf"), device=device).triu(1)
+    return dtypes
+
+
+# ------------------------------------------------------------------ saving
+
+@dataclass
+class Source:
+    """The file a StableDiffusion was read from, for saving it in the same layout."""
+    path: Path | None = None
+    text_prefix: str | None = None              # None: the usual one
+    extra: dict = field(default_factory=dict)   # {name: tensor} of no network
+    dtypes: dict = field(default_factory=dict)  # {parameter: dtype in the file}
+
+
+def modelspec(sd, title, size, kind=""):
+    """The metadata that other tools read (the ModelSpec standard). size: [height, width] in pixels; kind: "/lora" for a
+    LoRA file. The license is for the user to add."""
+    depth = "-depth" if sd.is_depth_model else ""
+    name = {1: "v1", 2: "v2-768-v" if sd.prediction == "v" else "v2-512"}[sd.config.version]
+    return {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"stable-diffusion-{name}{depth}{kind}",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "modelspec.title": title, "modelspec.date": f"{datetime.now():%Y-%m-%dT%H:%M:%S}",
+            "modelspec.resolution": f"{size[1]}x{size[0]}",
+            "modelspec.prediction_type": "v" if sd.prediction == "v" else "epsilon"}
+
+
+def save_checkpoint(sd, path, dtype=None, **metadata):
+    """Write one .safetensors file in the layout that was read. dtype: of the networks (None: as in that file)."""
+    source = sd.source or Source()
+    tensors = dict(source.extra)
+    prefix = source.text_prefix or (OPEN_CLIP if sd.config.open_clip else HF_CLIP)
+    for parameter, value in sd.state_dict().items():
+        names = file_names(parameter, prefix)
+        value = value.to(dtype or source.dtypes.get(parameter, value.dtype))
+        tensors.update(zip(names, value.chunk(len(names))))
+    prediction = {"prediction": sd.prediction} | ({"zero_snr": "true"} if sd.zero_snr else {})
+    save_tensors(path, tensors, {**sd.metadata, **prediction, **metadata})
+
+
+# ------------------------------------------------------------------ loading
+
+def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, use_ema=False, zero_snr=False):
+    """Read Stable Diffusion 1.x or 2.x, a single file (.safetensors or .ckpt) or a diffusers folder -> StableDiffusion.
+
+    prediction: "v" or "eps" (None: from the file, or guessed); use_ema: load the UNet's EMA weights from a non-pruned
+    file; zero_snr: the network was trained with zero terminal SNR, though the file does not say so. Prints what it
+    assumed. ValueError for a file that is missing, damaged or of another kind.
+    """
+    file = open_checkpoint(path)
+    check_architecture(file)
+    prediction, why = guess_prediction(file, prediction)
+    sd = build_empty(file, prediction)
+    stored, extra = find_tensors(file, sd, use_ema)
+    dtypes = read_weights(file, sd, stored, device, dtype)
+    sd.zero_snr = zero_snr or "ztsnr" in file.shapes or file.metadata.get("zero_snr") == "true"
+    sd.source = Source(path, dtypes=dtypes)
+    if isinstance(file, CheckpointFile):        # a folder is saved as a plain single file
+        sd.source = Source(path, file.text_prefix, dict(file.tensors(extra)), dtypes)
+        sd.metadata = {name: value for name, value in file.metadata.items() if name != "format"}
+    weights = ""
+    if any(name.startswith("model_ema.diffusion_model") for name in file.shapes):
+        weights = ", EMA weights" if use_ema else ", non-EMA weights (--use-ema loads the others)"
+    print(f"{path}: Stable Diffusion {sd.config.version}.x layout, {len(file.shapes)} tensors, "
+          f"{sum(p.numel() for p in sd.parameters()) / 1e6:.1f}M parameters as {str(dtype).removeprefix('torch.')}"
+          f"{weights}; {prediction}-prediction ({why}){', zero terminal SNR' if sd.zero_snr else ''}")
+    unusual = [name for name in extra if not USUAL_EXTRA.fullmatch(name)]
+    if unusual:
+        print(f"{path}: {len(unusual)} extra tensors are unused, and kept when the model is saved: "
+              f"{', '.join(unusual[:3])}{' ...' if len(unusual) > 3 else ''}")
+    return sd.requires_grad_(False).eval()

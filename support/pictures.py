@@ -1,0 +1,97 @@
+"""Pictures as files: single ones and grids, with a text inside that says how they were made."""
+import math
+import textwrap
+from pathlib import Path
+
+from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from support.files import SOFTWARE, check_replaceable, replacing
+from support.load import objective_of
+
+LARGEST_SIDE = {".png": 2**31 - 1, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}   # pixels, by format
+
+
+def to_pil(image):
+    """(3, H, W) in [-1, 1] -> PIL image"""
+    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def check_picture_file(path, size):
+    """ValueError if a picture of `size` (width, height) cannot be written to `path`, or would replace a foreign
+    file."""
+    path = Path(path)
+    largest = LARGEST_SIDE.get(path.suffix.lower())
+    if largest is None or path.is_dir():
+        raise ValueError(f"--out {path}: it must be the name of a picture, which ends in {' '.join(LARGEST_SIDE)}")
+    if max(size) > largest:
+        raise ValueError(f"{path}: it would have {size[0]}x{size[1]} pixels, a {path.suffix} at most {largest} "
+                         "a side: write a .png, or fewer pictures")
+    check_replaceable(path)
+
+
+def save_picture(path, picture, making):
+    """Write a PIL image atomically. `making` says how it was made, stored where other tools look for it: the text chunk
+    "parameters" of a .png, the Exif data of other formats."""
+    making = making.encode(errors="replace").decode()       # JSON can hold lone surrogates, which UTF-8 cannot encode
+    text, exif = PngInfo(), Image.Exif()
+    text.add_itxt("parameters", making)
+    exif[ExifTags.Base.Software] = SOFTWARE
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + making.encode("utf-16-be")
+    with replacing(path) as temporary:
+        picture.save(temporary, pnginfo=text, exif=exif)
+
+
+class GridPlan:
+    """The layout of a grid of n pictures of height x width, row by row: a text to the left of each row (row_labels), a
+    text below each picture (captions). .size is the grid's (width, height) in pixels."""
+
+    font, line, gap = ImageFont.load_default(size=11), 14, 4
+
+    def __init__(self, n, height, width, columns, row_labels=None, captions=None):
+        zoom = max(1, round(128 / max(height, width)))
+        self.columns, self.height, self.width = columns, height * zoom, width * zoom
+        self.captions = [textwrap.wrap(text, self.width // 6, max_lines=5, placeholder=" ...")
+                         for text in captions or []]
+        self.row_labels = [textwrap.wrap(text, 16) for text in row_labels or []]
+        self.row = self.height + self.line * max(map(len, self.captions), default=0) + self.gap
+        self.margin = max((int(self.font.getlength(text)) + 3 * self.gap for label in self.row_labels
+                           for text in label), default=self.gap)
+        self.size = self.margin + columns * (self.width + self.gap), self.gap + math.ceil(n / columns) * self.row
+
+    def place(self, i):
+        """-> the upper left corner of picture i, (x, y) in pixels."""
+        return self.margin + i % self.columns * (self.width + self.gap), self.gap + i // self.columns * self.row
+
+    def draw(self, images):
+        """images (n, 3, height, width) in [-1, 1] -> PIL image"""
+        grid = Image.new("RGB", self.size, (238, 238, 238))
+        texts = []                                      # (x, y, lines)
+        for i, image in enumerate(images):
+            x, y = self.place(i)
+            grid.paste(to_pil(image).resize((self.width, self.height), Image.BICUBIC), (x, y))
+            texts.append((x, y + self.height, self.captions[i] if self.captions else []))
+        for row, label in enumerate(self.row_labels):
+            _, y = self.place(row * self.columns)
+            texts.append((2 * self.gap, y + (self.height - self.line * len(label)) // 2, label))
+        for x, y, lines in texts:
+            for number, text in enumerate(lines):
+                ImageDraw.Draw(grid).text((x, y + number * self.line), text, "black", self.font)
+        return grid
+
+
+def save_grid(path, images, columns, making, row_labels=None, captions=None):
+    """Write images (N, 3, H, W) in [-1, 1] as a grid, row by row. row_labels: a text per row; captions: one per
+    image."""
+    plan = GridPlan(len(images), *images.shape[2:], columns, row_labels, captions)
+    save_picture(path, plan.draw(images), making)
+
+
+def settings_text(args, sd, flow, prompt, negative="", **more):
+    """How a picture was made, in the format of other tools: the prompt, the negative prompt, a line of settings."""
+    model = Path(args.ckpt).stem + (f" + {Path(args.lora).stem}" if args.lora else "")
+    settings = {"Steps": args.steps, "Sampler": "Euler", "Seed": args.seed, "Model hash": sd.unet_hash[:10],
+                "Model": model, "Objective": objective_of(flow), **more}
+    lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])

@@ -1,9 +1,10 @@
-"""The proof of the README's claims about the method: schedule.py and diff2flow.py against algebra, closed-form networks
-and diffusers. `python -m pytest test_diff2flow.py`; everything else is tested in tests/.
+"""Tests of the method: schedule.py and diff2flow.py against algebra, closed-form networks and diffusers.
 
-Every network here is synthetic, so that the truth is known. What these networks know of the schedule comes from numpy
-(`level`, `asked`), never from diff2flow.py. Unless a line says otherwise a tolerance is float32's, in which the module
-computes (2^-24 = 6e-8 a rounding), times a handful of roundings, times 1/alpha = 15.6 for an eps-network's worst level.
+    python -m pytest test_diff2flow.py
+
+Every network here is synthetic, so that the truth is known. The schedule that these networks use is computed by numpy
+(`level`, `timestep`), never by diff2flow.py. Unless a line says otherwise, a tolerance is a few float32 roundings (2^-24
+= 6e-8 each), times 1/alpha = 15.6 for an eps-network's worst level. Everything else is tested in tests/.
 """
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ def level(t_dm, f=F_T):
     return r * t_fm, r * (1 - t_fm)
 
 
-def asked(t_fm, f=F_T):
-    """t_dm in float64, an independent Eq. 12; numpy's interpolation holds the end values, as the rule for the ends."""
+def timestep(t_fm, f=F_T):
+    """t_dm in float64: an independent Eq. 12. numpy's interpolation clamps at the ends, as ours does."""
     return torch.from_numpy(np.interp(torch.as_tensor(t_fm).double().numpy(), f[::-1], np.arange(T)[::-1].copy()))
 
 
@@ -41,7 +42,7 @@ def output(prediction, x1, x0, alpha, sigma):
 
 
 def exact(prediction, x1, x0, f=F_T):
-    """A network that knows x1 and x0."""
+    """A network with the exact output for the pair x1, x0."""
     return lambda x_dm, t_dm, context: output(prediction, x1.double(), x0.double(), *level(t_dm, f))
 
 
@@ -70,7 +71,7 @@ def gaussian(x, a, s):
 
 
 def mixture(x, a, s):
-    """Two Gaussians in the whole image space: each pixel's answer depends on all pixels."""
+    """Two Gaussians in the whole image space: each pixel's output depends on all pixels."""
     var = (a**2 * MODE_STD**2 + s**2)[None]
     miss = x[None] - a[None] * MODES[:, None]                                            # (2, B, C, H, W)
     logit = WEIGHTS.log()[:, None] - (miss**2 / (2 * var)).sum((2, 3, 4))                # (2, B)
@@ -80,7 +81,7 @@ def mixture(x, a, s):
 
 class Arbitrary(nn.Module):
     """Not optimal, nonlinear, mixes pixels and channels, and uses all of its inputs. Sensitive to t_dm: a step of 1
-    moves it by up to 0.14, the 3e-5 by which float32 rounds t_dm by 4e-6."""
+    changes the output by up to 0.14; the 3e-5 by which float32 rounds t_dm, by 4e-6."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +94,7 @@ class Arbitrary(nn.Module):
 
 
 class Spy(nn.Module):
-    """Keeps what it is called with."""
+    """Records its calls."""
 
     def __init__(self, net=lambda x_dm, t_dm, context: torch.zeros_like(x_dm)):
         super().__init__()
@@ -109,7 +110,7 @@ def wrap(net, prediction="v", kind=Diff2Flow, **schedule):
 
 
 class FromTrainedLevel(Diff2Flow):
-    """Diff2Flow on the grid that other tools can use: from the noisiest trained level instead of t_fm = 0."""
+    """Diff2Flow on the grid of other tools, which starts at the noisiest trained level instead of t_fm = 0."""
 
     def grid(self, steps):
         return torch.linspace(F_T[-1], 1, steps + 1)
@@ -194,7 +195,7 @@ def test_f_t_inv_is_equation_12_and_decreasing_and_clamped_to_the_trained_timest
     ours = wrap(None)
     t_fm = torch.linspace(0, 1, 20001)
     t_dm = ours.f_t_inv(t_fm)
-    assert (t_dm - asked(t_fm)).abs().max() < 2e-4                # as above
+    assert (t_dm - timestep(t_fm)).abs().max() < 2e-4                # as above
     assert (t_dm.diff() <= 0).all() and (t_dm[1300:19400].diff() < 0).all()
     assert t_dm[0] == 999 and t_dm[-1] == 0
 
@@ -216,7 +217,7 @@ def test_the_optimal_network_gives_the_optimal_velocity_to_one_in_ten_thousand(p
     for t_fm in INSIDE:
         x_fm = interpolate(X1, X0, t_fm.expand(5))
         truth = optimal_velocity(posterior, x_fm, t_fm.expand(5))
-        assert rel_diff(velocity(ours, x_fm, t_fm), truth) < 1e-5  # asked for: 1e-4; a timestep off by one: 3e-3
+        assert rel_diff(velocity(ours, x_fm, t_fm), truth) < 1e-5  # the goal is 1e-4; a timestep off by one gives 3e-3
 
 
 @both_predictions
@@ -244,7 +245,7 @@ def test_the_velocity_as_printed_is_wrong_and_as_corrected_is_right():
 # ---- the ends
 
 @both_predictions
-def test_the_network_is_asked_inside_its_trained_timesteps_about_the_image_as_it_is(prediction):
+def test_the_network_gets_trained_timesteps_and_the_unclamped_image(prediction):
     spy = Spy()
     t_fm = torch.tensor([0.0, 0.03, 0.5, 0.99, 1.0])
     wrap(spy, prediction)(X1, t_fm, CONTEXT)
@@ -273,16 +274,16 @@ def test_the_velocity_is_continuous_at_both_seams(prediction, seam):
 
 
 @both_predictions
-def test_outside_the_trained_range_the_networks_answer_is_kept_as_v(prediction):
-    """The rule for the ends, written out: v at the level that was asked about, alpha and sigma at t_fm."""
+def test_outside_the_trained_range_the_networks_output_is_kept_as_v(prediction):
+    """The rule for the ends, written out: v at the clamped level, alpha and sigma at t_fm."""
     for t_fm in (0.0, 0.02, 0.05, 0.98, 1.0):
         r = 1 / np.hypot(t_fm, 1 - t_fm)
         alpha, sigma, x_dm = r * t_fm, r * (1 - t_fm), (r * X1.double())
-        t_dm = asked([t_fm] * 5)
+        t_dm = timestep([t_fm] * 5)
         v = Arbitrary()(x_dm, t_dm, CONTEXT)
         if prediction == "eps":
-            alpha_asked, sigma_asked = level(t_dm)
-            v = (v - sigma_asked * x_dm) / alpha_asked
+            alpha_dm, sigma_dm = level(t_dm)
+            v = (v - sigma_dm * x_dm) / alpha_dm
         truth = (alpha - sigma) * x_dm - (alpha + sigma) * v
         assert torch.allclose(velocity(wrap(Arbitrary(), prediction), X1, t_fm).double(), truth, atol=1e-4)
 
@@ -295,8 +296,8 @@ def test_an_optimal_eps_network_and_an_optimal_v_network_agree_everywhere_the_en
 
 @both_predictions
 def test_the_first_step_of_a_pretrained_network_is_not_wasted(prediction):
-    """At t_fm = 0 the truth is mu - x0. The network takes pure noise for its own last level, which holds
-    alpha = 0.068 of signal, so it is that far off; a conversion at t_fm itself would give 0 here."""
+    """At t_fm = 0 the truth is mu - x0. The network takes pure noise for its own last level, which has
+    alpha = 0.068 of signal, so it is off by that much; a conversion at t_fm itself would give 0 here."""
     u = velocity(wrap(optimal(prediction, gaussian), prediction), X0, 0.0)
     assert rel_diff(u, MU - X0) < 0.07
 
@@ -306,7 +307,7 @@ def test_the_first_step_of_a_pretrained_network_is_not_wasted(prediction):
 def ddim(net, prediction, x_dm, t_fm_grid):
     """DDIM (eta = 0) in float64, from its definition: predict x1 and x0, move to the next alpha and sigma."""
     for now, then in zip(t_fm_grid[:-1], t_fm_grid[1:]):
-        t_dm = asked([float(now)] * len(x_dm))
+        t_dm = timestep([float(now)] * len(x_dm))
         alpha, sigma = level(t_dm)
         out = net(x_dm, t_dm, CONTEXT)
         if prediction == "v":
@@ -341,15 +342,15 @@ def test_from_pure_noise_algorithm_2_is_one_step_by_hand_and_then_ddim(predictio
 
 
 def euler_discrete(net, prediction, x_ve, t_fm_grid):
-    """diffusers' own sampler, started from x_ve = x1 + sigma x0; the network is asked with Eq. 12's t_dm (diffusers'
+    """diffusers' own sampler, started from x_ve = x1 + sigma x0; the network gets Eq. 12's t_dm (diffusers'
     own interpolation of log sigma differs from it by up to 0.03)."""
     from diffusers import EulerDiscreteScheduler
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                        prediction_type={"v": "v_prediction", "eps": "epsilon"}[prediction])
     scheduler.set_timesteps(sigmas=[(1 - t_fm) / t_fm for t_fm in t_fm_grid])
     for t_fm, t_dm in zip(t_fm_grid, scheduler.timesteps):
-        assert abs(t_dm - asked([t_fm]).item()) < 0.03
-        out = net(scheduler.scale_model_input(x_ve, t_dm), asked([t_fm] * len(x_ve)), CONTEXT)
+        assert abs(t_dm - timestep([t_fm]).item()) < 0.03
+        out = net(scheduler.scale_model_input(x_ve, t_dm), timestep([t_fm] * len(x_ve)), CONTEXT)
         x_ve = scheduler.step(out, t_dm, x_ve).prev_sample
     return x_ve
 
@@ -382,7 +383,7 @@ def test_a_one_image_data_set_is_hit_in_one_step_from_the_first_trained_level(pr
 
 @both_predictions
 def test_one_step_from_pure_noise_misses_a_one_image_data_set_by_the_schedules_last_alpha(prediction):
-    """SD never saw pure noise: at t_dm = 999 it takes x0 for alpha x1 + sigma x0, and 0.068 of x0 stays."""
+    """SD never saw pure noise: at t_dm = 999 it takes x0 for alpha x1 + sigma x0, and 0.068 of x0 remains."""
     image = rand(1, *SHAPE[1:], seed=5)
     net = optimal(prediction, lambda x, a, s: image.double().expand_as(x))
     ours = wrap(net, prediction).sample(X0, CONTEXT, 1)
@@ -417,6 +418,18 @@ def test_guidance_0_ignores_the_prompt():
     assert torch.allclose(ours.sample(X0, CONTEXT, 3, uncond=UNCOND, cfg=0.0), ours.sample(X0, UNCOND, 3), atol=1e-5)
 
 
+def test_one_unconditional_embedding_serves_a_whole_batch():
+    flow = Diff2Flow(Arbitrary(), ALPHA, SIGMA)
+    uncond = rand(1, *CONTEXT.shape[1:], seed=9)
+    one = flow.sample(X0, CONTEXT, 2, uncond, 3.0)
+    assert torch.equal(one, flow.sample(X0, CONTEXT, 2, uncond.expand_as(CONTEXT), 3.0))
+
+
+def test_guidance_without_an_unconditional_embedding_is_refused():
+    with pytest.raises(ValueError, match="guidance of scale 4 needs uncond"):
+        Diff2Flow(Arbitrary(), ALPHA, SIGMA).sample(X0, CONTEXT, 2, cfg=4)
+
+
 def test_guidance_costs_one_call_of_two_batches_a_step_and_none_costs_one_call_of_one():
     spy = Spy()
     wrap(spy).sample(X0, CONTEXT, 3)
@@ -426,7 +439,7 @@ def test_guidance_costs_one_call_of_two_batches_a_step_and_none_costs_one_call_o
     assert [(len(x_dm), len(t_dm), len(context)) for x_dm, t_dm, context in spy.calls] == [(10, 10, 10)] * 3
 
 
-def test_sampling_shows_each_point_of_its_path_and_keeps_no_graph():
+def test_sampling_passes_each_point_of_the_path_to_the_callback_and_keeps_no_graph():
     seen = []
     x1 = wrap(Arbitrary()).sample(X0, CONTEXT, 3, callback=seen.append)
     assert len(seen) == 3 and seen[-1] is x1 and not x1.requires_grad
@@ -443,9 +456,9 @@ def test_the_loss_of_an_exact_network_is_zero_and_of_a_perturbed_one_is_not(pred
 
 
 @both_predictions
-def test_inside_the_trained_range_the_loss_is_the_networks_own_with_another_weight_for_each_level(prediction):
+def test_inside_the_trained_range_the_loss_is_the_diffusion_loss_with_another_weight_per_level(prediction):
     """Squared errors of v count (alpha + sigma)^2 times, of eps ((alpha + sigma) / alpha)^2 times; times are uniform in
-    t_fm. Here a network is wrong by a known amount, another at each level, and both integrals are sums."""
+    t_fm. This network has a known error at each level, and both integrals are sums."""
     def wrong(x1, x0):
         def net(x_dm, t_dm, context):
             return exact(prediction, x1, x0)(x_dm, t_dm, context) + 0.1 + 0.05 * (t_dm / 90).sin().view(-1, 1, 1, 1)
@@ -502,7 +515,7 @@ def test_the_loss_draws_standard_normal_noise_and_uniform_times():
     assert np.corrcoef(t_fm, x_fm[:, 0, 0, 0] - 3 * t_fm)[0, 1] == pytest.approx(0, abs=0.04)   # drawn apart
 
 
-def test_a_bfloat16_network_is_asked_with_float32_times_and_answers_in_float32():
+def test_a_bfloat16_network_gets_float32_times_and_u_is_float32():
     spy = Spy(lambda x_dm, t_dm, context: x_dm.bfloat16())
     ours = wrap(spy)
     u = ours(X1.bfloat16(), torch.from_numpy(np.interp([998.5] * 5, np.arange(T), F_T)), CONTEXT)
@@ -529,7 +542,7 @@ def test_under_autocast_the_algebra_stays_in_float32(prediction):
 
 
 @pytest.mark.parametrize("name", ["diff2flow", "dm"])
-def test_bfloat16_latents_lose_nothing_more_in_the_loss(name):
+def test_bfloat16_latents_lose_no_further_precision_in_the_loss(name):
     x1, x0, t_fm = X1.bfloat16(), X0.bfloat16(), torch.full((5,), 0.5)
     ours = OBJECTIVES[name](exact("v", x1, x0), ALPHA, SIGMA)
     loss = ours.loss(x1, CONTEXT, x0, t_fm)
@@ -537,7 +550,7 @@ def test_bfloat16_latents_lose_nothing_more_in_the_loss(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_sampling_from_bfloat16_noise_loses_nothing_more(name):
+def test_sampling_from_bfloat16_noise_loses_no_further_precision(name):
     ours = OBJECTIVES[name](Arbitrary(), ALPHA, SIGMA)
     assert torch.equal(ours.sample(X0.bfloat16(), CONTEXT, 2), ours.sample(X0.bfloat16().float(), CONTEXT, 2))
 
@@ -571,7 +584,7 @@ def test_dm_trains_on_the_networks_own_loss(prediction):
     assert wrap(exact(prediction, X1, X0), prediction, Diffusion).loss(X1, CONTEXT, X0) < 1e-9
 
 
-def test_dm_asks_at_whole_timesteps_uniform_with_both_ends():
+def test_dm_draws_integer_timesteps_uniformly_with_both_ends():
     torch.manual_seed(0)
     spy, n = Spy(), 20000                                         # the chance to miss an end is e^-20
     wrap(spy, "eps", Diffusion).loss(torch.full((n, 1, 1, 1), 3.0), None)
@@ -583,10 +596,10 @@ def test_dm_asks_at_whole_timesteps_uniform_with_both_ends():
     assert abs(x0.mean()) < 0.04 and abs(x0.std() - 1) < 0.04     # 5 standard errors
 
 
-def test_dm_given_a_time_asks_at_the_nearest_whole_timestep():
+def test_dm_at_a_given_time_uses_the_nearest_integer_timestep():
     spy = Spy()
     wrap(spy, kind=Diffusion).loss(X1, CONTEXT, X0, torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0]))
-    assert spy.calls[0][1].tolist() == asked([0.0, 0.3, 0.5, 0.9, 1.0]).round().tolist()
+    assert spy.calls[0][1].tolist() == timestep([0.0, 0.3, 0.5, 0.9, 1.0]).round().tolist()
 
 
 @both_predictions
@@ -616,7 +629,7 @@ def test_dm_samples_at_the_trailing_timesteps(steps):
 
 @both_predictions
 @pytest.mark.parametrize("name, sign", [("fm", 1), ("fm-flip", -1)])
-def test_naive_fm_reads_the_raw_output_as_the_velocity_at_the_flows_own_image_and_time(name, sign, prediction):
+def test_naive_fm_takes_the_raw_output_as_the_velocity_at_x_fm_and_t_fm(name, sign, prediction):
     t_fm = torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0])
     ours = OBJECTIVES[name](Arbitrary(), ALPHA, SIGMA, prediction=prediction)
     x_fm = interpolate(X1, X0, t_fm)
@@ -633,3 +646,13 @@ def test_naive_fm_samples_by_plain_euler_on_the_raw_output(name, sign):
         x_fm = x_fm + sign / 6 * Arbitrary()(x_fm, torch.full((5,), i / 6), CONTEXT)
     ours = OBJECTIVES[name](Arbitrary(), ALPHA, SIGMA).sample(X0, CONTEXT, 6)
     assert torch.allclose(ours.double(), x_fm, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_the_schedule_follows_the_data_to_its_device(name):
+    """The schedule is made on the CPU; everything else is on the meta device, which refuses to mix the two."""
+    flow = OBJECTIVES[name](lambda x_dm, t_dm, context: x_dm, ALPHA, SIGMA)
+    x = torch.zeros(SHAPE, device="meta")
+    context = torch.zeros(SHAPE[0], 2, 3, device="meta")
+    assert flow.loss(x, context).device.type == "meta"
+    assert flow.sample(x, context, 2, context[:1], 3.0).device.type == "meta"

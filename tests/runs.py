@@ -1,4 +1,4 @@
-"""What the tests of train.py and sample.py share: a small random model, and the scripts' commands in this process."""
+"""What the tests of the scripts share: a small random model, calls of main() in this process, and photographs."""
 import contextlib
 import io
 import json
@@ -12,38 +12,41 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from files import cli, open_tensors
 from PIL import Image
 from safetensors.torch import load_file
 
 import sample
 import train
 from model import TINY, StableDiffusion
+from support import load, pairs, run
+from support.checkpoint import save_checkpoint
+from support.files import cli, open_tensors
 
 SHORT = "--steps 4 --batch 2 --grad-accum 1 --lr 1e-3 --validation 2 --previews 2 --scenes 8 --size 32 "
-SHORT += "--device cpu --precision fp32 "                # on every processor
+SHORT += "--device cpu --precision fp32 "                # the same on every machine
 FEW = "--steps 2 --size 32 --device cpu --precision fp32 "
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The file of a random model, narrower than the bundled priors, with no layer at zero, so that prompts matter."""
+    """The file of a random model, narrower than the bundled priors. No layer is zero, so its output depends on the
+    prompt."""
     torch.manual_seed(0)
     sd = StableDiffusion(replace(TINY, unet_widths=(32, 64), vae_widths=(32, 32, 32)), "v")
     for parameter in sd.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
-    sd.save(path, torch.float16, resolution="64")
+    save_checkpoint(sd, path, torch.float16, resolution="64")
     return path
 
 
 @contextlib.contextmanager
 def working_in(folder, tiny):
-    """Inside `with`, commands run in `folder`, and `tiny` takes the bundled prior's place."""
+    """Inside `with`, commands run in `folder`, and `tiny` is the bundled prior."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "BUNDLED_PRIOR", tiny)
-        patch.setattr(sample, "BUNDLED_PRIOR", tiny)
+        for module in load, pairs, run, sample, train:          # each has imported the name
+            patch.setattr(module, "BUNDLED_PRIOR", tiny)
         patch.chdir(folder)
         yield
 
@@ -56,7 +59,7 @@ def at_work(tiny, tmp_path):
 
 
 def call(module, words):
-    """Run a script's main() as its command line would -> exit code, stdout, stderr."""
+    """Run a script's main() with these command-line arguments -> exit code, stdout, stderr."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *shlex.split(words)])
@@ -68,16 +71,16 @@ def call(module, words):
 
 
 def works(module, words):
-    """-> stdout of a command that must not fail."""
+    """-> stdout of a command that must succeed."""
     result = call(module, words)
     assert result.code == 0, result.err
     return result.out
 
 
 def refusal(module, words):
-    """-> the one line of a command that must fail."""
+    """-> the error line of a command that must fail."""
     result = call(module, words)
-    line = result.err.splitlines()[-1]                  # above it there may be bars and warnings
+    line = result.err.splitlines()[-1]                  # progress bars and warnings may come before it
     assert result.code == 2 and line.startswith("error: ") and "Traceback" not in result.err, result.err
     return line
 
@@ -92,13 +95,13 @@ def rows_of(path):
 
 
 def same(a, b):
-    """Two .safetensors files hold the same tensors, bit for bit."""
+    """Whether two .safetensors files have the same tensors, bit for bit."""
     a, b = load_file(a), load_file(b)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def save_photo(path, height=48, width=64, seed=0):
-    """A smooth random picture."""
+    """Write a smooth random picture."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -106,7 +109,7 @@ def save_photo(path, height=48, width=64, seed=0):
 
 
 def save_photos(folder):
-    """Three photographs, two with .txt captions, one with a caption in metadata.jsonl."""
+    """Write three photographs, two with .txt captions, one with a caption in metadata.jsonl."""
     for i, (name, caption) in enumerate({"boat": "a red boat", "tree": "a tall tree", "roof": None}.items()):
         save_photo(f"{folder}/{name}.jpg", 90, 120, seed=i)
         if caption:
@@ -115,7 +118,7 @@ def save_photos(folder):
 
 
 def save_tar(path, contents):
-    """A tar of {name: bytes}."""
+    """Write a tar of {name: bytes}."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in contents.items():
@@ -125,14 +128,14 @@ def save_tar(path, contents):
 
 
 def picture_bytes(number, kind="PNG"):
-    """A grey picture, whose tone is 2 times its number."""
+    """-> the bytes of a grey picture whose pixels are 2 times its number."""
     content = io.BytesIO()
     Image.new("RGB", (12, 8), (2 * number,) * 3).save(content, kind)
     return content.getvalue()
 
 
 def save_shards(folder, tars=5, pictures=4):
-    """00000.tar ... as img2dataset writes them: each with some pictures, a caption in .txt, and .json about them."""
+    """Write 00000.tar, ... like img2dataset: each has some pictures, with a caption in .txt and metadata in .json."""
     for i in range(tars):
         contents = {}
         for number in range(pictures * i, pictures * (i + 1)):

@@ -22,7 +22,7 @@ def two_things(relation, swapped=False):
 
 
 @both_styles
-def test_an_item_depends_on_seed_and_index_alone_and_comes_round_again(style):
+def test_an_item_depends_on_seed_and_index_alone_and_repeats_after_n(style):
     first, longer, other = Scenes(9, 32, 48, style, 3), Scenes(500, 32, 48, style, 3), Scenes(9, 32, 48, style, 4)
     for i in 8, 0, 5:
         for key in i, 9 + i, 36 + i:
@@ -40,7 +40,7 @@ def test_an_item_depends_on_seed_and_index_alone_and_comes_round_again(style):
     ("solid", 5, "a large orange triangle in front of a small blue square on a pink background", 0.361146, 6.686310),
     ("outline", 1, "an outline of a small green circle behind a large orange square on a dark gradient",
      -0.565726, 6.396624)])
-def test_the_world_is_the_one_that_the_bundled_priors_were_trained_on(style, key, caption, brightness, depth):
+def test_scenes_are_those_that_the_bundled_priors_were_trained_on(style, key, caption, brightness, depth):
     item = Scenes(9, 64, 64, style, 0)[key]
     assert item["caption"] == caption
     assert item["image"].mean().item() == pytest.approx(brightness, abs=1e-4)
@@ -48,7 +48,7 @@ def test_the_world_is_the_one_that_the_bundled_priors_were_trained_on(style, key
 
 
 @both_styles
-def test_a_scene_is_the_same_picture_at_any_resolution(style):
+def test_a_scene_looks_the_same_at_every_resolution(style):
     for scene in many_scenes(style, 40):
         fine, coarse = render(scene, 128, 128)[0].astype(float), render(scene, 64, 64)[0].astype(float)
         difference = np.abs(fine.reshape(64, 2, 64, 2, 3).mean((1, 3)) - coarse)
@@ -77,7 +77,7 @@ def test_the_front_thing_is_nearer_and_larger_and_hides_part_of_the_other(style)
         assert 0.5 < (depth[covers[1]] == np.float32(behind.depth)).mean() < 0.95
 
 
-def test_depth_is_that_of_the_wall_and_of_things_whose_apparent_size_gives_it():
+def test_depth_is_that_of_the_wall_or_of_a_thing_by_its_radius():
     for scene in many_scenes("solid", 100):
         image, depth = render(scene, 48, 48)
         wall = np.broadcast_to((20 / (3 + (np.arange(48) + 0.5) / 24 - 1))[:, None], (48, 48))
@@ -90,7 +90,7 @@ def test_depth_is_that_of_the_wall_and_of_things_whose_apparent_size_gives_it():
             assert image[0, 0].sum() < image[-1, 0].sum() - 30          # far is dark
 
 
-def test_places_and_relations_hold_in_the_picture_and_colours_differ():
+def test_things_lie_where_place_and_relation_say_and_colours_differ():
     for scene in many_scenes("solid", 1000) + many_scenes("outline", 1000):
         assert len({thing.colour for thing in scene.things}) == len(scene.things)
         for thing in scene.things:
@@ -113,16 +113,16 @@ def test_a_room_has_three_things_above_a_floor_the_nearest_first():
         assert len(depths) == 3 and depths == sorted(depths) and 2.6 <= depths[0] and depths[-1] <= 6
         assert len({thing.colour for thing in scene.things}) == 3
         _, depth = render(scene, 64, 64)
-        floor = 1 / depth.max(1)                                            # seen in each row, but for the things
+        floor = 1 / depth.max(1)                                            # each row has some floor beside the things
         assert 9.8 < depth.max() < 20 and 4.5 < depth[-1].max() < 6.1       # half a pixel from the edges
-        assert np.abs(np.diff(floor, 2)).max() < 1e-6, "a plane: its inverse depth is linear"
+        assert np.abs(np.diff(floor, 2)).max() < 1e-6, "a plane has linear inverse depth"
         for thing in scene.things:
             assert max(abs(thing.x), abs(thing.y)) + thing.radius < 1
-            assert thing.depth < scene.wall_depth(thing.y + thing.radius), "it is above the floor, not below"
-            assert np.isclose(depth, thing.depth).any(), "it can be seen"
+            assert thing.depth < scene.wall_depth(thing.y + thing.radius), "below the floor"
+            assert np.isclose(depth, thing.depth).any(), "hidden"
 
 
-def test_captions_read_as_the_readme_says():
+def test_captions_have_the_form_that_toys_readme_shows():
     thing = Thing("circle", "red", "small", 0.26, -0.5, 0.0)
     assert Scene("solid", "grey", (thing,), "left").caption == "a small red circle at the left on a grey background"
     assert Scene("solid", "grey", (thing,), "centre").caption.startswith("a small red circle in the centre on")
@@ -132,7 +132,7 @@ def test_captions_read_as_the_readme_says():
 
 
 @pytest.mark.parametrize("relation, converse", scenes.RELATIONS.items())
-def test_picture_and_labels_are_the_same_whichever_way_the_relation_is_put(relation, converse):
+def test_a_swapped_caption_has_the_same_picture_and_labels(relation, converse):
     plain, swapped = two_things(relation), two_things(relation, swapped=True)
     assert plain.caption == f"a large red circle {relation} a small blue square on a grey background"
     assert swapped.caption == f"a small blue square {converse} a large red circle on a grey background"

@@ -1,16 +1,16 @@
-"""Procedural scenes: pictures of coloured shapes, each with the caption that describes it and with its exact depth.
+"""Procedural scenes: pictures of coloured shapes, each with a caption and its exact depth.
 
 A scene is one to three flat shapes in front of a wall, or a picture of one plain colour. Lengths are in units of half
 the picture's shorter side: x points right, y points down, and (0, 0) is the centre. A picture of any height and width
 therefore shows the same central square. All depths are in metres:
     wall     depth = 20 / (3 + y)         10 at the top edge (far), 5 at the bottom edge (near), a plane that leans back
-    shape    depth = 1.15 / radius        all shapes are cut to one physical size, so a large one is near: 2.7 to 4.8
-Every colour is multiplied by 1.08 - 0.03 * depth. So depth can be read from a picture twice: by size and by shade.
+    shape    depth = 1.15 / radius        all shapes have the same physical size, so a large one is near: 2.7 to 4.8
+Every colour is multiplied by 1.08 - 0.03 * depth, so a picture shows depth in two ways: by size and by shade.
 
-There are three styles: "solid" has filled shapes on a coloured wall, "outline" has lines on a dark wall. The bundled
-priors know "solid" alone; "outline" is what `python train.py` teaches them. "room" is what a depth model learns: three
-filled shapes, and in place of the wall a floor that leaves the camera at another slope in each scene,
-    floor    1 / depth falls evenly with height, from 1/4.5 to 1/6 at the bottom edge to 1/10 to 1/20 at the top edge
+There are three styles. "solid" has filled shapes on a coloured wall; the bundled priors were trained on it. "outline"
+has lines on a dark wall; `python train.py` trains on it. "room" is for depth models: three filled shapes, and instead
+of the wall a floor whose slope differs from scene to scene,
+    floor    1 / depth is linear in y, from 1/4.5 .. 1/6 at the bottom edge to 1/10 .. 1/20 at the top edge
 """
 import math
 from dataclasses import dataclass, replace
@@ -20,12 +20,12 @@ import torch
 
 from data import to_tensor
 
-# A polygon has so many tips on its circle, and between two tips a notch that is nearer to the centre. Of the square and
-# the triangle the notch lies on the straight side between two tips. The turn is clockwise, from a tip at the top.
+# A polygon has `tips` corners on its circle, and between two tips a notch that is nearer to the centre. For the square
+# and the triangle the notch is the middle of a straight side. The turn is clockwise, from a tip at the top.
 SHAPES = {  # (tips, distance of a notch / distance of a tip, turn in radians); a circle has none of these
     "circle": None, "square": (4, math.cos(math.pi / 4), math.pi / 4), "triangle": (3, math.cos(math.pi / 3), 0.0),
     "star": (5, 0.5, 0.0)}
-CIRCLE = 0.88                                           # its radius is smaller, so that its area is about a square's
+CIRCLE = 0.88                                           # a smaller radius, so that its area is about a square's
 COLOURS = {"red": (225, 40, 45), "orange": (250, 135, 20), "yellow": (250, 225, 45), "green": (40, 165, 70),
            "blue": (45, 100, 235), "purple": (145, 60, 195)}
 BACKGROUNDS = {"grey": (160, 160, 160), "beige": (220, 200, 165), "teal": (90, 185, 180), "pink": (240, 175, 195)}
@@ -33,9 +33,9 @@ PLAIN = {"solid": BACKGROUNDS | COLOURS, "outline": {"black": (0, 0, 0), "white"
 PLAIN_FRACTION = {"solid": 0.04, "outline": 0.10}       # the share of scenes that are one plain colour
 SIZES = {"small": (0.24, 0.29), "large": (0.38, 0.42)}  # smallest and largest radius of the circle around a shape
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
-RELATIONS = {"left of": "right of", "above": "below", "in front of": "behind"}  # a relation: the same, the other way
+RELATIONS = {"left of": "right of", "above": "below", "in front of": "behind"}  # relation: its converse
 LINE = 0.12                                             # width of an outline, half of it outside the shape
-MARGIN = 0.02                                           # what stays free at the picture's edge
+MARGIN = 0.02                                           # free space at the picture's edge
 PAINT_OUTSIDE = {"solid": 0.0, "outline": LINE / 2, "room": 0.0}    # how far the paint reaches beyond the shape
 LABELS = {"count": ["plain", "one", "two"],
           "shape1": list(SHAPES), "colour1": list(COLOURS), "size1": list(SIZES), "place": list(PLACES),
@@ -45,7 +45,7 @@ LABELS = {"count": ["plain", "one", "two"],
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape in a scene: `size` is the word of the caption, `radius` the exact one, (x, y) the centre."""
+    """A shape in a scene: `size` is the caption's word for it, `radius` the number, (x, y) the centre."""
     shape: str
     colour: str
     size: str
@@ -65,9 +65,9 @@ class Thing:
 class Scene:
     """No thing (a plain picture), one thing at a place, two things in a relation, or three in a room.
 
-    Of several things the left, upper or front one comes first. `swapped` turns the words of the caption round ("B is
-    behind A" for "A is in front of B") and leaves the picture as it is. `wall` is the depth of what is behind all
-    things, at the bottom and the top edge, in metres.
+    The left, upper or front one of several things comes first. `swapped` changes the caption alone ("B behind A"
+    instead of "A in front of B"). `wall` is the depth of the plane behind all things at the bottom and the top edge, in
+    metres.
     """
     style: str
     background: str
@@ -101,7 +101,7 @@ class Scene:
     def labels(self):
         """-> {attribute: class index in LABELS[attribute]}; -100 where an attribute does not apply.
 
-        The labels say what the picture shows, so they do not depend on `swapped`.
+        Labels describe the picture, so they do not depend on `swapped`.
         """
         words = {"count": LABELS["count"][len(self.things)], "place": self.place, "relation": self.relation,
                  "background": self.background}
@@ -116,8 +116,8 @@ class Scene:
 def signed_distance(thing, x, y):
     """x (1, W), y (H, 1) -> (H, W), the exact distance to the shape's edge, negative inside.
 
-    A polygon of n tips looks the same after a turn by 1/n and in a mirror. So every point is turned and mirrored into
-    the one wedge between a tip and the notch beside it, where the shape's edge is one straight line.
+    A polygon of n tips is symmetric under rotation by 1/n of a turn and under reflection. So every point is rotated and
+    reflected into the wedge between a tip and the notch beside it, where the shape's edge is one straight line.
     """
     x, y = x - thing.x, y - thing.y
     from_centre = np.hypot(x, y)
@@ -133,7 +133,7 @@ def signed_distance(thing, x, y):
 
 
 def visible_fraction(front, behind, outside):
-    """The share of `behind` that `front` does not cover, 0 to 1; the paint of both reaches `outside` their shapes."""
+    """The share of `behind` that `front` does not cover, 0 to 1. Their paint extends `outside` beyond their shapes."""
     axis = np.linspace(-1, 1, 49, dtype=np.float32)
     x, y = axis[None], axis[:, None]
     inside = signed_distance(behind, x, y) < outside
@@ -143,24 +143,24 @@ def visible_fraction(front, behind, outside):
 # ------------------------------------------------------------------ a random scene
 
 def pick(rng, options):
-    """One of the options (a list, or the keys of a dict), each as likely."""
+    """One of the options (a list, or the keys of a dict), drawn uniformly."""
     return list(options)[int(rng.integers(len(options)))]
 
 
 def reach(thing):
-    """How far from 0 the centre may lie, in x and in y, so that all of the thing is in the picture."""
+    """The largest |x| and |y| of the centre for which the whole thing is in the picture."""
     return 1 - MARGIN - thing.radius - LINE / 2
 
 
 def put_alone(rng, thing, place, jitter):
-    """-> the thing at the place; `jitter` (x, y) is its offset where the place does not say where it is."""
+    """-> the thing at the place; `jitter` (x, y) is its offset along an axis that the place leaves open."""
     away = rng.uniform(0.42, reach(thing))
     x, y = (away * side if side else offset for side, offset in zip(PLACES[place], jitter))
     return replace(thing, x=float(x), y=float(y))
 
 
 def put_in_front(rng, front, behind, jitter, style):
-    """-> both, so that the one behind is partly hidden: places are drawn until 65 to 85 % of it can be seen."""
+    """-> both, the one behind partly hidden: positions are drawn until 65 to 85 % of it is visible."""
     while True:
         angle, apart = rng.uniform(0, 2 * math.pi), rng.uniform(0.25, 0.65)
         x, y = apart * math.cos(angle), apart * math.sin(angle)
@@ -171,9 +171,10 @@ def put_in_front(rng, front, behind, jitter, style):
 
 
 def put_side_by_side(rng, first, second, relation, jitter):
-    """-> both, with a gap between them: along x for "left of", along y for "above"; `jitter` is their other offset."""
+    """-> both, with a gap between them along x ("left of") or y ("above"); `jitter` is their offset along the other
+    axis."""
     touching = first.radius + second.radius + LINE      # the distance of the centres without a gap
-    spare = reach(first) + reach(second) - touching     # what is shared among the picture's edge, the gap and the edge
+    spare = reach(first) + reach(second) - touching     # split between the two edges and the gap
     gap = spare * rng.uniform(0.4, 1)
     start = -reach(first) + (spare - gap) * rng.random()
     end = start + touching + gap
@@ -183,7 +184,7 @@ def put_side_by_side(rng, first, second, relation, jitter):
 
 
 def random_room(rng):
-    """-> Scene of three things, the nearest first: none is below the floor, and each can be seen by half or more."""
+    """-> Scene of three things, the nearest first: all above the floor, at least half of each visible."""
     scene = Scene("room", pick(rng, BACKGROUNDS), wall=(rng.uniform(4.5, 6), rng.uniform(10, 20)))
     while True:
         things = []
@@ -200,7 +201,7 @@ def random_room(rng):
 
 
 def random_scene(rng, style):
-    """rng: a numpy Generator, which alone decides; style: "solid", "outline" or "room" -> Scene."""
+    """rng: a numpy Generator; style: "solid", "outline" or "room" -> Scene, which depends on these two alone."""
     if style == "room":
         return random_room(rng)
     if rng.random() < PLAIN_FRACTION[style]:
@@ -244,9 +245,9 @@ def render(scene, height, width):
     image, outside = wall, PAINT_OUTSIDE[scene.style]
     for thing in reversed(scene.things):                # the nearer one comes first, so it is painted last
         distance = signed_distance(thing, x, y)
-        cover = np.clip(0.5 + (outside - distance) * unit, 0, 1)[..., None]             # (H, W, 1), 0 to 1 in one pixel
+        cover = np.clip(0.5 + (outside - distance) * unit, 0, 1)[..., None]     # (H, W, 1), 0 to 1 within one pixel
         paint = np.float32(COLOURS[thing.colour]) * np.float32(1.08 - 0.03 * thing.depth)
-        if scene.style == "outline":                    # inside its line a thing shows the wall and hides other things
+        if scene.style == "outline":                    # inside its line: the wall, which hides other things
             inner = np.clip(0.5 - (outside + distance) * unit, 0, 1)[..., None]
             paint = paint + inner * (wall - paint)
         image = image + cover * (paint - image)
@@ -257,7 +258,7 @@ def render(scene, height, width):
 class Scenes(torch.utils.data.Dataset):
     """n random scenes, scene i from (seed, i) alone: image (3, H, W) in [-1, 1], caption, depth (1, H, W) in metres.
 
-    A key may be larger than n: scene i comes back at key = epoch * n + i.
+    Key epoch * n + i is scene i again.
     """
 
     def __init__(self, n, height, width, style, seed):

@@ -217,14 +217,16 @@ class ImageFolder(Dataset):
     def hold_out(self, n):
         """Take min(n, a tenth) of the pictures out, chosen by a hash of their names -> n items of them, and words for
         what they are. With fewer than ten pictures nothing is held out: the items are of training pictures."""
+        held_out, words = copy.copy(self), "training pictures, too few to hold any out"
+        held_out.seed = 0                               # the same crops in every run
         by_hash = sorted(self.items, key=lambda item: hash_of_name(os.path.relpath(item[0], self.folder)))
         count = min(n, len(self) // 10)
-        if not count:
-            return [self[i] for i in range(n)], "training pictures, too few to hold any out"
-        held_out, others = copy.copy(self), set(by_hash[count:])
-        held_out.items, held_out.undecodable, held_out.illegible = by_hash[:count], set(), set()
-        self.items = [item for item in self.items if item in others]
-        return [held_out[i] for i in range(n)], f"{count} held-out pictures"
+        if count:
+            held_out.items, words = by_hash[:count], f"{count} held-out pictures"
+            held_out.undecodable, held_out.illegible = set(), set()
+            others = set(by_hash[count:])
+            self.items = [item for item in self.items if item in others]
+        return [held_out[i] for i in range(n)], words
 
     def __len__(self):
         return len(self.items)

@@ -61,18 +61,19 @@ class DepthFolders(torch.utils.data.Dataset):
     def hold_out(self, n):
         """Take min(n, a tenth) of each folder's pictures out, by a hash of their names -> n items of them, and words
         for what they are. If that is none, the items are training pictures."""
-        held_out = copy.copy(self)
-        held_out.folders, held_out.empty = [], set()
+        held_out, words = copy.copy(self), "training pictures, too few to hold any out"
+        held_out.folders, held_out.empty, held_out.seed = [], set(), 0      # the same crops in every run
         for i, found in enumerate(self.folders):
             by_hash = sorted(found, key=lambda entry: hash_of_name(os.path.relpath(entry[0], self.roots[i])))
             count = min(n, len(found) // 10)
             held_out.folders.append(by_hash[:count])
             self.folders[i] = sorted(by_hash[count:])
         weights = np.array([weight if found else 0 for weight, found in zip(self.weights, held_out.folders)])
-        if not weights.any():
-            return [self[i] for i in range(n)], "training pictures, too few to hold any out"
-        held_out.weights = weights / weights.sum()
-        return [held_out[i] for i in range(n)], f"{len(held_out)} held-out pictures"
+        if weights.any():
+            held_out.weights, words = weights / weights.sum(), f"{len(held_out)} held-out pictures"
+        else:
+            held_out.folders = self.folders
+        return [held_out[i] for i in range(n)], words
 
     def __len__(self):
         return sum(len(found) for found in self.folders)

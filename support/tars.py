@@ -84,8 +84,8 @@ class Tars(IterableDataset):
             if len(chosen) < n and int(hash_of_name(sample["__key__"]), 16) % 10 == 0:
                 chosen.append(sample)
         chosen = chosen[:seen // 10]
-        items, words = self.read_items(chosen, n), f"{len(chosen)} held-out pictures"
-        self.held_out = {name_of(sample) for sample in chosen}
+        items, self.held_out = self.read_items(chosen, n), {name_of(sample) for sample in chosen}
+        words = f"{len(items)} held-out pictures"
         if not items:
             items, words = self.read_items(first(), n), "training pictures, too few to hold any out"
         if not items:
@@ -93,13 +93,13 @@ class Tars(IterableDataset):
                              "with a caption in KEY.json")
         uncaptioned = [item for item in items if not item["caption"]]
         if uncaptioned:
-            print(f"warning: {len(uncaptioned)} of the first {len(items)} pictures in {self.tars[0]} are without a "
-                  "caption", file=sys.stderr)
+            print(f"warning: {len(uncaptioned)} of {len(items)} validation pictures (tars from {self.tars[0]} on) are "
+                  "without a caption", file=sys.stderr)
         return [items[i % len(items)] for i in range(n)], words
 
     def read_items(self, samples, n):
-        """-> up to n items of the samples."""
-        return list(itertools.islice(self.items(samples, random.Random(self.seed)), n))
+        """-> up to n items of the samples, with the same crops in every run."""
+        return list(itertools.islice(self.items(samples, random.Random(0)), n))
 
     def __iter__(self):
         from webdataset import shuffle

@@ -1,5 +1,6 @@
-"""data.py: pictures are read as they look, the order of items is a function of (seed, position), what is written comes
-back."""
+"""data.py, support/pairs.py, support/pictures.py: the order of items, folders of pictures, Reflow's pairs, and pictures
+that are written."""
+import hashlib
 import json
 import math
 import os
@@ -9,12 +10,14 @@ import struct
 import numpy as np
 import pytest
 import torch
-from files import save_tensors
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import ImageFolder, Kept, Keys, Pairs, read_pairs, save_grid, save_picture, to_pil
+from data import ImageFolder, Keys, Memoised
+from support.files import save_tensors
+from support.pairs import Pairs, read_pairs
+from support.pictures import save_grid, save_picture, to_pil
 from tests.runs import save_photo, save_photos
 
 
@@ -26,14 +29,14 @@ def photos(tmp_path):
 
 
 def damage(path):
-    """Cut a picture off behind its header."""
+    """Truncate a picture after its header."""
     content = path.read_bytes()
     path.write_bytes(content[:len(content) // 2])
 
 
 # ------------------------------------------------------------------ the order of the items
 
-def test_every_epoch_is_another_permutation_and_so_is_every_seed():
+def test_each_epoch_and_each_seed_has_another_permutation_of_the_items():
     keys = list(Keys(7, 3, 0, 21))
     epochs = [keys[:7], keys[7:14], keys[14:]]
     assert [sorted(epoch) for epoch in epochs] == [[*range(7)], [*range(7, 14)], [*range(14, 21)]]
@@ -41,7 +44,7 @@ def test_every_epoch_is_another_permutation_and_so_is_every_seed():
     assert len(orders) == 5
 
 
-def test_from_any_start_and_by_any_number_of_processes_the_keys_are_those_of_one_walk():
+def test_the_order_of_the_keys_is_the_same_from_any_start_and_for_any_number_of_processes():
     whole = list(Keys(5, 3, 0, 36))
     for start, batch, ranks in (0, 1, 1), (4, 1, 1), (13, 1, 1), (12, 2, 3), (6, 3, 2):
         shares = [Keys(5, 3, start, 36, batch, rank, ranks) for rank in range(ranks)]
@@ -50,23 +53,32 @@ def test_from_any_start_and_by_any_number_of_processes_the_keys_are_those_of_one
         assert sum(in_turn, []) == whole[start:]
 
 
-def test_what_is_kept_is_prepared_once_an_item_and_comes_back_in_every_epoch():
+def test_a_memoised_item_is_prepared_once_for_all_epochs():
     prepared = []
-    kept = Kept(["a", "b", "c"], lambda item: prepared.append(item) or item.upper())
-    assert [kept[key] for key in (2, 0, 5, 3, 1, 7)] == ["C", "A", "C", "A", "B", "B"]
-    assert prepared == ["c", "a", "b"] and len(kept) == 3
+    memoised = Memoised(["a", "b", "c"], lambda item: prepared.append(item) or item.upper())
+    assert [memoised[key] for key in (2, 0, 5, 3, 1, 7)] == ["C", "A", "C", "A", "B", "B"]
+    assert prepared == ["c", "a", "b"] and len(memoised) == 3
 
 
-def test_a_loader_with_processes_of_its_own_gives_the_same_batches(photos):
+def test_a_loader_with_workers_gives_the_same_batches_as_one_without(photos):
     def batches(workers):
         return list(DataLoader(ImageFolder(photos, 24, 24), 2, sampler=Keys(3, 0, 1, 9), num_workers=workers))
     for here, there in zip(batches(0), batches(2)):
         assert torch.equal(here["image"], there["image"]) and here["caption"] == there["caption"]
 
 
+def test_noise_depends_on_the_seed_and_the_pictures_number_alone():
+    noise = data.noises(range(4), (4, 2, 3), seed=7)
+    assert noise.dtype == torch.float32 and torch.equal(noise[2:], data.noises([2, 3], (4, 2, 3), seed=7))
+    far = data.noises([1_000_008], (4, 2, 3), seed=0), data.noises([5], (4, 2, 3), seed=1)     # 1,000,003 + 5
+    assert not torch.equal(*far) and not torch.equal(noise[0], data.noises([0], (4, 2, 3), seed=8)[0])
+    many = data.noises(range(1000), (4, 2, 3), seed=0)
+    assert abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.03
+
+
 # ------------------------------------------------------------------ captions
 
-def test_captions_come_from_a_text_file_or_metadata_and_the_text_file_wins(photos, capsys):
+def test_a_caption_is_read_from_its_text_file_else_from_metadata_jsonl(photos, capsys):
     (photos / "deep/er").mkdir(parents=True)
     shutil.copy(photos / "roof.jpg", photos / "deep/er/again.JPG")
     (photos / "tree.txt").write_text("\ufeffBlüte\r\n", encoding="utf-8")
@@ -79,7 +91,7 @@ def test_captions_come_from_a_text_file_or_metadata_and_the_text_file_wins(photo
     assert capsys.readouterr().err == ""
 
 
-def test_missing_captions_are_empty_and_counted_in_one_line(photos, capsys):
+def test_missing_captions_are_empty_and_one_warning_counts_them(photos, capsys):
     (photos / "metadata.jsonl").unlink()
     images = ImageFolder(photos, 16, 16)
     assert images[1]["caption"] == ""
@@ -88,14 +100,14 @@ def test_missing_captions_are_empty_and_counted_in_one_line(photos, capsys):
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a.jpg"}', "[" * 100_000])
-def test_a_broken_line_of_metadata_is_named(photos, line):
+def test_an_error_names_the_broken_line_of_metadata_jsonl(photos, line):
     with open(photos / "metadata.jsonl", "a") as file:
         file.write(line)
     with pytest.raises(ValueError, match="metadata.jsonl, line 2"):
         ImageFolder(photos, 16, 16)
 
 
-def test_a_caption_that_is_not_utf_8_is_empty_and_said_once(photos, capsys):
+def test_a_caption_that_is_not_utf_8_is_empty_with_one_warning(photos, capsys):
     (photos / "boat.txt").write_bytes("Blüte".encode("latin-1"))
     images = ImageFolder(photos, 16, 16)
     assert images[0]["caption"] == images[3]["caption"] == "" and images[1]["caption"] == "a roof"
@@ -105,7 +117,7 @@ def test_a_caption_that_is_not_utf_8_is_empty_and_said_once(photos, capsys):
 
 # ------------------------------------------------------------------ lists of files
 
-def test_a_folder_is_opened_without_reading_captions_or_more_than_the_first_bytes_of_images(photos, monkeypatch):
+def test_opening_a_folder_reads_no_captions_and_only_the_first_bytes_of_images(photos, monkeypatch):
     for suffix in ".png", ".webp", ".bmp":
         save_photo(photos / f"more{suffix}")
     (photos / "metadata.jsonl").unlink()
@@ -116,13 +128,13 @@ def test_a_folder_is_opened_without_reading_captions_or_more_than_the_first_byte
     assert len(images) == 6 and images[0]["caption"] == "a red boat"
 
 
-def test_an_image_of_another_kind_than_its_name_says_is_taken_all_the_same(tmp_path):
+def test_an_image_whose_suffix_names_another_format_is_read(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.gif")
     (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
     assert len(ImageFolder(tmp_path, 8, 8)) == 1
 
 
-def test_files_are_listed_in_the_order_of_their_paths_with_links_to_files_and_without_linked_folders(photos):
+def test_files_are_listed_in_the_order_of_their_paths_and_links_to_folders_are_not_followed(photos):
     for name in "a-b/1.jpg", "a/2.jpg", "a/deep/3.JPG", "a.b/4.png":
         save_photo(photos / name)
     (photos / "a/link.jpg").symlink_to(photos / "boat.jpg")
@@ -131,7 +143,7 @@ def test_files_are_listed_in_the_order_of_their_paths_with_links_to_files_and_wi
     assert data.pictures_in(photos) == expected and len(expected) == 8
 
 
-def test_a_bar_shows_how_far_a_list_of_files_is_read(photos, monkeypatch, capsys):
+def test_a_progress_bar_shows_how_many_files_are_read(photos, monkeypatch, capsys):
     plain = data.tqdm
     monkeypatch.setattr(data, "tqdm", lambda *args, delay, **options: plain(*args, **options, mininterval=0))
     ImageFolder(photos, 16, 16)
@@ -141,7 +153,7 @@ def test_a_bar_shows_how_far_a_list_of_files_is_read(photos, monkeypatch, capsys
 
 # ------------------------------------------------------------------ pictures
 
-def test_files_that_are_no_pictures_are_skipped_and_counted(photos, capsys):
+def test_files_that_are_not_pictures_are_skipped_with_one_warning(photos, capsys):
     (photos / "a.jpg").write_bytes(b"")
     (photos / "b.png").write_text("no picture")
     (photos / "notes.md").write_text("not counted")
@@ -150,7 +162,7 @@ def test_files_that_are_no_pictures_are_skipped_and_counted(photos, capsys):
     assert "2 of 5 images unreadable and skipped" in error and "a.jpg" in error
 
 
-def test_a_picture_damaged_behind_its_header_gives_way_to_the_next_and_is_said_once(photos, capsys):
+def test_a_picture_damaged_after_its_header_is_replaced_by_the_next_with_one_warning(photos, capsys):
     damage(photos / "boat.jpg")
     images = ImageFolder(photos, 16, 16)
     assert len(images) == 3 and images[0]["caption"] == images[3]["caption"] == "a roof"
@@ -165,12 +177,12 @@ def test_a_picture_damaged_behind_its_header_gives_way_to_the_next_and_is_said_o
 def test_a_folder_that_is_missing_a_file_or_empty_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    for name, what in ("gone", "is not there"), ("file", "is a file"), ("empty", "has no readable image"):
+    for name, what in ("gone", "is missing"), ("file", "is a file"), ("empty", "has no readable image"):
         with pytest.raises(ValueError, match=f"{name} {what}"):
             ImageFolder(tmp_path / name, 16, 16)
 
 
-def test_a_picture_of_more_pixels_than_a_computer_holds_is_named(tmp_path):
+def test_a_picture_of_too_many_pixels_for_memory_is_an_error_that_names_it(tmp_path):
     header = struct.pack("<2sIIIIiiHH6I", b"BM", 54, 0, 54, 40, 60_000, 60_000, 1, 24, *[0] * 6)
     (tmp_path / "bomb.bmp").write_bytes(header)
     with pytest.raises(ValueError, match="bomb.bmp: cannot be read as a picture .*3600000000 pixels"):
@@ -181,7 +193,7 @@ def test_crop_and_flip_depend_on_the_seed_and_the_key_alone(photos):
     images, again = ImageFolder(photos, 48, 32, seed=5), ImageFolder(photos, 48, 32, seed=5)
     images[3]
     assert torch.equal(images[4]["image"], again[4]["image"])
-    assert not torch.equal(again[4]["image"], again[7]["image"])                    # the same picture, an epoch later
+    assert not torch.equal(again[4]["image"], again[7]["image"])                    # the same picture in the next epoch
     assert not torch.equal(again[4]["image"], ImageFolder(photos, 48, 32, seed=6)[4]["image"])
 
 
@@ -197,20 +209,20 @@ def test_about_half_of_the_pictures_are_flipped_and_crops_reach_both_edges(tmp_p
     assert min(means) < -0.6 and max(means) > 0.5 and max(means) - min(means) > 1.2
 
 
-def test_the_part_in_the_centre_is_as_far_from_both_edges():
+def test_a_centre_crop_is_equally_far_from_both_edges():
     ramp = np.broadcast_to(np.linspace(0, 255, 256), (64, 256)).astype(np.uint8)
     for image in Image.fromarray(ramp).convert("RGB"), Image.fromarray(ramp.T.copy()).convert("RGB"):
         part = data.centre_crop(image, 32, 32)
         assert part.shape == (3, 32, 32) and abs(part.mean()) < 0.01 and part.min() > -0.3 and part.max() < 0.3
 
 
-def test_a_picture_is_scaled_to_cover_with_antialiasing(tmp_path):
+def test_a_picture_is_scaled_down_with_antialiasing(tmp_path):
     checks = (np.indices((128, 256)).sum(0) % 2 * 255).astype(np.uint8)             # one-pixel checks average to grey
     Image.fromarray(checks).save(tmp_path / "checks.png")
     assert ImageFolder(tmp_path, 32, 32)[0]["image"][:, 2:-2, 2:-2].abs().max() < 0.15
 
 
-def test_any_size_of_picture_fits_any_size_of_crop(tmp_path):
+def test_pictures_of_any_size_give_crops_of_any_size(tmp_path):
     for width, height in (1, 1), (1, 300), (999, 3), (333, 77), (101, 103):
         Image.new("RGB", (width, height), "red").save(tmp_path / f"{width}x{height}.png")
     for height, width in (8, 8), (49, 31), (33, 70), (1, 1):
@@ -221,14 +233,14 @@ def test_any_size_of_picture_fits_any_size_of_crop(tmp_path):
 
 
 def pixel(folder, image, name="image.png", **options):
-    """-> the colour of an image of one colour, once it is saved and read."""
+    """-> the colour of an image of one colour after saving and reading it."""
     image.save(folder / name, **options)
     colour = ImageFolder(folder, 8, 8)[0]["image"][:, 4, 4]
     (folder / name).unlink()
     return ((colour + 1) * 127.5).round().int().tolist()
 
 
-def test_alpha_is_composited_on_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     assert pixel(tmp_path, Image.new("RGBA", (16, 16), (255, 0, 0, 128))) == [255, 127, 127]
     assert pixel(tmp_path, Image.new("LA", (16, 16), (10, 0))) == [255, 255, 255]
     palette = Image.new("P", (16, 16), 3)
@@ -244,9 +256,9 @@ def test_grey_16_bit_grey_and_cmyk_become_rgb_of_the_same_tones(tmp_path):
     assert cyan[0] < 10 and cyan[1] > 245 and cyan[2] > 245
 
 
-def test_the_exif_orientation_is_obeyed(tmp_path):
+def test_a_picture_is_turned_upright_by_its_exif_orientation(tmp_path):
     image = Image.new("RGB", (32, 32), "black")
-    image.paste("white", (0, 0, 32, 16))                        # white above; orientation 3 turns it by 180 degrees
+    image.paste("white", (0, 0, 32, 16))                        # white at the top; orientation 3 rotates by 180 degrees
     exif = Image.Exif()
     exif[0x0112] = 3
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
@@ -254,10 +266,63 @@ def test_the_exif_orientation_is_obeyed(tmp_path):
     assert shown[:, :12].max() < -0.8 and shown[:, 20:].min() > 0.8
 
 
+# ------------------------------------------------------------------ held-out pictures
+
+def numbered_photos(folder, numbers):
+    """Pictures a/0.png, b/1.png, a/2.png, ... whose captions are their numbers."""
+    for i in numbers:
+        save_photo(folder / "ab"[i % 2] / f"{i}.png", 16, 16, seed=i)
+        (folder / "ab"[i % 2] / f"{i}.txt").write_text(str(i))
+
+
+def held_out(folder, n, **options):
+    """-> the captions of the different items that are held out, those of the rest, and in words what they are."""
+    images = ImageFolder(folder, 8, 8, **options)
+    items, words = images.hold_out(n)
+    assert len(items) == n
+    return {item["caption"] for item in items}, [images.caption(i) for i in range(len(images))], words
+
+
+def test_a_tenth_of_the_pictures_is_held_out_by_a_hash_of_their_names(tmp_path):
+    numbered_photos(tmp_path / "photos", range(30))
+    by_hash = sorted(range(30), key=lambda i: hashlib.sha256(f"{'ab'[i % 2]}/{i}.png".encode()).hexdigest())
+    for n, count in (16, 3), (3, 3), (2, 2), (1, 1):
+        chosen, others, words = held_out(tmp_path / "photos", n)
+        assert chosen == {str(i) for i in by_hash[:count]} and words == f"{count} held-out pictures"
+        assert sorted(others) == sorted(str(i) for i in by_hash[count:])
+    shutil.move(tmp_path / "photos", tmp_path / "elsewhere")
+    assert held_out(tmp_path / "elsewhere", 16, seed=3)[0] == {str(i) for i in by_hash[:3]}
+
+
+def test_a_new_picture_does_not_change_the_order_in_which_others_are_held_out(tmp_path):
+    numbered_photos(tmp_path, range(30))
+    before, _, _ = held_out(tmp_path, 16)
+    for i in range(30, 39):
+        numbered_photos(tmp_path, [i])
+        after, _, _ = held_out(tmp_path, 16)
+        assert len(after) == 3 and after - {str(i)} <= before
+        before = after
+
+
+def test_held_out_pictures_have_the_same_crops_for_every_seed(tmp_path):
+    numbered_photos(tmp_path, range(30))
+    one, two = (ImageFolder(tmp_path, 8, 8, seed).hold_out(5)[0] for seed in (0, 1))
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, two))
+
+
+def test_with_fewer_than_ten_pictures_none_is_held_out_and_the_words_say_so(tmp_path):
+    numbered_photos(tmp_path, range(9))
+    chosen, others, words = held_out(tmp_path, 4)
+    assert words.startswith("training pictures") and chosen < set(others) == {str(i) for i in range(9)}
+    numbered_photos(tmp_path, [9])
+    chosen, others, words = held_out(tmp_path, 4)
+    assert words == "1 held-out pictures" and len(chosen) == 1 and chosen.isdisjoint(others) and len(others) == 9
+
+
 # ------------------------------------------------------------------ Reflow's pairs
 
 def write_pairs(folder, number, n, settings):
-    """n pairs, the noise of the i-th of all full of i, its latent of -i."""
+    """Write a file of n pairs. All numbers of pair i's noise are i, and of its latent -i."""
     values = torch.arange(n).view(n, 1, 1, 1) + 4.0 * number
     tensors = {"noise": values.expand(n, 4, 2, 2).half(), "latent": -values.expand(n, 4, 2, 2).half()}
     prompts = [f"prompt {int(value)}" for value in values.flatten()]
@@ -265,30 +330,30 @@ def write_pairs(folder, number, n, settings):
                  {"prompts": json.dumps(prompts), "about": json.dumps({"size": [16, 16], "cfg": 3} | settings)})
 
 
-def test_pairs_come_back_over_the_borders_of_files_and_the_last_ones_are_held_out(tmp_path):
+def test_pairs_are_numbered_across_files_and_the_last_ones_are_held_out(tmp_path):
     write_pairs(tmp_path, 0, 4, {})
     write_pairs(tmp_path, 1, 3, {})
     pairs = Pairs(tmp_path, validation=2)
     assert len(pairs) == 5 and pairs.settings == {"size": [16, 16], "cfg": 3}
     for key, i in (0, 0), (3, 3), (4, 4), (5, 0), (13, 3):
         pair = pairs[key]
-        assert pair["caption"] == f"prompt {i}" and (pair["noise"] == i).all() and (pair["latent"] == -i).all()
-    assert pairs.pair(6)["caption"] == "prompt 6" and pairs[0]["noise"].dtype == torch.float32
+        assert pair["caption"] == f"prompt {i}" and (pair["x0"] == i).all() and (pair["x1"] == -i).all()
+    assert pairs.pair(6)["caption"] == "prompt 6" and pairs[0]["x0"].dtype == torch.float32
     with pytest.raises(ValueError, match="has 7 pairs, of which 7 are held out"):
         Pairs(tmp_path, validation=7)
 
 
-def test_batches_of_a_file_in_progress_are_pairs_too_but_not_those_that_it_holds_already(tmp_path):
+def test_finished_batches_of_an_incomplete_file_are_read_and_no_pair_is_read_twice(tmp_path):
     for number, n, name in (0, 4, "000000.from-00000"), (1, 2, "000000.from-00004"), (2, 3, "000001"):
         write_pairs(tmp_path, number, n, {})
         (tmp_path / f"pairs-{number:06d}.safetensors").rename(tmp_path / f"pairs-{name}.safetensors")
     shutil.copy(tmp_path / "pairs-000001.safetensors", tmp_path / "pairs-000001.from-00002.safetensors")
     pairs = Pairs(tmp_path, validation=1)
-    assert [pairs.pair(i)["noise"][0, 0, 0].item() for i in range(9)] == [0, 1, 2, 3, 4, 5, 8, 9, 10]
+    assert [pairs.pair(i)["x0"][0, 0, 0].item() for i in range(9)] == [0, 1, 2, 3, 4, 5, 8, 9, 10]
     assert len(pairs) == 8
 
 
-def test_pairs_that_do_not_belong_together_are_refused_by_their_file(tmp_path):
+def test_a_file_whose_noise_latents_prompts_and_settings_do_not_match_is_an_error_that_names_it(tmp_path):
     path, about = tmp_path / "pairs-000000.safetensors", {"size": [16, 16], "cfg": 3}
     whole = {name: torch.zeros(2, 4, 2, 2).half() for name in ("noise", "latent")}
     broken = [(whole, ["a"], about), (whole, ["a", 5], about), (whole, ["a", "b"], {"size": [16, 16]}),
@@ -298,38 +363,38 @@ def test_pairs_that_do_not_belong_together_are_refused_by_their_file(tmp_path):
               ({name: tensor.int() for name, tensor in whole.items()}, ["a", "b"], about)]
     for tensors, prompts, settings in broken:
         save_tensors(path, tensors, {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
-        with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or no pairs of sample.py: delete"):
+        with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or not made by sample.py --pairs"):
             Pairs(tmp_path, validation=1)
     whole["noise"] *= math.nan
     save_tensors(path, whole, {"prompts": '["a", "b"]', "about": json.dumps(about)})
-    with pytest.raises(ValueError, match="pairs-000000.safetensors: pair 0 holds NaN"):
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: pair 0 has NaN"):
         Pairs(tmp_path, validation=1)[0]
 
 
-def test_pairs_of_other_settings_are_not_mixed(tmp_path):
+def test_pairs_of_different_settings_are_refused(tmp_path):
     write_pairs(tmp_path, 0, 4, {})
     write_pairs(tmp_path, 1, 4, {"cfg": 4})
     with pytest.raises(ValueError, match="pairs-000001.* other settings than those of .*pairs-000000"):
         Pairs(tmp_path, validation=1)
 
 
-def test_a_truncated_or_foreign_file_of_pairs_is_named(tmp_path):
+def test_a_truncated_or_foreign_file_of_pairs_is_an_error_that_names_it(tmp_path):
     write_pairs(tmp_path, 0, 4, {})
     path = tmp_path / "pairs-000000.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-10])
-    with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or no pairs"):
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or not made by"):
         read_pairs(path)
     save_tensors(path, {"weight": torch.ones(1)})
-    with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or no pairs"):
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or not made by"):
         Pairs(tmp_path, validation=1)
     with pytest.raises(ValueError, match="empty has no pairs-"):
         Pairs(tmp_path / "empty", validation=1)
 
 
-# ------------------------------------------------------------------ pictures, out
+# ------------------------------------------------------------------ pictures that are written
 
-def test_a_saved_picture_comes_back_exactly_and_is_clamped(tmp_path):
+def test_a_saved_picture_is_read_back_exactly_and_values_are_clamped(tmp_path):
     pixels = torch.arange(256).view(1, 16, 16).expand(3, -1, -1)
     save_picture(tmp_path / "new/image.png", to_pil(pixels / 127.5 - 1), "a test")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "new/image.png"))[..., 0], pixels[0].numpy())
@@ -337,7 +402,7 @@ def test_a_saved_picture_comes_back_exactly_and_is_clamped(tmp_path):
     assert Image.open(tmp_path / "new/image.png").getpixel((0, 0)) == (0, 128, 255)
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_the_old_picture_stays_if_the_new_one_cannot_be_written(tmp_path, monkeypatch):
     def half(picture, path, **about):
         path.write_text("half")
         raise OSError("disk full")
@@ -349,7 +414,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
     assert (tmp_path / "a.png").read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
 
 
-def test_a_grid_places_picture_i_at_its_row_and_column_and_enlarges_small_ones(tmp_path):
+def test_a_grid_places_pictures_row_by_row_and_enlarges_small_ones(tmp_path):
     values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
     save_grid(tmp_path / "grid.png", values.view(5, 1, 1, 1).expand(5, 3, 64, 64), 3, "a test")
     grid = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0]
@@ -357,7 +422,7 @@ def test_a_grid_places_picture_i_at_its_row_and_column_and_enlarges_small_ones(t
     assert [grid[68 + 132 * (i // 3), 68 + 132 * (i % 3)] for i in range(5)] == [0, 64, 128, 191, 255]
 
 
-def test_a_grid_has_its_labels_at_the_left_and_its_captions_below(tmp_path):
+def test_a_grid_has_row_labels_at_the_left_and_captions_below_the_pictures(tmp_path):
     images = torch.ones(4, 3, 64, 64)
     save_grid(tmp_path / "bare.png", images, 2, "a test")
     save_grid(tmp_path / "full.png", images, 2, "a test", ["diff2flow", "fm"],

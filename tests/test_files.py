@@ -1,4 +1,4 @@
-"""files.py: a file is whole or not there, and what the user can mend is one line."""
+"""support/files.py: files are written atomically, and a user's error is one line."""
 import math
 import os
 import stat
@@ -8,8 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from files import check_range, cli, from_json, open_tensors, read_text, replacing, save_tensors
 from torch.utils.data import DataLoader
+
+from support.files import check_range, cli, from_json, open_tensors, read_text, replacing, save_tensors
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -23,7 +24,7 @@ def test_an_error_while_a_file_is_written_leaves_the_old_one_and_nothing_else(tm
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["grid.png"]
 
 
-def test_a_written_file_takes_the_old_ones_place_in_folders_that_are_made(tmp_path):
+def test_a_written_file_replaces_the_old_one_and_missing_folders_are_made(tmp_path):
     path = tmp_path / "new/er/grid.png"
     for text in "old", "new":
         with replacing(path) as temporary:
@@ -31,7 +32,7 @@ def test_a_written_file_takes_the_old_ones_place_in_folders_that_are_made(tmp_pa
     assert path.read_text() == "new" and os.listdir(path.parent) == ["grid.png"]
 
 
-def test_saved_tensors_come_back_with_their_metadata_and_everybody_may_read_them(tmp_path):
+def test_saved_tensors_are_read_back_with_their_metadata_and_every_user_may_read_the_file(tmp_path):
     weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3).T)
     save_tensors(tmp_path / "a.safetensors", {"weight": weight}, {"step": "3"})
     with open_tensors(tmp_path / "a.safetensors") as file:
@@ -40,7 +41,7 @@ def test_saved_tensors_come_back_with_their_metadata_and_everybody_may_read_them
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
 
 
-def test_tensors_that_cannot_be_read_are_one_line_with_the_files_name(tmp_path):
+def test_a_damaged_file_of_tensors_is_an_error_of_one_line_that_names_the_file(tmp_path):
     save_tensors(tmp_path / "whole", {"weight": torch.ones(100)})
     whole = (tmp_path / "whole").read_bytes()
     for name, content in {"empty": b"", "cut": whole[:200], "header": whole[:20], "text": b"text" * 20}.items():
@@ -54,7 +55,7 @@ def test_tensors_that_cannot_be_read_are_one_line_with_the_files_name(tmp_path):
             pass
 
 
-def test_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
+def test_text_is_read_as_utf8_with_or_without_a_byte_order_mark(tmp_path):
     for name, content in ("plain", "Blüte".encode()), ("bom", "\ufeffBlüte".encode()):
         (tmp_path / name).write_bytes(content)
         assert read_text(tmp_path / name) == "Blüte"
@@ -63,7 +64,7 @@ def test_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
         read_text(tmp_path / "latin")
 
 
-def test_a_number_is_within_its_range_ends_included_or_it_is_named_as_its_flag():
+def test_a_number_outside_its_range_is_an_error_that_names_its_flag_and_both_ends_are_inside():
     args = Namespace(grad_accum=0, ema=1.0, lr=math.nan, steps=None, steps_list=[1, 4, 0])
     check_range(args, 0, 1, "grad_accum", "ema", "steps")
     for name, says in ("grad_accum", "--grad-accum 0: "), ("steps_list", "--steps-list 0: "), ("lr", "--lr nan: "):
@@ -85,14 +86,14 @@ def exit_of(action, capsys):
     return stop.value.code, capsys.readouterr().err
 
 
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(capsys):
+def test_a_users_error_is_one_line_and_exit_code_2(capsys):
     def value_error():
         raise ValueError("steps is 0:\n  give 1 or more")
     assert exit_of(value_error, capsys) == (2, "error: steps is 0: give 1 or more\n")
     assert exit_of(lambda: open("none.pt"), capsys) == (2, "error: [Errno 2] No such file or directory: 'none.pt'\n")
 
 
-def test_an_error_in_a_data_loaders_process_is_its_own_line_without_the_traceback(capsys):
+def test_an_error_in_a_data_loader_worker_is_one_line_without_its_traceback(capsys):
     for error, says in ((ValueError("a.png cannot be read:\n it is damaged"), "a.png cannot be read: it is damaged"),
                         (FileNotFoundError(2, "No such file", "a.png"), "[Errno 2] No such file: 'a.png'")):
         loader = DataLoader(Damaged([error]), num_workers=1)
@@ -118,24 +119,24 @@ def too_long():
     raise ValueError("photo.png: " + "x" * 10_000 + ": give another")
 
 
-@pytest.mark.parametrize("ask", [lambda: torch.empty(2**50), lambda: np.empty(2**50), lambda: bytearray(2**50),
-                                 out_of_cuda])
-def test_out_of_memory_is_a_line_that_says_what_to_lower(ask, capsys):
-    code, line = exit_of(ask, capsys)
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: np.empty(2**50), lambda: bytearray(2**50),
+                                      out_of_cuda])
+def test_out_of_memory_is_one_line_that_names_the_flags_to_lower(allocate, capsys):
+    code, line = exit_of(allocate, capsys)
     assert code == 2 and line.startswith("error: out of memory: lower --batch or --size") and line.count("\n") == 1
 
 
-def test_the_line_of_an_error_has_an_end(capsys):
+def test_a_very_long_error_line_is_shortened_in_the_middle(capsys):
     _, line = exit_of(too_long, capsys)
     assert line.startswith("error: photo.png: x") and line.endswith("x: give another\n") and len(line) < 1500
 
 
-def test_an_error_of_torch_that_is_not_the_users_keeps_its_traceback():
+def test_a_runtime_error_of_torch_is_a_bug_and_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         cli(lambda: torch.ones(1, 2) @ torch.ones(3, 1))
 
 
-def test_json_of_any_depth_is_a_value_or_a_value_error():
+def test_json_that_is_broken_or_too_deeply_nested_is_a_value_error():
     assert from_json('{"a": [1]}') == {"a": [1]}
     for text in "[" * 100_000, "{", "", "9" * 5000:
         with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""What the READMEs print is true: the lines of the equations, the code, the commands and their flags, the links."""
+"""What README.md and docs/ print is true: lines of equations, code, commands and their flags, links."""
 import importlib
 import json
 import re
@@ -11,32 +11,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import sample
+import train
 from diff2flow import Diff2Flow
 from schedule import sd_schedule
+from tests import runs
+from tests.checkpoints import random_checkpoint
 from tests.mutations import MUTATIONS
+from tests.runs import call, save_photo, save_shards, working_in
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / name for name in ("README.md", "toy/README.md", "claims/README.md", "tests/README.md")]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS, *(ROOT / folder / "README.md" for folder in ("toy", "claims", "tests"))]
+tiny = runs.tiny
+
+
+def text_of(name):
+    return (ROOT / name).read_text()
 
 
 def commands(page):
-    """-> the commands that a page shows, each the words after "python"; comments and continued lines are joined."""
+    """-> the commands that a page shows, each as the words after "python"; comments and continued lines are joined."""
     text = page.read_text().replace("\\\n", " ")
     lines = re.findall(r"^    (?:.*&& )?python ((?:-m )?[\w./]+(?: .*)?)$", text, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def python_blocks():
-    """-> the pieces of Python in the main README, in their order."""
-    return re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def python_blocks(name):
+    """-> the pieces of Python on a page, in their order."""
+    return re.findall(r"^```python\n(.*?)^```", text_of(name), re.MULTILINE | re.DOTALL)
+
+
+def module_of(words):
+    return words[1] if words[0] == "-m" else words[0].removesuffix(".py")
 
 
 def test_each_equation_stands_on_the_line_that_the_readme_names():
-    code = (ROOT / "diff2flow.py").read_text().splitlines()
-    rows = re.findall(r"^\| (Eqs?\. .+?): .*\(diff2flow\.py#L(\d+)\)", README, re.MULTILINE)
+    code = text_of("diff2flow.py").splitlines()
+    rows = re.findall(r"^\| (Eqs?\. .+?): .*\(diff2flow\.py#L(\d+)\)", text_of("README.md"), re.MULTILINE)
     assert len(rows) == 10
     for equations, line in rows:
         where = code[int(line) - 1]
@@ -47,7 +61,7 @@ def test_each_equation_stands_on_the_line_that_the_readme_names():
 
 def test_the_dozen_lines_run_as_printed_and_diffusers_unet_gives_the_velocity_that_its_own_output_means(tmp_path):
     from diffusers import UNet2DConditionModel
-    ours, theirs, *_ = python_blocks()
+    ours, theirs = python_blocks("README.md")[0], python_blocks("docs/method.md")[1]
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     names = {"images": images, "captions": ["a red image", "a blue image"], "folder": tmp_path}
     exec(ours, names)
@@ -73,8 +87,8 @@ def test_the_dozen_lines_run_as_printed_and_diffusers_unet_gives_the_velocity_th
 
 @pytest.mark.parametrize("prediction, factor", [("v", "(alpha + sigma)"), ("eps", "((alpha + sigma) / alpha)")])
 def test_the_two_lines_for_another_trainer_give_the_gradients_of_our_loss(prediction, factor):
-    draw, weigh = python_blocks()[2].splitlines()
-    assert "`(alpha + sigma) / alpha`" in README and weigh.count("(alpha + sigma)") == 1
+    draw, weigh = python_blocks("docs/method.md")[0].splitlines()
+    assert "`(alpha + sigma) / alpha`" in text_of("docs/method.md") and weigh.count("(alpha + sigma)") == 1
     torch.manual_seed(0)
     alpha, sigma = sd_schedule()
     f_t = alpha / (alpha + sigma)
@@ -114,12 +128,11 @@ print(*sorted(new - {"torch"} - set(sys.stdlib_module_names)))
     assert done.stdout.split() == ["diff2flow", "schedule"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_every_command_has_the_flags_that_it_is_shown_with(page, monkeypatch, capsys):
     """A script's own --help must know each flag that a page uses with it."""
-    tried = 0
     for words in commands(page):
-        module = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
+        module = module_of(words)
         if module == "pytest":
             continue
         has_commands = module in ("toy.judge", "toy.make_prior", "claims.report")
@@ -129,11 +142,66 @@ def test_every_command_has_the_flags_that_it_is_shown_with(page, monkeypatch, ca
         known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
         flags = {word for word in words if word.startswith("--")}
         assert stop.value.code == 0 and flags <= known, (words, flags - known)
-        tried += 1
-    assert tried > 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_the_pages_show_commands():
+    """The test above would pass if `commands` found nothing."""
+    assert len(commands(ROOT / "README.md")) > 12 and sum(len(commands(page)) for page in DOCS) > 12
+
+
+@pytest.fixture
+def stand_ins(tmp_path, tiny, monkeypatch):
+    """A working folder with small stand-ins for all files that the commands name; training takes two steps of two."""
+    with working_in(tmp_path, tiny):
+        for name in ("sd15", "sd21"):
+            tensors = {key: value.half() if value.is_floating_point() else value
+                       for key, value in random_checkpoint(name).items()}
+            save_file(tensors, f"{name}.safetensors", metadata={"format": "pt", "resolution": "64"})
+        for i in range(12):
+            save_photo(f"photos/{i}.jpg", seed=i)
+            Path(f"photos/{i}.txt").write_text(f"a boat, number {i}")
+            for folder in "hypersim", "vkitti":
+                save_photo(f"{folder}/{i}.jpg", seed=i)
+                np.save(f"{folder}/{i}.npy", np.linspace(1, 5, 48)[:, None] * np.ones(64))
+        save_photo("a.jpg")
+        save_shards("laion", tars=100, pictures=1)
+        Path("captions.txt").write_text("a red boat\na blue boat\n")
+        few = {"steps": 2, "batch": 2, "grad_accum": 1, "validation": 2, "previews": 1, "scenes": 4}
+        for recipes in train.PAPER, train.BUNDLED:
+            for task, recipe in recipes.items():
+                monkeypatch.setitem(recipes, task, recipe | few | ({"size": [64, 64]} if task == "depth" else {}))
+        yield tmp_path
+
+
+def shortened(words):
+    """The same command with fewer steps, pairs, samples and predictions."""
+    few = {"--steps": "2", "--pairs": "4", "--ensemble": "1", "--batch": "4"}
+    return [few.get(before, word) for before, word in zip(["", *words], words)]
+
+
+def run_here(page):
+    """-> the commands of a page that take no minutes or gigabytes; the parts of the others have tests of their own."""
+    elsewhere = "tests.", "claims.", "tools.costs", "tools.full_size", "pytest"
+    return [words for words in commands(page) if not module_of(words).startswith(elsewhere)]
+
+
+@pytest.mark.parametrize("page", [page for page in [ROOT / "README.md", *DOCS] if run_here(page)],
+                         ids=lambda page: page.stem)
+def test_every_command_of_the_manual_runs_in_its_order(page, stand_ins):
+    """As printed, but for the numbers in `shortened`. runs/NAME is the newest run, at first a LoRA on sd21."""
+    def run(words):
+        result = call(importlib.import_module(module_of(words)), shlex.join(words[2 if words[0] == "-m" else 1:]))
+        assert result.code == 0, (words, result.err)
+        newest = max(Path("runs").glob("*/state.safetensors"), key=lambda path: path.stat().st_mtime).parent
+        if newest.name != "NAME":
+            shutil.copytree(newest, "runs/NAME", dirs_exist_ok=True)
+
+    run(["train.py", "--ckpt", "sd21.safetensors", "--data", "photos/", "--lora", "4", "--out", "runs/first"])
+    for words in run_here(page):
+        run(shortened(words))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_every_link_leads_to_a_file(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
@@ -141,14 +209,15 @@ def test_every_link_leads_to_a_file(page):
 
 def test_the_printed_sigmas_are_those_of_four_steps():
     sigmas = [f"{sigma:.4f}" for sigma in sample.sigma_grid(Diff2Flow(None, *sd_schedule()), 4)]
-    assert f"    ComfyUI, ManualSigmas: {', '.join(sigmas)}\n" in README
-    assert f"    diffusers: sigmas=[{', '.join(sigmas)}]\n" in README
-    assert f"sigmas=[{', '.join(sigmas[:-1])}, 0.0], guidance_scale" in README
+    page = text_of("docs/other_tools.md")
+    assert f"    ComfyUI, ManualSigmas: {', '.join(sigmas)}\n" in page
+    assert f"    diffusers: sigmas=[{', '.join(sigmas)}]\n" in page
+    assert f"sigmas=[{', '.join(sigmas[:-1])}, 0.0], guidance_scale" in page
 
 
 def test_the_line_for_coco_takes_the_first_caption_of_each_picture(tmp_path):
     """The file lists annotations in no order of pictures, with spaces and line ends in some captions."""
-    page = (ROOT / "claims/README.md").read_text()
+    page = text_of("claims/README.md")
     command = re.search(r"^    python (-c .*) > captions.txt$", page, re.MULTILINE)[1]
     annotations = [{"image_id": i, "id": n, "caption": caption} for n, (i, caption) in enumerate(
         [(9, "a dog "), (2, "two\nboats"), (9, "a second"), (40, "a red bus"), (2, "x")])]
@@ -159,7 +228,7 @@ def test_the_line_for_coco_takes_the_first_caption_of_each_picture(tmp_path):
 
 
 def test_the_text_that_a_mutation_replaces_is_there_once():
-    """Else tests/README.md's command stops before the first one."""
+    """Otherwise `python -m tests.mutations` stops before the first one."""
     assert [name for name, file, old, *_ in MUTATIONS if (ROOT / file).read_text().count(old) != 1] == []
 
 

@@ -261,13 +261,21 @@ def open_run(args, out, ranks, command, base_hash=None):
 
 # ------------------------------------------------------------------ weights
 
+def guidance_after_training(args):
+    """The guidance scale for a run's model: 4 as in the paper, 2 for the flat colours of procedural scenes; 1, which is
+    none, for depth and after Reflow, whose pairs were guided already."""
+    if args.task in ("reflow", "depth"):
+        return 1.0
+    return 4.0 if args.data else 2.0
+
+
 def training_metadata(args, title, sd, size):
     """-> the metadata of a run's weights (str -> str): our own keys, those of ModelSpec, and for a LoRA kohya's.
-    base_hash identifies the base's UNet; cfg is 1 for models that are sampled without guidance."""
+    base_hash identifies the base's UNet."""
     metadata = {"objective": args.objective, "prediction": sd.prediction, "task": args.task,
                 "schedule": "scaled_linear", "preset": args.lora, "base": Path(args.ckpt or BUNDLED_PRIOR).name,
                 "base_hash": sd.unet_hash,
-                "resolution": " ".join(map(str, size)), "cfg": "4.0" if args.task == "text-to-image" else "1.0"}
+                "resolution": " ".join(map(str, size)), "cfg": str(guidance_after_training(args))}
     if not args.data:
         metadata["style"] = args.style          # of the procedural scenes
     if sd.zero_snr:

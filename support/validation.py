@@ -11,11 +11,10 @@ from data import progress
 from diff2flow import velocity_error
 from support.files import SOFTWARE, replacing
 from support.pictures import save_grid
-from support.run import append_log, trim_log
+from support.run import append_log, guidance_after_training, trim_log
 
 VALIDATION_SEED = 30_000_000  # of held-out scenes and their noise, the same for every run
 STEPS = {"text-to-image": (25, 4), "reflow": (4,), "depth": (4,)}     # Euler steps of samples before and after training
-GUIDANCE = {25: 4.0, 4: 2.0}                                        # of text-to-image, by Euler steps
 
 
 def spread_times(n, device):
@@ -64,10 +63,8 @@ class Validation:
 
     @torch.no_grad()
     def draw(self, steps, cfg=None):
-        """-> pictures (previews, 3, H, W) by that many Euler steps. cfg: None for the task's own guidance."""
-        if cfg is None:
-            cfg = GUIDANCE[steps] if self.args.task in ("text-to-image", "prior") else 1.0
-        pictures = []
+        """-> pictures (previews, 3, H, W) by that many Euler steps. cfg: None for guidance_after_training."""
+        cfg, pictures = guidance_after_training(self.args) if cfg is None else cfg, []
         for _, x0, batch in self.batches(self.args.previews, f"samples of {steps} steps"):
             with self.autocast:
                 _, _, context, _ = self.example(self.sd, batch)

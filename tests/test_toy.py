@@ -1,4 +1,4 @@
-"""toy/: the judge measures what it says it measures, and the commands that made the bundled priors still make one."""
+"""toy/: judge measures what its documentation says, and the commands that made the bundled priors still make one."""
 import argparse
 import json
 import sys
@@ -13,10 +13,14 @@ from safetensors.torch import load_file
 
 import lora
 import train
-from diff2flow import Diffusion, velocity_error
-from model import TINY, StableDiffusion, load_checkpoint
-from sample import load_flow
+from diff2flow import Diff2Flow, Diffusion, velocity_error
+from model import TINY, StableDiffusion
 from schedule import sd_schedule
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.files import save_tensors
+from support.load import load_flow
+from support.lora_file import save_lora
+from support.validation import VALIDATION_SEED
 from toy import judge, make_prior
 from toy.scenes import LABELS, Scenes, render
 
@@ -33,29 +37,29 @@ def rows_of(path):
 
 
 def random_lora(path, unet, **metadata):
-    """The file of a LoRA with random weights."""
+    """Write a LoRA file with random weights -> its path."""
     torch.manual_seed(1)
     for parameter in lora.inject(unet, 2):
         torch.nn.init.normal_(parameter, std=0.1)
     path.parent.mkdir(parents=True)
-    lora.save(unet, path, metadata)
+    save_lora(unet, path, metadata)
     return path
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A random tiny v-network that says of itself that it was trained with naive flow matching."""
+    """The file of a random tiny v-network, whose metadata has objective fm."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("checkpoint") / "random.safetensors"
-    StableDiffusion(TINY, "v").save(path, objective="fm", resolution="64")
+    save_checkpoint(StableDiffusion(TINY, "v"), path, objective="fm", resolution="64")
     return path
 
 
 @pytest.fixture
 def depth_lora(checkpoint, tmp_path):
-    """A random LoRA for depth on that checkpoint, as a run of train.py leaves it."""
+    """A random depth LoRA on that checkpoint, in a folder as train.py writes it."""
     sd = StableDiffusion(TINY, "v")
-    sd.add_picture_input()
+    sd.add_image_input()
     path = random_lora(tmp_path / "depth/lora.safetensors", sd.unet, objective="diff2flow", task="depth")
     (path.parent / "result.json").write_text(json.dumps({"task": "depth", "ckpt": str(checkpoint)}))
     return path
@@ -63,7 +67,7 @@ def depth_lora(checkpoint, tmp_path):
 
 @pytest.fixture
 def seeds(monkeypatch):
-    """The seeds of all scenes that the judge or make_prior draw, in this order."""
+    """The seeds of all scenes that judge or make_prior draw, in order."""
     drawn = []
 
     class SpiedScenes(Scenes):
@@ -78,7 +82,7 @@ def seeds(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run(words) of `python -m toy.judge` in an empty folder, with a classifier of two steps -> what it printed."""
+    """run(words) runs `python -m toy.judge` in an empty folder, with a classifier of two training steps -> stdout."""
     monkeypatch.chdir(tmp_path)
     for name, value in {"TRAIN_STEPS": 2, "TRAIN_BATCH": 8, "REAL_SCENES": 8, "REQUIRED": 0}.items():
         monkeypatch.setattr(judge, name, value)
@@ -96,10 +100,10 @@ SHORT = ("--n", 3, "--steps", 2, "--batch", 2)
 
 # ------------------------------------------------------------------ the measures
 
-def test_a_wrong_relation_makes_its_caption_wrong_and_nothing_else():
+def test_a_wrong_relation_makes_its_own_caption_wrong_alone():
     labels = real_pictures(200)[1]
     predicted, relation = torch.where(labels == -100, 1, labels), ATTRIBUTES.index("relation")
-    assert set(judge.score(predicted, labels).values()) == {1.0}        # what does not apply is not asked for
+    assert set(judge.score(predicted, labels).values()) == {1.0}        # attributes that do not apply do not count
     row = (labels[:, relation] != -100).nonzero()[0, 0]
     name = LABELS["relation"][labels[row, relation]]
     related, same = (labels[:, relation] != -100).sum(), (labels[:, relation] == labels[row, relation]).sum()
@@ -110,7 +114,7 @@ def test_a_wrong_relation_makes_its_caption_wrong_and_nothing_else():
         f"all {name}": pytest.approx(1 - 1 / same.item())}
 
 
-def test_two_wrong_attributes_make_one_wrong_caption_and_one_that_never_applies_has_no_share():
+def test_two_wrong_attributes_make_one_wrong_caption_and_an_attribute_that_never_applies_has_no_share():
     labels = real_pictures(200)[1]
     single = labels[labels[:, ATTRIBUTES.index("count")] == LABELS["count"].index("one")]
     predicted = single.clone()
@@ -139,7 +143,7 @@ def test_the_frechet_distance_equals_scipys():
     assert judge.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_straightness_is_0_on_a_line_and_the_variance_of_the_velocity_on_a_bend():
+def test_straightness_is_0_for_a_straight_path_and_the_variance_of_the_velocity_for_a_bent_one():
     grid = torch.tensor([0.0, 0.25, 1.0])
     start, end = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     assert judge.straightness([start + t * (end - start) for t in grid], grid) == pytest.approx(0, abs=1e-12)
@@ -147,7 +151,7 @@ def test_straightness_is_0_on_a_line_and_the_variance_of_the_velocity_on_a_bend(
     assert judge.straightness(bend, grid) == pytest.approx(0.25 * 3**2 + 0.75 * 1**2)
 
 
-def test_pictures_of_real_scenes_have_a_frechet_distance_of_0_and_their_own_classes():
+def test_real_scenes_have_a_frechet_distance_of_0_to_themselves_and_right_is_per_scene():
     world = Scenes(40, 64, 64, "outline", judge.HELD_OUT_SEED)
     scenes = [world.scene(i) for i in range(40)]
     pictures, labels = judge.pictures_and_labels(scenes)
@@ -161,30 +165,30 @@ def test_pictures_of_real_scenes_have_a_frechet_distance_of_0_and_their_own_clas
             if not right] == [3, 7]
 
 
-def test_a_black_image_has_brightness_0_and_a_white_one_1_and_tenths_are_of_the_pictures():
+def test_black_has_brightness_0_white_has_1_and_tenths_are_quantiles_over_pictures():
     pictures = torch.linspace(-1, 1, 11).view(11, 1, 1, 1).expand(11, 3, 4, 4)
     assert judge.brightness(-torch.ones(5, 3, 4, 4)).tolist() == [0.0] * 5
-    assert judge.brightness(torch.full((5, 3, 4, 4), 1.5)).tolist() == [1.0] * 5            # what a file can hold
+    assert judge.brightness(torch.full((5, 3, 4, 4), 1.5)).tolist() == [1.0] * 5            # clamped as in a file
     assert judge.mean_and_tenths(judge.brightness(pictures)) == {
         "mean": pytest.approx(0.5), "darkest_tenth": pytest.approx(0.1), "lightest_tenth": pytest.approx(0.9)}
 
 
-def test_shifted_ddim_asks_the_network_between_its_timesteps():
-    asked = []
+def test_shifted_ddim_evaluates_the_network_between_its_timesteps():
+    timesteps = []
 
     def network(x_dm, t_dm, context):
-        asked.append(t_dm[0].item())
+        timesteps.append(t_dm[0].item())
         return x_dm
 
     flow, x0 = Diffusion(network, *sd_schedule()), torch.zeros(1, 4, 2, 2)
     flow.sample(x0, None, 4)
     judge.ShiftedDiffusion(flow, 0.5).sample(x0, None, 4)
-    assert asked == pytest.approx([999, 749, 499, 249, 998.5, 748.5, 498.5, 248.5], abs=1e-3)
+    assert timesteps == pytest.approx([999, 749, 499, 249, 998.5, 748.5, 498.5, 248.5], abs=1e-3)
 
 
 # ------------------------------------------------------------------ judge captions
 
-def test_the_command_trains_a_classifier_once_and_ends_with_one_line_of_json(run, checkpoint):
+def test_the_command_trains_a_classifier_once_and_ends_with_its_result_as_json(run, checkpoint):
     first = run("captions", checkpoint, *SHORT, "--out", "here")
     result = json.loads(first.splitlines()[-1])
     assert "training the classifier of solid scenes" in first and rows_of("here/captions.jsonl") == [result]
@@ -201,7 +205,7 @@ def test_the_command_trains_a_classifier_once_and_ends_with_one_line_of_json(run
         "classifier-solid.safetensors", "classifier-outline.safetensors"}
 
 
-def test_a_lora_is_judged_on_its_base_by_its_own_objective_prediction_and_guidance(run, checkpoint, tmp_path):
+def test_a_lora_is_sampled_on_its_base_by_its_own_objective_prediction_and_guidance(run, checkpoint, tmp_path):
     path = random_lora(tmp_path / "run/lora.safetensors", StableDiffusion(TINY, "v").unet,
                        objective="dm", prediction="eps", cfg="1.0", base_hash=load_checkpoint(checkpoint).unet_hash)
     result = {"task": "reflow", "ckpt": str(checkpoint), "objective": "dm", "steps": 70}
@@ -212,22 +216,22 @@ def test_a_lora_is_judged_on_its_base_by_its_own_objective_prediction_and_guidan
             for row in rows] == [
         (str(checkpoint), 1, "fm", "v", 4, {}, None), (str(checkpoint), 3, "fm", "v", 4, {}, None),
         (str(path), 1, "dm", "eps", 1, result, 70), (str(path), 3, "dm", "eps", 1, result, 70)]
-    assert rows[2]["straightness"] < 1e-9 < rows[3]["straightness"]             # one step always is a line
+    assert rows[2]["straightness"] < 1e-9 < rows[3]["straightness"]             # a path of one step is straight
 
 
-def test_paths_start_where_ddim_does_and_each_picture_counts_the_same(run, checkpoint, monkeypatch):
+def test_paths_start_where_ddim_starts_and_each_picture_has_the_same_weight(run, checkpoint, monkeypatch):
     paths = []
     monkeypatch.setattr(judge, "straightness", lambda points, grid: paths.append(points) or float(len(points[0])))
     run("captions", checkpoint, *SHORT, "--objective", "dm", "--cfg", 1)
     x0 = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     alpha, sigma = (level[-1].item() for level in sd_schedule())
-    assert [len(points) for points in paths] == [3, 3]                  # two steps have three points, in two batches
+    assert [len(points) for points in paths] == [3, 3]                  # two steps are three points; two batches
     assert torch.allclose(torch.cat([points[0] for points in paths]), x0 / (alpha + sigma), atol=1e-5)
     row, = rows_of("runs/captions/captions.jsonl")
     assert row["straightness"] == pytest.approx((2 * 2 + 1 * 1) / 3)
 
 
-def test_samples_are_compared_with_other_scenes_and_the_classifier_saw_neither(run, checkpoint, seeds, monkeypatch):
+def test_samples_are_compared_with_other_scenes_and_neither_trains_the_classifier(run, checkpoint, seeds, monkeypatch):
     compared = []
     monkeypatch.setattr(judge, "frechet_distance", lambda *features: compared.extend(features) or 0.0)
     run("captions", checkpoint, *SHORT, "--seed", 7)
@@ -238,7 +242,7 @@ def test_samples_are_compared_with_other_scenes_and_the_classifier_saw_neither(r
     assert compared[0].shape == (3, 256) and torch.allclose(compared[1], classifier[:-1](others), atol=1e-5)
 
 
-def test_samples_have_the_size_asked_for_and_the_classifier_sees_them_at_its_own(run, checkpoint, monkeypatch):
+def test_samples_have_the_given_size_and_are_scaled_for_the_classifier(run, checkpoint, monkeypatch):
     latents, decode = [], StableDiffusion.decode
     monkeypatch.setattr(StableDiffusion, "decode", lambda sd, x: latents.append(x.shape) or decode(sd, x))
     run("captions", checkpoint, *SHORT, "--size", 96, 128)
@@ -246,15 +250,15 @@ def test_samples_have_the_size_asked_for_and_the_classifier_sees_them_at_its_own
     assert row["size"] == [96, 128] and latents[-2:] == [(2, 4, 24, 32), (1, 4, 24, 32)]
 
 
-def test_the_precision_is_that_of_the_networks_while_they_sample(run, checkpoint, monkeypatch):
+def test_the_networks_sample_in_the_given_precision(run, checkpoint, monkeypatch):
     in_bf16 = []
 
-    def draw(sd, flow, x0, context, steps, cfg, callback):
+    def sample(flow, x0, context, steps, uncond, cfg, callback):
         in_bf16.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
         callback(x0)
-        return torch.zeros(len(x0), 3, 64, 64)
+        return x0
 
-    monkeypatch.setattr(judge, "draw", draw)
+    monkeypatch.setattr(Diff2Flow, "sample", sample)
     for precision, expected in (("fp32", False), ("bf16", True)):
         in_bf16.clear()
         run("captions", checkpoint, "--n", 2, "--steps", 1, "--precision", precision)
@@ -262,17 +266,17 @@ def test_the_precision_is_that_of_the_networks_while_they_sample(run, checkpoint
         assert rows_of("runs/captions/captions.jsonl")[0]["precision"] == precision
 
 
-def test_a_classifier_that_is_poor_or_of_another_version_is_refused_before_sampling(run, checkpoint, monkeypatch):
+def test_a_classifier_that_is_poor_or_from_another_version_is_refused_before_sampling(run, checkpoint, monkeypatch):
     monkeypatch.setattr(judge, "REQUIRED", 0.98)
     with pytest.raises(ValueError, match="right about only .* delete runs/classifier-solid"):
         run("captions", checkpoint, *SHORT)
-    judge.save_tensors("runs/classifier-solid.safetensors", {"weight": torch.zeros(3)})
-    with pytest.raises(ValueError, match="of another version: delete it"):
+    save_tensors("runs/classifier-solid.safetensors", {"weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match="written by another version: delete it"):
         run("captions", checkpoint, *SHORT)
     assert not Path("runs/captions").exists()
 
 
-def test_softened_pictures_are_other_pictures_but_not_very_other():
+def test_augmented_pictures_differ_a_little_from_the_originals():
     images = real_pictures(32)[0]
     change = (judge.soften(images) - images).abs().mean((1, 2, 3))
     assert change.min() > 0.005 and change.max() < 0.3
@@ -287,7 +291,7 @@ def test_bad_input_is_refused_before_anything_is_trained(run, checkpoint, words,
     assert not Path("runs").exists()
 
 
-def test_a_depth_model_and_a_picture_model_are_not_taken_for_each_other(run, checkpoint, depth_lora):
+def test_captions_refuse_a_depth_model_and_depth_refuses_a_text_to_image_model(run, checkpoint, depth_lora):
     for command, model in (("captions", depth_lora), ("depth", checkpoint)):
         with pytest.raises(ValueError, match="depth"):
             run(command, model, "--n", 2, "--steps", 1)
@@ -296,7 +300,7 @@ def test_a_depth_model_and_a_picture_model_are_not_taken_for_each_other(run, che
 
 # ------------------------------------------------------------------ judge velocity, judge plain
 
-def test_the_velocity_error_of_each_scene_is_at_its_own_noise_and_time_whatever_the_batch(run, checkpoint, tmp_path):
+def test_each_scenes_velocity_error_is_at_its_own_noise_and_time_for_any_batch_size(run, checkpoint, tmp_path):
     path = random_lora(tmp_path / "run/lora.safetensors", StableDiffusion(TINY, "v").unet, objective="fm")
     (path.parent / "result.json").write_text(json.dumps({"task": "text-to-image", "ckpt": str(checkpoint)}))
     run("velocity", path, "--n", 5, "--batch", 2, "--seed", 7, "--style", "outline")
@@ -309,27 +313,27 @@ def test_the_velocity_error_of_each_scene_is_at_its_own_noise_and_time_whatever_
         with torch.no_grad():
             expected = velocity_error(flow, sd.encode(item["image"][None]), noise[i:i + 1], t_fm,
                                       sd.encode_text([item["caption"]]))
-        assert found == pytest.approx(expected.item(), rel=2e-3)                    # four digits are kept
+        assert found == pytest.approx(expected.item(), rel=2e-3)                    # results keep four digits
     assert row["velocity_error"] == pytest.approx(np.mean(row["scenes"]["velocity_error"]), rel=1e-3)
 
 
-def test_black_and_white_are_asked_for_as_often_as_said_and_whose_sampler_it_was_is_noted(run, checkpoint, monkeypatch):
-    asked, encode = [], StableDiffusion.encode_text
-    monkeypatch.setattr(StableDiffusion, "encode_text", lambda sd, texts: asked.extend(texts) or encode(sd, texts))
+def test_plain_draws_n_black_and_n_white_pictures_and_notes_whose_sampler_was_used(run, checkpoint, monkeypatch):
+    encoded, encode = [], StableDiffusion.encode_text
+    monkeypatch.setattr(StableDiffusion, "encode_text", lambda sd, texts: encoded.extend(texts) or encode(sd, texts))
     run("plain", checkpoint, "--n", 3, "--steps", 1, 2, "--cfg", 1)
     rows = rows_of("runs/plain/plain.jsonl")
-    assert asked.count("a black image") == asked.count("a white image") == 6
+    assert encoded.count("a black image") == encoded.count("a white image") == 6
     assert [(row["steps"], row["own_sampler"]) for row in rows] == [(1, True), (2, True)]
     assert rows[0]["black"]["mean"] == pytest.approx(np.mean(rows[0]["scenes"]["black"]["mean"]), rel=1e-3)
     assert 0 <= rows[0]["black"]["darkest_tenth"] <= rows[0]["black"]["mean"] <= rows[0]["black"]["lightest_tenth"] <= 1
-    assert Image.open("runs/plain/samples.png").height > 2 * 64, "a row of pictures for each number of steps"
+    assert Image.open("runs/plain/samples.png").height > 2 * 64, "a row of pictures per number of steps"
     run("plain", checkpoint, "--n", 3, "--steps", 1, "--objective", "dm")
     assert [row["own_sampler"] for row in rows_of("runs/plain/plain.jsonl")] == [False]
 
 
 # ------------------------------------------------------------------ judge depth
 
-def test_depth_is_measured_by_steps_and_ensemble(run, depth_lora):
+def test_depth_is_measured_for_each_number_of_steps_and_each_ensemble(run, depth_lora):
     last = json.loads(run("depth", depth_lora, "--steps", 1, 2, "--ensemble", 1, 3, "--n", 2).splitlines()[-1])
     rows = rows_of("runs/depth-scenes/depth.jsonl")
     assert [(row["steps"], row["ensemble"]) for row in rows] == [(1, 1), (1, 3), (2, 1), (2, 3)] and rows[-1] == last
@@ -337,7 +341,7 @@ def test_depth_is_measured_by_steps_and_ensemble(run, depth_lora):
     assert rows[0]["absrel"] == pytest.approx(np.mean(rows[0]["scenes"]["absrel"]), rel=1e-3)
 
 
-def test_depth_is_perfect_up_to_an_affine_map_of_log_depth_and_noise_shows(run, depth_lora, monkeypatch):
+def test_an_affine_map_of_log_depth_has_no_error_and_noise_has_some(run, depth_lora, monkeypatch):
     world = Scenes(3, 64, 64, "room", judge.HELD_OUT_SEED)
     log_depth = torch.stack([torch.from_numpy(render(world.scene(i), 64, 64)[1]) for i in range(3)]).log()[:, None]
     for noise, low, high in ((0.0, 0, 1e-5), (0.05, 1e-3, 0.5)):
@@ -351,7 +355,7 @@ def test_depth_is_perfect_up_to_an_affine_map_of_log_depth_and_noise_shows(run, 
 # ------------------------------------------------------------------ make_prior
 
 def make(monkeypatch, *words):
-    """Run `python -m toy.make_prior` with few steps of few pictures."""
+    """Run `python -m toy.make_prior` on few pictures."""
     few = () if "--resume" in words else ("--batch", "2", "--scenes", "16", "--validation", "8", "--device", "cpu")
     monkeypatch.setitem(make_prior.FIXED, "previews", 2)
     monkeypatch.setattr(sys, "argv", ["make_prior.py", *words, *few])
@@ -359,26 +363,26 @@ def make(monkeypatch, *words):
 
 
 def changed_parts(before, after, depth):
-    """The first `depth` words of the names of all tensors that differ between two files with the same names."""
+    """-> the first `depth` parts of the names of all tensors that differ between two files."""
     before, after = load_file(before), load_file(after)
     assert before.keys() == after.keys()
     return {".".join(name.split(".")[:depth]) for name in before
             if not torch.equal(before[name].half(), after[name].half())}
 
 
-def test_the_three_commands_make_a_prior_and_each_changes_its_own_part_alone(tmp_path, monkeypatch, seeds):
+def test_the_three_commands_make_a_prior_and_each_trains_its_own_part_alone(tmp_path, monkeypatch, seeds):
     monkeypatch.chdir(tmp_path)
     make(monkeypatch, "autoencoder", "--steps", "2", "--out", "autoencoder", "--preview-every", "2")
     images = torch.stack([Scenes(4, 64, 64, "solid", 5)[i]["image"] for i in range(4)])
     latents = load_checkpoint("autoencoder/model.safetensors").encode(images)
     assert latents.mean().abs() < 0.5 and 0.5 < latents.std() < 2
     assert Path("autoencoder/step_000002.png").is_file()
-    files = [f"{task}/model.safetensors" for task in make_prior.TASKS]
+    files = [f"{task}/model.safetensors" for task in make_prior.RECIPES]
     make(monkeypatch, "prior", "--steps", "4", "--warmup", "0", "--ckpt", files[0], "--out", "prior")
     assert changed_parts(*files[:2], depth=1) == {"model", "cond_stage_model"}
     make(monkeypatch, "decoder", "--steps", "2", "--ckpt", files[1], "--out", "decoder")
     assert changed_parts(*files[1:], depth=2) == {"first_stage_model.decoder", "first_stage_model.post_quant_conv"}
-    held_out = train.HELD_OUT_SEED
+    held_out = VALIDATION_SEED
     assert seeds == [held_out] * 2 + [0, 0] + [0, held_out] + [held_out] * 2 + [0, 0]       # 0 is trained on
     metadata = load_checkpoint("decoder/model.safetensors").metadata
     assert metadata["objective"] == "dm" and metadata["style"] == "solid" and metadata["resolution"] == "64"
@@ -386,7 +390,7 @@ def test_the_three_commands_make_a_prior_and_each_changes_its_own_part_alone(tmp
 
 
 @pytest.mark.parametrize("task", ["autoencoder", "prior"])
-def test_a_run_that_is_killed_and_resumed_ends_like_one_that_is_not(task, tmp_path, monkeypatch, checkpoint, capsys):
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(task, tmp_path, monkeypatch, checkpoint, capsys):
     monkeypatch.chdir(tmp_path)
     start = ["--ckpt", str(checkpoint)] if task == "prior" else []
     words = [task, *start, "--steps", "3", "--save-every", "2", "--out"]
@@ -401,7 +405,7 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_is_not(task, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "learning_rate", killed)
         make(patch, *words, "killed")
-    assert f"go on from the last save with: python -m toy.make_prior {task} --resume killed" in capsys.readouterr().out
+    assert f"resume from the last save with: python -m toy.make_prior {task} --resume killed" in capsys.readouterr().out
     make(monkeypatch, task, "--resume", "killed")
     for name in "model.safetensors", "state.safetensors":
         whole, resumed = load_file(f"whole/{name}"), load_file(f"killed/{name}")
@@ -410,7 +414,7 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_is_not(task, tmp_pa
         make(monkeypatch, "decoder", "--resume", "killed")
 
 
-def test_the_autoencoder_learns_both_styles_and_every_eighth_time_log_depth_in_grey():
+def test_the_autoencoders_pictures_are_both_styles_in_turn_and_every_eighth_is_grey_log_depth():
     pictures = make_prior.AutoencoderPictures(16, 3)
     solid, outline = Scenes(16, 64, 64, "solid", 3), Scenes(16, 64, 64, "outline", 3)
     for key in (0, 5, 16 + 2, 16 + 9):
@@ -421,9 +425,9 @@ def test_the_autoencoder_learns_both_styles_and_every_eighth_time_log_depth_in_g
         assert grey.shape == (3, 64, 64) and torch.allclose(grey, expected.expand(3, -1, -1), atol=1e-5)
 
 
-def test_the_autoencoders_loss_is_that_of_pixels_edges_and_a_little_kl():
+def test_the_autoencoders_loss_is_of_pixels_and_edges_and_a_little_kl():
     class Autoencoder:
-        """It decodes a picture to itself plus `error`, and its posterior has one mean and one std everywhere."""
+        """Decodes a picture to itself plus `error`; its posterior has the same mean and std everywhere."""
         def __init__(self, error, mean, std):
             self.error, self.mean, self.std = error, mean, std
 
@@ -439,17 +443,17 @@ def test_the_autoencoders_loss_is_that_of_pixels_edges_and_a_little_kl():
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     stripes = torch.tensor([1.0, -1.0] * 4).expand(2, 3, 8, 8)
     assert loss(0) == pytest.approx(0) and loss(0.5) == pytest.approx(0.25)
-    assert loss(stripes) == pytest.approx(1 + 4)                        # between neighbours the error is 2
+    assert loss(stripes) == pytest.approx(1 + 4)                        # differences of neighbours are wrong by 2
     assert loss(0, 3.0, 0.5) == pytest.approx(1e-4 * 0.5 * (3**2 + 0.5**2 - 1 - 2 * np.log(0.5)))
 
 
-def test_the_standardised_autoencoder_has_unit_latents_and_decodes_as_before(checkpoint, tmp_path):
+def test_a_standardised_autoencoder_has_latents_of_variance_1_and_decodes_to_the_same_pictures(checkpoint, tmp_path):
     sd = load_checkpoint(checkpoint)
     vae, images = sd.first_stage_model, torch.stack([Scenes(70, 32, 32, "solid", 0)[i]["image"] for i in range(70)])
     mean, std = vae.moments(images)
     decoded = vae.decode(mean[:4] + std[:4])
     make_prior.save_autoencoder(argparse.Namespace(task="autoencoder"), tmp_path, sd, images)
-    assert torch.equal(vae.moments(images)[0], mean)                    # what goes on learning is as it was
+    assert torch.equal(vae.moments(images)[0], mean)                    # training continues unchanged
     latents = load_checkpoint(tmp_path / "model.safetensors").encode(images[::2])
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=0.02)
     make_prior.standardise(vae, images)

@@ -1,4 +1,4 @@
-"""Judge models in the bundled world of scenes: do their pictures show what the caption says, is their depth right?
+"""Measure models on procedural scenes: do their pictures show what the caption says, is their depth right?
 
     python -m toy.judge captions --steps 25 --cfg 4                                              the bundled v-prior
     python -m toy.judge captions toy/tiny-v.safetensors runs/NAME/lora.safetensors --steps 25 4 2 1
@@ -7,19 +7,19 @@
     python -m toy.judge depth runs/NAME/model.safetensors --steps 2 10 --ensemble 1 4
 
 Each model (a checkpoint, or a LoRA file of train.py) is sampled by the objective that it was trained with, since the
-paper compares objectives. A result is one JSON line for each model and number of steps; see --out. Its "scenes" has a
-value for each scene, so that two models can be compared scene by scene.
+paper compares objectives. Results are written to --out, one JSON line per model and number of steps. Their "scenes" has
+a value per scene, so that two models can be compared scene by scene.
 
-captions: a small classifier looks for every attribute of the caption in the sampled picture. Its results are
+captions: a small classifier predicts every attribute of the caption from the sampled picture.
     all            the share of pictures in which every attribute is right (0 to 1)
-    frechet        the Frechet distance of the classifier's features, between samples and other real scenes
-    straightness   the mean of |u - (x1 - x0)|^2 along the sampling paths; 0 where all paths are straight lines
-The classifier is trained at its first use and kept in runs/. It is refused if it names every attribute in less than
-98 % of the held-out real scenes.
-velocity: the mean of |u - (x1 - x0)|^2 over held-out scenes, each with a noise and a time of its own.
+    frechet        the Frechet distance between the classifier's features of samples and of other real scenes
+    straightness   the mean of |u - (x1 - x0)|^2 along the sampling paths; 0 if all paths are straight lines
+The classifier is trained at its first use and kept in runs/. It is refused if it gets every attribute right in less
+than 98 % of held-out real scenes.
+velocity: the mean of |u - (x1 - x0)|^2 over held-out scenes, each with its own noise and time.
 plain: the brightness of samples of "a black image" (0 is right) and "a white image" (1 is right).
-depth: the depth of scenes of the style "room", aligned to the truth by least squares in log depth, as depth.py does it.
-    absrel         its error; "decoded" is the error of the truth itself, encoded and decoded
+depth: the depth of scenes of the style "room", after a least-squares fit of scale and shift in log depth.
+    absrel         the mean relative error; "decoded" is that of the true depth, encoded and decoded
 """
 import argparse
 import itertools
@@ -54,19 +54,19 @@ from support.validation import spread_times
 from tools.measure_depth import align, depth_errors
 from toy.scenes import LABELS, PLAIN, Scenes, render
 
-SIZE = 64                                           # pixels a side of what the classifier sees
+SIZE = 64                                           # pixels per side of the classifier's input
 CLASSES = [len(classes) for classes in LABELS.values()]     # the number of classes of each attribute
-TRAIN_SEED, HELD_OUT_SEED = 10_000_000, 20_000_000  # plus the step, plus --seed: far from what train.py is given
+TRAIN_SEED, HELD_OUT_SEED = 10_000_000, 20_000_000  # plus the step, plus --seed: not those that train.py uses
 TRAIN_STEPS, TRAIN_BATCH = 1200, 128                # of the classifier
-REAL_SCENES = 2048                                  # that samples are compared with, besides those with their captions
-REQUIRED = 0.98                                     # the share of real scenes that the classifier must get right
+REAL_SCENES = 2048                                  # that samples are compared with, beside the n scenes
+REQUIRED = 0.98                                     # share of real scenes in which the classifier must be right
 
 
 # ------------------------------------------------------------------ the classifier
 
 def build_classifier():
-    """A network: images (B, 3, 64, 64) in [-1, 1] -> logits (B, sum(CLASSES)), attribute after attribute."""
-    layers, widths = [], (3, 32, 64, 96, 128)       # at 64, 32, 16, 8, 4 pixels a side
+    """A network: images (B, 3, 64, 64) in [-1, 1] -> logits (B, sum(CLASSES)), grouped by attribute."""
+    layers, widths = [], (3, 32, 64, 96, 128)       # at 64, 32, 16, 8, 4 pixels per side
     for width, wider in itertools.pairwise(widths):
         layers += [nn.Conv2d(width, wider, 4, 2, 1), nn.BatchNorm2d(wider), nn.ReLU(),
                    nn.Conv2d(wider, wider, 3, 1, 1), nn.BatchNorm2d(wider), nn.ReLU()]
@@ -81,7 +81,7 @@ def pictures_and_labels(scenes):
 
 
 def soften(images):
-    """What a decoder may do to pictures, in random strength: blur, contrast, a colour cast, stains, noise."""
+    """Augment as a decoder may distort pictures, at random strengths: blur, contrast, colour cast, stains, noise."""
     blur, contrast, cast, stain, noise = torch.rand(5, len(images), 3, 1, 1, device=images.device)
     blurred = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, 1)
     stains = F.interpolate(torch.randn_like(images[..., ::4, ::4]), images.shape[2:], mode="bilinear")
@@ -90,7 +90,7 @@ def soften(images):
 
 
 def train_classifier(net, style, device):
-    """Train on the cross entropy of fresh, softened scenes; scenes with a half-hidden shape come twice as often."""
+    """Train by cross entropy on new augmented scenes; those with a partly hidden shape are twice as frequent."""
     optimizer = torch.optim.AdamW(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, TRAIN_STEPS, pct_start=0.1)
     for step in tqdm(range(TRAIN_STEPS), "classifier", dynamic_ncols=True):
@@ -107,18 +107,18 @@ def train_classifier(net, style, device):
 
 
 def load_classifier(style, device):
-    """-> the classifier of that style's scenes, from runs/; if it is not there, it is trained and kept there."""
+    """-> the classifier of that style's scenes, from runs/; trained and saved there if missing."""
     torch.manual_seed(0)
     path, net = Path(f"runs/classifier-{style}.safetensors"), build_classifier().to(device)
     if not path.exists():
-        print(f"{path} is not there: training the classifier of {style} scenes, once; some minutes on two CPU cores")
+        print(f"{path} is missing: training the classifier of {style} scenes, once; some minutes on two CPU cores")
         train_classifier(net, style, device)
         save_tensors(path, net.state_dict(), {"style": style})
     with open_tensors(path) as file:
         state = {name: file.get_tensor(name) for name in file.keys()}
     expected = {name: tensor.shape for name, tensor in net.state_dict().items()}
     if {name: tensor.shape for name, tensor in state.items()} != expected:
-        raise ValueError(f"{path} is of another version: delete it, and it is trained again")
+        raise ValueError(f"{path} was written by another version: delete it, and it is trained again")
     net.load_state_dict(state)
     return net.eval().requires_grad_(False)
 
@@ -130,7 +130,7 @@ def predict(classifier, images):
 
 
 def features(classifier, images):
-    """images (N, 3, 64, 64) -> what the classifier's last layer sees (N, 256)."""
+    """images (N, 3, 64, 64) -> the inputs of the classifier's last layer (N, 256)."""
     return torch.cat([classifier[:-1](batch) for batch in images.split(256)])
 
 
@@ -145,8 +145,8 @@ def score(predicted, labels):
     """Classes (N, 10), labels (N, 10) -> {name: share of rows that are right, None if there is no row}:
 
     "all"             right in every attribute that applies
-    an attribute      right in it, of the rows to which it applies
-    "all <relation>"  right in every attribute, of the scenes with that relation
+    an attribute      right in this attribute, among the rows to which it applies
+    "all <relation>"  right in every attribute, among the scenes with that relation
     """
     def share(rows):
         return rows.float().mean().item() if len(rows) else None
@@ -180,7 +180,7 @@ def straightness(points, grid):
 # ------------------------------------------------------------------ models
 
 class ShiftedDiffusion(Diffusion):
-    """DDIM that asks the network `shift` below its integer timesteps, at fractional ones it never saw (Figure 2)."""
+    """DDIM with the network evaluated `shift` below its integer timesteps: fractional, never trained on (Figure 2)."""
 
     def __init__(self, flow, shift):
         super().__init__(flow.net, *sd_schedule(device=flow.f_table.device), flow.prediction)
@@ -192,37 +192,37 @@ class ShiftedDiffusion(Diffusion):
 
 
 def load_model(path, device, task, objective=None):
-    """A checkpoint, or a LoRA file of train.py -> the model, its velocity field, and what its results say of it.
+    """A checkpoint, or a LoRA file of train.py -> the model, its velocity field, and the description of it in results.
 
-    objective: how to sample; None takes the one that the model was trained with, as its file says.
+    objective: how to sample; None for the one in the file's metadata, which the model was trained with.
     """
     path = Path(path)
-    tells = path.suffix == ".safetensors"                           # a .ckpt has no metadata
-    its_own = read_metadata(path).get("objective") if tells else None
-    objective = objective or its_own
+    has_metadata = path.suffix == ".safetensors"
+    trained_by = read_metadata(path).get("objective") if has_metadata else None
+    objective = objective or trained_by
     if objective not in (None, *OBJECTIVES):
         raise ValueError(f"{path}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
-    is_lora = tells and is_lora_file(path)
+    is_lora = has_metadata and is_lora_file(path)
     files = {"lora_file": path} if is_lora else {"ckpt": path}
     sd, flow = load_flow(**files, device=device, task=task, objective=objective)
     run, number = read_result(path), path.stem.rpartition("-")[2]
     return sd, flow, {"model": str(path), "objective": objective_of(flow), "prediction": flow.prediction, "run": run,
-                      "own_sampler": its_own in (None, objective_of(flow)),
+                      "own_sampler": trained_by in (None, objective_of(flow)),
                       "step": int(number) if number.isdecimal() else run.get("steps")}   # --keep: NAME-STEP.safetensors
 
 
 def begin(args, *outputs):
-    """Check what every command takes, before the slow part -> the device, and its autocast."""
+    """Check the arguments that all commands share, before the slow part -> the device, and its autocast context."""
     check_range(args, 1, 1e9, *(name for name in ("n", "batch", "steps", "ensemble") if name in args))
-    check_range(args, 0, 2**32, "seed")
+    check_range(args, 0, 2**32 - 1, "seed")
     check_range(args, -1e6, 1e6, *(["cfg"] if "cfg" in args else []))
     device = pick_device(args.device)
     for name in outputs:
         check_replaceable(Path(args.out) / name)
-    args.precision, amp = pick_precision(args.precision, device)
+    args.precision, autocast = pick_precision(args.precision, device)
     args.device = str(device)
     print(json.dumps(vars(args)))
-    return device, amp
+    return device, autocast
 
 
 def seeded_noise(args, shape):
@@ -242,15 +242,15 @@ def write_results(path, rows):
 
 @dataclass
 class RealScenes:
-    """What samples are compared with: the n scenes whose captions are drawn, and REAL_SCENES others."""
+    """What samples are compared with: the n scenes that give the captions, and REAL_SCENES others."""
     captions: list                                  # n strings
     labels: torch.Tensor                            # (n, 10)
-    shares: dict                                    # score() of all real scenes, and of the n encoded and decoded
+    shares: dict                                    # score() of all real scenes, and of the n after the autoencoder
     features: torch.Tensor                          # of the others, (REAL_SCENES, 256)
 
 
 def real_scenes(args, classifier, sd, device):
-    """-> RealScenes. ValueError for a classifier that is right about too few of them."""
+    """-> RealScenes. ValueError if the classifier is right about too few of them."""
     world = Scenes(args.n + REAL_SCENES, SIZE, SIZE, args.style, HELD_OUT_SEED + args.seed)
     scenes = [world.scene(i) for i in range(len(world))]
     images, labels = pictures_and_labels(scenes)
@@ -283,22 +283,22 @@ def sample_pictures(sd, flow, captions, noise, steps, cfg, batch):
 
 
 def judge_pictures(pictures, real, classifier):
-    """pictures (n, 3, 64, 64) that were sampled from the captions of `real` -> what a result says of them."""
+    """pictures (n, 3, 64, 64) sampled for the captions of `real` -> their entries in a result."""
     predicted = predict(classifier, pictures)
     shares, right = score(predicted, real.labels), right_in_all(predicted, real.labels)
     return {"all": shares["all"], "frechet": frechet_distance(features(classifier, pictures), real.features),
             "shares": {**real.shares, "samples": shares}, "scenes": {"all": right.int().tolist()}}
 
 
-def in_words(row):
-    """A result in one line."""
+def summary(row):
+    """-> a result as one line of text."""
     return (f"{row['model']}, {row['steps']} steps, cfg {row['cfg']:g}: every attribute right in {row['all']:.1%}, "
             f"Frechet distance to {REAL_SCENES} other real scenes {row['frechet']:.1f}, straightness "
             f"{row['straightness']:.4f}")
 
 
 def print_shares(rows, real, n):
-    """A table: a line for each attribute; a column for real scenes, for decoded ones, and for each row's samples."""
+    """Print a table: a line per attribute; columns for real scenes, decoded ones, and the samples of each row."""
     names = [f"{row['model']} {row['steps']} steps" for row in rows]
     print(f"right in: {n + REAL_SCENES} real scenes | {n} encoded and decoded | {n} samples of " + " | ".join(names))
     columns = [*real.shares.values(), *(row["shares"]["samples"] for row in rows)]
@@ -307,7 +307,8 @@ def print_shares(rows, real, n):
 
 
 def save_samples(path, pictures, rows, captions, making):
-    """pictures: the first ones of each row, which have these captions; making: how they were made, in words."""
+    """Write a grid. pictures: the first ones of each row; captions: of these; making: text that says how they were
+    made."""
     labels = [f"{'/ '.join(Path(row['model']).with_suffix('').parts[-2:])}, {row['steps']} steps" for row in rows]
     save_grid(path, torch.cat(pictures), min(8, len(captions)), making, labels if len(rows) > 1 else None,
               captions * len(rows))
@@ -315,11 +316,11 @@ def save_samples(path, pictures, rows, captions, making):
 
 
 def captions(args):
-    check_range(args, 2, 1e9, "n")                     # of one picture there is no covariance
+    check_range(args, 2, 1e9, "n")                     # one picture has no covariance
     check_range(args, 0, 1, "t_shift")
     if args.t_shift and args.objective != "dm":
-        raise ValueError(f"--t-shift {args.t_shift:g}: only DDIM has a timestep to shift; add --objective dm")
-    out, (device, amp) = Path(args.out), begin(args, "samples.png", "captions.jsonl")
+        raise ValueError(f"--t-shift {args.t_shift:g}: only DDIM has timesteps to shift; add --objective dm")
+    out, (device, autocast) = Path(args.out), begin(args, "samples.png", "captions.jsonl")
     models = [load_model(path, device, "text-to-image", args.objective) for path in args.models]
     sizes = [tuple(picture_size(sd, args.size)) for sd, _, _ in models]
     settings = {name: vars(args)[name] for name in ("n", "seed", "style", "t_shift", "precision", "device")}
@@ -331,16 +332,16 @@ def captions(args):
             flow = ShiftedDiffusion(flow, args.t_shift)
         cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(size))
         for steps in args.steps:
-            with amp:
+            with autocast:
                 samples, straight = sample_pictures(sd, flow, real.captions, noise, steps, cfg, args.batch)
             row = {**settings, **origin, "steps": steps, "cfg": cfg, "size": size, "real_scenes": REAL_SCENES,
                    "straightness": straight, **judge_pictures(samples, real, classifier)}
             rows.append(row)
             pictures.append(samples)
-            print(in_words(row))
+            print(summary(row))
     n = min(args.n, 8 if len(rows) > 1 else 32)
     save_samples(out / "samples.png", [samples[:n] for samples in pictures], rows, real.captions[:n],
-                 "\n".join(map(in_words, rows)))
+                 "\n".join(map(summary, rows)))
     print_shares(rows, real, args.n)
     write_results(out / "captions.jsonl", rows)
 
@@ -348,7 +349,7 @@ def captions(args):
 # ------------------------------------------------------------------ velocity
 
 def velocity_errors(sd, flow, world, noise, batch):
-    """-> mean |u - (x1 - x0)|^2 of each scene, at a time of its own: the times are spread evenly over [0, 1]."""
+    """-> mean |u - (x1 - x0)|^2 of each scene, each at its own time; the times are spread evenly over [0, 1]."""
     errors, spread = [], spread_times(len(world), sd.device)
     for start in tqdm(range(0, len(world), batch), "velocity error", dynamic_ncols=True):
         items = [world[i] for i in range(len(world))[start:start + batch]]
@@ -361,13 +362,13 @@ def velocity_errors(sd, flow, world, noise, batch):
 
 @torch.no_grad()
 def velocity(args):
-    """Of text-to-image models, on held-out scenes."""
-    (device, amp), rows = begin(args, "velocity.jsonl"), []
+    """Write the velocity error of text-to-image models on held-out scenes."""
+    (device, autocast), rows = begin(args, "velocity.jsonl"), []
     for sd, flow, origin in [load_model(path, device, "text-to-image") for path in args.models]:
         size = picture_size(sd, args.size)
         world = Scenes(args.n, *size, args.style, HELD_OUT_SEED + args.seed)
         noise = seeded_noise(args, sd.latent_shape(size))
-        with amp:
+        with autocast:
             errors = velocity_errors(sd, flow, world, noise, args.batch)
         rows.append({**origin, "n": args.n, "seed": args.seed, "style": args.style, "size": size,
                      "precision": args.precision, "velocity_error": sum(errors) / args.n,
@@ -389,8 +390,8 @@ def mean_and_tenths(values):
 
 
 def plain(args):
-    """Of text-to-image models: n samples of "a black image", and n of "a white image"."""
-    (device, amp), rows, pictures = begin(args, "samples.png", "plain.jsonl"), [], []
+    """Write the brightness of text-to-image models' samples: n of "a black image", and n of "a white image"."""
+    (device, autocast), rows, pictures = begin(args, "samples.png", "plain.jsonl"), [], []
     prompts, shown = {"black": "a black image", "white": "a white image"}, min(args.n, 4)
     for sd, flow, origin in [load_model(path, device, "text-to-image", args.objective) for path in args.models]:
         cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(picture_size(sd)))
@@ -398,7 +399,7 @@ def plain(args):
             row = {**origin, "n": args.n, "seed": args.seed, "precision": args.precision, "steps": steps, "cfg": cfg,
                    "scenes": {}}
             for colour, prompt in prompts.items():
-                with amp:
+                with autocast:
                     samples, _ = sample_pictures(sd, flow, [prompt] * args.n, noise, steps, cfg, args.batch)
                 values = brightness(samples)
                 row[colour] = mean_and_tenths(values)
@@ -422,8 +423,9 @@ def scene_errors(predictions, truths):
 
 
 def depth(args):
-    """Depth of held-out scenes by models of train.py --task depth: the mean of an ensemble, aligned in log depth."""
-    (device, amp), rows = begin(args, "depth.jsonl"), []
+    """Write the error of depth that models of train.py --task depth predict for held-out scenes, as mean of an
+    ensemble, aligned in log depth."""
+    (device, autocast), rows = begin(args, "depth.jsonl"), []
     models = [load_model(path, device, "depth") for path in args.models]
     world = Scenes(args.n, SIZE, SIZE, "room", HELD_OUT_SEED + args.seed)
     items = [world[i] for i in range(args.n)]
@@ -434,10 +436,10 @@ def depth(args):
     for sd, flow, origin in models:
         picture = sd.encode(images)
         decoded = sd.decode(sd.encode(learned)).mean(1).clamp(-1, 1).double().cpu().numpy()
-        at_best = scene_errors(decoded, truths)["absrel"]
+        decoded_errors = scene_errors(decoded, truths)["absrel"]
         noise = torch.randn((max(args.ensemble), *picture.shape), generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:
-            with amp:
+            with autocast:
                 members = [sd.decode(flow.sample(x0.to(device), picture, steps)).float().mean(1)
                            for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
             for ensemble in args.ensemble:
@@ -445,8 +447,8 @@ def depth(args):
                 scenes = scene_errors(prediction, truths)
                 errors = {name: sum(values) / args.n for name, values in scenes.items()}
                 rows.append({**origin, "steps": steps, "ensemble": ensemble, "images": args.n, "seed": args.seed,
-                             "align": "log", "precision": args.precision, "decoded": sum(at_best) / args.n, **errors,
-                             "scenes": {"absrel": [float(f"{error:.4g}") for error in scenes["absrel"]]}})
+                             "align": "log", "precision": args.precision, "decoded": sum(decoded_errors) / args.n,
+                             **errors, "scenes": {"absrel": [float(f"{error:.4g}") for error in scenes["absrel"]]}})
                 print(f"{origin['model']}, {steps} steps, ensemble {ensemble}: AbsRel {errors['absrel']:.4f}, delta1 "
                       f"{errors['delta1']:.4f}, RMSE {errors['rmse']:.3f} m on {args.n} scenes")
     write_results(Path(args.out) / "depth.jsonl", rows)
@@ -455,21 +457,21 @@ def depth(args):
 # ------------------------------------------------------------------ the command line
 
 def add_common_arguments(parser, n, steps, out):
-    """steps: the default, or None where nothing is sampled."""
+    """steps: the default, or None for a command that does not sample."""
     add = parser.add_argument
     if steps:
         add("--steps", type=int, nargs="+", default=steps,
-            help=f"Euler steps from noise to sample; give several numbers to compare them (default: {steps[0]})")
-    add("--n", type=int, default=n, help=f"number of held-out scenes, or of samples of a colour (default: {n})")
+            help=f"Euler steps from noise to sample; give several to compare (default: {steps[0]})")
+    add("--n", type=int, default=n, help=f"number of held-out scenes, or of samples per colour (default: {n})")
     add("--seed", type=int, default=0, help="seed of the scenes and of the noise (default: 0)")
     add("--precision", choices=["bf16", "fp32"],
-        help="number format of the networks while they sample (default: bf16 where the device computes it, else fp32)")
+        help="of forward passes (default: bf16 where the device has it, else fp32)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
-    add("--out", default=out, help=f"folder that the results are written to (default: {out})")
+    add("--out", default=out, help=f"folder for the results (default: {out})")
 
 
 def add_model_arguments(parser):
-    """Of the commands for text-to-image models."""
+    """Arguments of the commands for text-to-image models."""
     parser.add_argument("models", nargs="*", default=[str(BUNDLED_PRIOR)],
                         help="checkpoints, and LoRA files of train.py (default: the bundled v-prior)")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default: 64)")
@@ -477,16 +479,16 @@ def add_model_arguments(parser):
 
 def add_sampling_arguments(parser):
     parser.add_argument("--cfg", type=float,
-                        help="guidance scale, 1 for none (default: what the file says, 1 after Reflow; else 4)")
+                        help="guidance scale, 1 for none (default: from the model's metadata, 1 after Reflow; else 4)")
     parser.add_argument("--objective", choices=list(OBJECTIVES),
-                        help="sample as this objective does (default: as the model was trained, else diff2flow)")
+                        help="how to sample (default: as the model was trained, else diff2flow)")
 
 
 def add_scene_arguments(parser):
     parser.add_argument("--style", choices=list(PLAIN), default="solid", help="style of the scenes (default: solid)")
     parser.add_argument("--size", type=int, nargs="+",
-                        help="size in pixels: one number, or height and width (default: the size that the model was "
-                             "trained at); the classifier sees samples scaled to 64x64")
+                        help="pixels: one number, or height width (default: the size in the model's metadata); for "
+                             "the classifier, samples are scaled to 64x64")
 
 
 def arguments():
@@ -500,8 +502,8 @@ def arguments():
     add_sampling_arguments(of_captions)
     add_scene_arguments(of_captions)
     of_captions.add_argument("--t-shift", type=float, default=0.0,
-                             help="with --objective dm: ask the network at timesteps that are lower by this number, "
-                                  "0 to 1 (default: 0)")
+                             help="with --objective dm: evaluate the network at timesteps lower by this number, 0 to 1 "
+                                  "(default: 0)")
 
     of_velocity = commands.add_parser("velocity", help="how wrong is the velocity on held-out scenes?")
     add_model_arguments(of_velocity)
@@ -517,7 +519,7 @@ def arguments():
     of_depth.add_argument("models", nargs="+", help="checkpoints or LoRA files of train.py --task depth")
     add_common_arguments(of_depth, 48, [10], "runs/depth-scenes")
     of_depth.add_argument("--ensemble", type=int, nargs="+", default=[1],
-                          help="predict the mean of this many samples; give several numbers to compare (default: 1)")
+                          help="number of samples, whose mean is the prediction; give several to compare (default: 1)")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Make the bundled prior from nothing: its autoencoder, then the prior itself, then its decoder once more.
+"""Train the bundled prior from scratch: its autoencoder, then UNet and text encoder, then the decoder once more.
 
     python -m toy.make_prior autoencoder --out runs/autoencoder
     python -m toy.make_prior prior --ckpt runs/autoencoder/model.safetensors --out runs/prior
@@ -6,10 +6,10 @@
     python -m toy.make_prior prior --resume runs/prior          resume a run that was stopped, to the same result
 
 Each command writes a checkpoint, OUT/model.safetensors, in Stable Diffusion's layout:
-    autoencoder    trained on both styles of scenes and on grey depth maps; the latents get variance 1
+    autoencoder    trained on two styles of scenes and on grey depth maps; its latents get mean 0 and variance 1
     prior          UNet and text encoder, trained by the diffusion loss (objective dm) on solid scenes with captions
-    decoder        the decoder alone is trained further, so that the latents, and with them the prior, stay the same
-A run is a folder like those of train.py. toy/README.md has the commands and the times of the bundled files.
+    decoder        the decoder alone, trained further; the latents stay the same, so the prior stays valid
+A run is a folder like those of train.py. toy/README.md lists the commands that made the bundled files, and their times.
 """
 import argparse
 import copy
@@ -58,16 +58,16 @@ def arguments():
         return "(default: " + ", ".join(f"{task} {recipe[name]}" for task, recipe in RECIPES.items()) + ")"
 
     add("task", choices=list(RECIPES), help="what to train")
-    add("--ckpt", help="checkpoint to start from (default: the bundled v-prior; the autoencoder starts from nothing)")
+    add("--ckpt", help="checkpoint to start from (default: the bundled v-prior; the autoencoder: random weights)")
     add("--prediction", choices=["v", "eps"], help="what the prior learns to predict (default: from its checkpoint)")
     add("--steps", type=int, help=f"optimizer steps {default('steps')}")
-    add("--batch", type=int, help=f"pictures in a step {default('batch')}")
+    add("--batch", type=int, help=f"pictures per step {default('batch')}")
     add("--lr", type=float, help=f"learning rate of Adam {default('lr')}")
     add("--warmup", type=int, help=f"steps of linear learning-rate warm-up {default('warmup')}")
     add("--scenes", type=int, help=f"number of different scenes {default('scenes')}")
     add("--validation", type=int, help=f"number of held-out pictures {default('validation')}")
     add("--preview-every", type=int, default=1000, help="steps between previews, 0 for none (default: 1000)")
-    add("--save-every", type=int, default=1000, help="steps between saves (default: 1000)")
+    add("--save-every", type=int, default=1000, help="save every N steps, and on Ctrl-C or SIGTERM (default: 1000)")
     add("--precision", choices=["bf16", "fp32"],
         help="of forward passes (default: bf16 where the device has it, else fp32)")
     add("--seed", type=int, default=0, help="seed of the scenes, their order, the noise and the times (default: 0)")
@@ -125,7 +125,7 @@ def autoencoder_loss(vae, images):
 def standardise(vae, images):
     """Give the scaled latents of `images` (N, 3, H, W) mean 0 and variance 1 in each channel, as noise has.
 
-    A shift and a scale are folded into the encoder's last conv, and their inverse into the decoder's first: decoded
+    A shift and a scale are folded into the encoder's last conv, and their inverse into the decoder's first, so decoded
     pictures stay the same.
     """
     mean = torch.cat([vae.moments(batch)[0] for batch in images.split(64)])
@@ -152,18 +152,18 @@ def load_autoencoder(args, device):
 
 
 def save_autoencoder(args, out, sd, pictures):
-    """Write the checkpoint. A new autoencoder is standardised in the file only; its training continues unchanged."""
+    """Write the checkpoint. An autoencoder is standardised in the file only; its training continues unchanged."""
     vae = sd.first_stage_model
     before = copy.deepcopy(vae.state_dict())
     if args.task == "autoencoder":
-        standardise(vae, pictures[::2])                             # the solid ones
+        standardise(vae, pictures[::2])                             # those of solid scenes
     save_checkpoint(sd, out / "model.safetensors", torch.float16, resolution="64")
     vae.load_state_dict(before)
 
 
 @torch.no_grad()
 def preview_autoencoder(out, vae, pictures, step):
-    """Write a grid of held-out pictures, and below them the same encoded and decoded."""
+    """Write a grid: held-out pictures, and below them the same after encoding and decoding."""
     shown, path = pictures[:16], out / f"step_{step:06d}.png"
     decoded = vae.decode(vae.moments(shown)[0]).float()
     making = f"{out}, step {step}: pictures, encoded and decoded"
@@ -172,7 +172,7 @@ def preview_autoencoder(out, vae, pictures, step):
 
 
 def train_autoencoder(args, run, sd, trained, autocast):
-    """The loop of train.py with another loss."""
+    """The loop of train.py with autoencoder_loss."""
     vae, dataset = sd.first_stage_model, AutoencoderPictures(args.scenes, args.seed)
     optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), train.EMA(trained)
     keys = Keys(len(dataset), args.seed, run.start * args.batch, args.steps * args.batch)
@@ -207,7 +207,7 @@ def make_autoencoder(args, out, device, autocast):
 # ------------------------------------------------------------------ the prior
 
 def load_prior(args, device):
-    """-> sd, {name: parameter} to train: the UNet, and the part of the text encoder that it uses."""
+    """-> sd, {name: parameter} to train: the UNet, and all parameters of the text encoder that it uses."""
     sd = load_checkpoint(args.ckpt or BUNDLED_PRIOR, device, prediction=args.prediction)
     sd.unet.to(memory_format=torch.channels_last).train()
     trained = dict(sd.unet.requires_grad_().named_parameters())
@@ -218,7 +218,7 @@ def load_prior(args, device):
 
 
 def make_prior(args, out, device, autocast):
-    """Train all weights on scenes with captions, as train.py does, and the text encoder with them."""
+    """Train all weights of the UNet on scenes with captions, as train.py does, and the text encoder with them."""
     sd, trained = load_prior(args, device)
     flow, size = make_flow(sd, args.objective), list(picture_size(sd))
     dataset = Scenes(args.scenes, *size, args.style, args.seed)

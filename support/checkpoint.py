@@ -280,16 +280,16 @@ def prediction_of(metadata):
 
 def guess_prediction(file, prediction):
     """-> ("v" or "eps", why): the given one, else the file's metadata, else a guess from the weights."""
-    asked, why = prediction, "as asked"
-    if asked is None:
-        asked, name = prediction_of(file.metadata)
+    found, why = prediction, "as asked"
+    if found is None:
+        found, name = prediction_of(file.metadata)
         why = f"from the file's {name}"
-    if asked is None and "v_pred" in file.shapes:       # an empty tensor in v-prediction files of ComfyUI
-        asked, why = "v", "from the file's tensor v_pred"
-    if asked not in (None, "v", "eps"):
-        raise ValueError(f"{file.path}: prediction {asked!r} ({why}) is neither 'v' nor 'eps'")
-    if asked is not None:
-        return asked, why
+    if found is None and "v_pred" in file.shapes:       # an empty tensor in v-prediction files of ComfyUI
+        found, why = "v", "from the file's tensor v_pred"
+    if found not in (None, "v", "eps"):
+        raise ValueError(f"{file.path}: prediction {found!r} ({why}) is neither 'v' nor 'eps'")
+    if found is not None:
+        return found, why
     config = file.config
     if not config.open_clip:
         return "eps", "as all of SD 1.x"

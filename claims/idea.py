@@ -1,4 +1,4 @@
-"""Draw the idea of Diff2Flow: the same paths as a diffusion model and as straight-line flow matching see them.
+"""Draw the idea of Diff2Flow: the same sampling paths in the diffusion model's variables and in flow matching's.
 
     python -m claims.idea
 
@@ -13,9 +13,9 @@ from support.files import cli, replacing
 
 MODES = torch.tensor([-1.5, 0.1, 1.4])      # the data: one of these three numbers,
 WIDTH = 0.06                                # plus Gaussian noise of this standard deviation
-NOISE, DATA = 2.2, -1.5                     # one noise and one point of the data, whose mixtures are drawn
+NOISE, DATA = 2.2, -1.5                     # one noise and one data point, whose mixtures are drawn
 STEPS = 400
-MOMENTS = torch.tensor([999.0, 800, 600, 400, 200, 0])  # timesteps that are marked in all three panels
+MOMENTS = torch.tensor([999.0, 800, 600, 400, 200, 0])  # timesteps marked in all three panels
 COLOURS = ["#d1495b", "#e09f1f", "#00798c"]             # one for each of the MODES
 T_DM, T_FM = r"t_\mathrm{dm}", r"t_\mathrm{fm}"
 X_DM, X_FM = r"x_\mathrm{dm}", r"x_\mathrm{fm}"
@@ -33,7 +33,7 @@ class ExactNetwork:
         variance = (alpha * WIDTH) ** 2 + sigma**2                      # of x_dm around alpha times a mode
         distance = x_dm - alpha * MODES                                 # (B, 1, 1, 3)
         chances = (-distance**2 / (2 * variance)).softmax(-1)           # of each mode, given x_dm
-        x1 = (chances * (MODES + alpha * WIDTH**2 / variance * distance)).sum(-1, keepdim=True)     # its mean
+        x1 = (chances * (MODES + alpha * WIDTH**2 / variance * distance)).sum(-1, keepdim=True)     # E[x1 | x_dm]
         x0 = (x_dm - alpha * x1) / sigma
         return alpha * x0 - sigma * x1
 
@@ -47,12 +47,12 @@ def sample_paths(flow):
 
 
 def draw_paths(axis, times, paths, pair, formula):
-    """Paths (N, B) over times (N,), each in the colour of the mode where it ends, and the mixtures of a pair (N,)."""
+    """Draw paths (N, B) over times (N,), each in the colour of the mode where it ends, and a pair's mixtures (N,)."""
     for path in paths.T:
         axis.plot(times, path, color=COLOURS[(path[-1] - MODES).abs().argmin()], linewidth=1.3)
     axis.plot(times, pair, "--", color="black", linewidth=1.8)
     axis.set_ylim(-2.6, 3.2)
-    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}       # hides the lines behind a text
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}       # hides lines behind text
     axis.text(0.97, 0.96, formula, transform=axis.transAxes, ha="right", va="top", bbox=white)
     axis.text(0.03, 0.03, "noise", transform=axis.transAxes, ha="left", bbox=white)
     axis.text(0.97, 0.03, "data", transform=axis.transAxes, ha="right", bbox=white)

@@ -1,11 +1,11 @@
-"""Compare what the weights predict with what was measured: the velocity error at each noise level.
+"""Compare the velocity error at each noise level with the prediction from the loss weights.
 
     python -m claims.levels claims/results/style --out claims/results/levels.png
 
-Diff2Flow's loss counts the errors of some levels more than the diffusion loss does, and of others less
+Diff2Flow's loss weights the errors of some levels more than the diffusion loss does, and of others less
 (claims/weights.py). So diff2flow should be ahead of dm most where its weight is highest. fm-flip has the same weights,
-since its loss is the same squared error of u at uniform t_fm; what differs is what the network is asked. toy.judge
-measures each scene at a time of its own, so the scenes with times between two bounds measure the levels between them.
+since its loss is the same squared error of u at uniform t_fm; only the network's inputs and output differ. toy.judge
+measures each scene at its own time, so scenes with times between two bounds measure the levels between them.
 """
 import argparse
 
@@ -34,7 +34,7 @@ SHIFTS = {"diff2flow": -0.01, "fm-flip": 0.01}      # of the points, so that the
 
 
 def predicted_weights(prediction):
-    """-> for each bin the mean over t_fm of Diff2Flow's weight of the squared errors of "v" or "eps", dm's being 1."""
+    """-> for each bin Diff2Flow's weight of squared "v" or "eps" errors, averaged over t_fm; dm's is 1."""
     t_fm, density, of_v, of_eps = (values.numpy() for values in weights())
     weight, found = of_v if prediction == "v" else of_eps, []
     for low, high in zip(BOUNDS, BOUNDS[1:]):
@@ -43,10 +43,10 @@ def predicted_weights(prediction):
     return np.array(found)
 
 
-def by_level(arm, dm):
-    """{seed: row} of an objective and of dm -> for each bin the objective's error less dm's, relative to dm's, and half
-    the width of its 95 % interval, None for fewer than three seeds."""
-    _, ours, theirs = paired_values(arm, dm, "velocity_error")                          # each (seeds, scenes)
+def by_level(runs, dm):
+    """{seed: row} of an objective and of dm -> for each bin the relative difference of their errors, and half the width
+    of its 95 % interval, None for fewer than three seeds."""
+    _, ours, theirs = paired_values(runs, dm, "velocity_error")                         # each (seeds, scenes)
     bins = np.digitize(spread_times(ours.shape[1], "cpu").numpy(), BOUNDS) - 1
     found = []
     for number in range(len(BOUNDS) - 1):
@@ -56,7 +56,7 @@ def by_level(arm, dm):
 
 
 def draw(panels):
-    """panels: {heading: (weights, {objective: measured})} -> a figure: above, the weights; below, the differences."""
+    """panels: {heading: (weights, {objective: measured})} -> a figure with the weights above, the differences below."""
     figure = matplotlib_figure()(figsize=(1 + 3 * len(panels), 5), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
     middle = (BOUNDS[1:] + BOUNDS[:-1]) / 2
@@ -67,7 +67,7 @@ def draw(panels):
         above.minorticks_off()
         below.axhline(0, color=COLOURS["dm"], linewidth=2)
         for name, measured in objectives.items():
-            means, halves = 100 * np.array(measured, float).T              # no interval: nan, for which no bar is drawn
+            means, halves = 100 * np.array(measured, float).T              # no interval: NaN, which draws no bar
             below.errorbar(middle + SHIFTS[name], means, halves, fmt="o", capsize=3, color=COLOURS[name], label=name)
         below.legend(fontsize="small")
         below.set(xlabel=r"time $t_\mathrm{fm}$, from noise to data")
@@ -80,8 +80,8 @@ def draw(panels):
 def main():
     parser = argparse.ArgumentParser(prog="python -m claims.levels", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="results of toy.judge velocity, or their folder")
-    parser.add_argument("--out", help="picture that is written (default: none)")
+    parser.add_argument("files", nargs="+", help="results of toy.judge velocity, or a folder of them")
+    parser.add_argument("--out", help="file for the figure (default: none)")
     args = parser.parse_args()
     if args.out:
         check_replaceable(args.out)
@@ -91,11 +91,11 @@ def main():
           *(f"{a:.3g} to {b:.3g} |" for a, b in zip(BOUNDS, BOUNDS[1:])))
     print("|---" * (4 + len(BOUNDS) - 1) + "|")
     for (prediction, trained), members in group(rows, ["prediction", "run.lora"]):
-        arms = {name: by_seed(of_it, name) for (name,), of_it in group(members, ["run.objective"])}
-        dm = arms.pop("dm", None)
-        if not dm or not arms:
+        runs = {name: by_seed(of_it, name) for (name,), of_it in group(members, ["run.objective"])}
+        dm = runs.pop("dm", None)
+        if not dm or not runs:
             continue
-        weight, objectives = predicted_weights(prediction), {name: by_level(arm, dm) for name, arm in arms.items()}
+        weight, objectives = predicted_weights(prediction), {name: by_level(by, dm) for name, by in runs.items()}
         panels[f"{prediction}-prior, {NAMES.get(trained, trained)}"] = weight, objectives
         for name, measured in objectives.items():
             rank = spearmanr(weight, [mean for mean, _ in measured]).statistic

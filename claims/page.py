@@ -1,9 +1,9 @@
-"""Write the tables and figures of claims/README.md anew, by the commands that stand above them.
+"""Run the commands of claims/README.md again and update its tables and figures.
 
     python -m claims.page
 
-A command of claims.report or claims.levels stands on the page as an indented paragraph. The table below it is replaced
-by what the command prints now; the figure is the file of its --out.
+A command is an indented paragraph that calls claims.report or claims.levels. The table below it is replaced by the
+command's output; the figure is the file of its --out.
 """
 import contextlib
 import io
@@ -20,7 +20,7 @@ COMMAND = re.compile(r"^    python -m (claims\.(?:report|levels) (?:.*\\\n)*.*)\
 
 
 def words_of(command):
-    """A command of the page, which may go on over several lines -> its words."""
+    """A command of the page, perhaps over several lines -> its words."""
     return shlex.split(command.replace("\\\n", " "))
 
 
@@ -32,18 +32,18 @@ def run(words):
     return "".join(line for line in printed.getvalue().splitlines(keepends=True) if line.startswith("|"))
 
 
-def renewed(match):
-    """A command and its table, as the page has them -> the same with the table that the command prints now."""
+def updated(match):
+    """A command and its table on the page -> the same with the command's current output."""
     try:
         table = run(words_of(match[1]))
     except ValueError as error:
         raise ValueError(f"{match[1]}: {error}") from None
-    print(f"{'as it was' if match[2] in (table, None) else 'changed'}: {match[1]}")
+    print(f"{'unchanged' if match[2] in (table, None) else 'changed'}: {match[1]}")
     return match[0] if match[2] is None else match[0].removesuffix(match[2]) + table
 
 
 def main():
-    page = COMMAND.sub(renewed, PAGE.read_text())
+    page = COMMAND.sub(updated, PAGE.read_text())
     with replacing(PAGE) as temporary:
         temporary.write_text(page)
 

@@ -1,27 +1,27 @@
-"""Turn the results of many runs into tables and plots.
+"""Print and plot the results of many runs.
 
     python -m claims.report table runs/*/result.json --by objective lora --of velocity_error_after="velocity error"
     python -m claims.report paired claims/results/style --against dm --of velocity_error --by prediction run.lora
     python -m claims.report plot runs/*/validation.jsonl --out plot.png
     python -m claims.report best claims/results/rates --of velocity_error_after --by lr
 
-table and plot: means over the seeds, with the lowest and the highest value. best: the value of --by that has the lowest
-mean of --of. paired: the difference between runs of two objectives with the same seed, on the same scenes, and its 95 %
-interval. An effect is shown where the interval excludes 0. With d_si the difference of seed s on scene i, S seeds and N
-scenes, its half width is
+table and plot: means over seeds, with the lowest and the highest value. best: the value of --by with the lowest mean of
+--of. paired: the difference between runs of two objectives with the same seed, on the same scenes, and its 95 %
+interval; an effect is significant if the interval excludes 0. With d_si the difference for seed s and scene i, S seeds
+and N scenes, the half width is
 
     t(n) sqrt(A + B)        A = var_s(mean_i d_si) / S        B = var_i(mean_s d_si) / N
     t(n) the 97.5 % point of Student's t        n = (A + B)^2 / (A^2 / (S - 1) + B^2 / (N - 1))
 
-Other seeds would have given another mean (A), and so would other scenes (B); n is Welch's and Satterthwaite's number
-of degrees of freedom of such a sum. A measure without a value for each scene has B = 0, and where nothing was trained
-A = 0. Fewer than three seeds of training say too little of A, and have no interval. A model as it was before training
-has no seed, and is compared with every seed of what was trained from it.
+A is the variance of the mean over seeds, B over scenes; n is the Welch-Satterthwaite number of degrees of freedom. A
+measure without values per scene has B = 0; without training, A = 0. With fewer than three training seeds A is too
+uncertain, and there is no interval. A model before training has no seed, and is compared with every seed of the models
+trained from it.
 
-The files, or those of a folder, hold JSON lines. A value is called by its name in the line: "all" is line["all"],
-"black.mean" line["black"]["mean"] and "size.0" line["size"][0]. "run.objective" is the objective in "run", which is
-what train.py wrote into result.json; a line without a "run" takes it from the result.json beside its file. "arm" is the
-file's name without the number of the seed. NAME="HEADING" gives a name a heading in words.
+Files (or the files of a folder) contain JSON lines. NAME is a path in a line: "all" is line["all"], "black.mean" is
+line["black"]["mean"], "size.0" is line["size"][0]. "run.objective" is the objective in "run", which is train.py's
+result.json; a line without "run" gets it from the result.json beside its file. "file" is the file's name without the
+seed. NAME="HEADING" prints HEADING in place of NAME.
 """
 import argparse
 import json
@@ -38,9 +38,8 @@ from support.files import SOFTWARE, check_replaceable, cli, read_text, replacing
 from support.load import read_result
 
 Column = namedtuple("Column", "name heading")
-COLOURS = {"diff2flow": "#00798c", "dm": "#d1495b", "fm": "#8d96a3", "fm-flip": "#e09f1f"}     # of what is compared
-
-FEW = 5                     # values on a horizontal axis that are each marked, at distances of their logarithms
+COLOURS = {"diff2flow": "#00798c", "dm": "#d1495b", "fm": "#8d96a3", "fm-flip": "#e09f1f"}
+FEW = 5                     # at most so many values on a horizontal axis are each labelled, on a logarithmic scale
 
 
 def column(text):
@@ -70,12 +69,12 @@ def look_up(row, name):
 
 
 def read_rows(paths, conditions):
-    """Files of JSON lines -> the rows that meet every condition (name, "value" or "value|other"), each with a "run" and
-    an "arm"."""
+    """Files of JSON lines -> the rows that meet every condition (name, "value" or "value|other"), each with "run" and
+    "file"."""
     rows = []
     files = [file for path in map(Path, paths) for file in sorted(path.glob("*.jsonl")) or [path]]
     for path in files:
-        about = {"run": read_result(path), "arm": re.sub(r"-\d+$", "", path.stem)}
+        about = {"run": read_result(path), "file": re.sub(r"-\d+$", "", path.stem)}
         for line in read_text(path).splitlines():
             row = {**about, **json.loads(line)}
             if all(str(look_up(row, name)) in value.split("|") for name, value in conditions):
@@ -88,7 +87,7 @@ def read_rows(paths, conditions):
 
 
 def sort_key(values):
-    """Sort numbers by size and before all words: 2, 8, 16, base."""
+    """-> keys that sort numbers by size and before all words: 2, 8, 16, base."""
     keys = []
     for text in map(str, values):
         try:
@@ -99,28 +98,28 @@ def sort_key(values):
 
 
 def group(rows, names):
-    """Rows -> sorted list of (values, rows): the rows that have these values of `names`."""
+    """Rows -> sorted list of (values, rows), grouped by their values of `names`."""
     groups = defaultdict(list)
     for row in rows:
         groups[tuple(look_up(row, name) for name in names)].append(row)
     return sorted(groups.items(), key=lambda item: sort_key(item[0]))
 
 
-def in_words(value, words):
-    """A value of --by or --panel as it is printed: as --words says, else as it is."""
+def display(value, words):
+    """-> a value of --by or --panel as it is printed, which --words may replace."""
     return words.get(str(value), str(value))
 
 
 # ------------------------------------------------------------------ tables
 
 def number(value):
-    """Three digits, or all that stand before the point: 0.0280, 2.55, 776, 3172."""
+    """-> three significant digits, or all before the decimal point: 0.0280, 2.55, 776, 3172."""
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def mean_and_span(values, percent):
-    """[0.25, 0.35] -> "0.300 (0.250 to 0.350)", or as percentages "30.0 % (25.0 to 35.0 %)"; of one value no span, and
-    "" for no values."""
+    """[0.25, 0.35] -> "0.300 (0.250 to 0.350)", or as percentages "30.0 % (25.0 to 35.0 %)"; one value has no span; no
+    values are ""."""
     if not values:
         return ""
     mean, low, high = (f"{100 * x:.1f}" if percent else number(x) for x in (fmean(values), min(values), max(values)))
@@ -133,7 +132,7 @@ def print_line(cells):
 
 
 def check_names(args, *flags):
-    """ValueError for a flag that names what is not printed."""
+    """ValueError for a flag with a name that is not in --of."""
     names = [of.name for of in args.of]
     for flag in flags:
         for name in getattr(args, flag):
@@ -142,7 +141,7 @@ def check_names(args, *flags):
 
 
 def table(args):
-    """Print a Markdown table: a line for each different --by, and of each --of the mean and the span."""
+    """Print a Markdown table: a line per value of --by, with mean and span of each --of."""
     rows, names = read_rows(args.files, args.where), [of.name for of in args.of]
     for name in names:
         if all(look_up(row, name) is None for row in rows):
@@ -151,7 +150,7 @@ def table(args):
     print_line([*(by.heading for by in args.by), "results", *(of.heading for of in args.of)])
     print("|" + "---|" * (len(args.by) + 1 + len(args.of)))
     for key, members in group(rows, [by.name for by in args.by]):
-        cells = [in_words(value, args.words) for value in key] + [str(len(members))]
+        cells = [display(value, args.words) for value in key] + [str(len(members))]
         for name in names:
             values = [look_up(row, name) for row in members]
             cells.append(mean_and_span([x for x in values if x is not None], name in args.percent))
@@ -170,10 +169,10 @@ def best(args):
 # ------------------------------------------------------------------ pairs
 
 def interval(differences, trained=True):
-    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval: see above.
+    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval by the formula above.
 
-    The half width is None where too little says how far values scatter: fewer than three seeds of training, or one
-    difference alone.
+    The half width is None if the variance cannot be estimated: fewer than three training seeds, or a single
+    difference.
     """
     seeds, scenes = differences.shape
     if seeds * scenes == 1 or (trained and seeds < 3):
@@ -190,7 +189,7 @@ def interval(differences, trained=True):
 
 
 def values_of(row, name):
-    """A measure of a row -> its value for each scene if it has them, else the one value."""
+    """A measure of a row -> its values per scene if there are any, else its one value."""
     return np.atleast_1d(look_up(row.get("scenes", {}), name) or look_up(row, name)).astype(float)
 
 
@@ -203,14 +202,14 @@ def by_seed(rows, names):
 
 
 def paired_values(ours, theirs, name):
-    """{seed: row} of two arms -> the seeds of both, and the arms' values of a measure, each (seeds, scenes).
+    """{seed: row} twice -> the seeds that both have, and our and their values of a measure, each (seeds, scenes).
 
-    If theirs was not trained, it has the seed None alone, and its row stands beside each of ours.
+    If theirs was not trained, its only seed is None, and its row is compared with each of ours.
     """
     if theirs.keys() == {None}:
         theirs = dict.fromkeys(ours, theirs[None])
     seeds = sorted(ours.keys() & theirs.keys(), key=str)
-    return seeds, *(np.array([values_of(arm[seed], name) for seed in seeds]) for arm in (ours, theirs))
+    return seeds, *(np.array([values_of(rows[seed], name) for seed in seeds]) for rows in (ours, theirs))
 
 
 def differences(args):
@@ -221,9 +220,9 @@ def differences(args):
         found[of.heading] = []
         for values, members in group([row for row in rows if look_up(row, of.name) is not None], names):
             compared = group(members, [args.compare.name])
-            arms = {str(name): by_seed(of_it, (*values, name)) for (name,), of_it in compared}
-            for name in arms.keys() - {args.against}:
-                seeds, ours, theirs = paired_values(arms[name], arms.get(args.against, {}), of.name)
+            runs = {str(name): by_seed(of_it, (*values, name)) for (name,), of_it in compared}
+            for name in runs.keys() - {args.against}:
+                seeds, ours, theirs = paired_values(runs[name], runs.get(args.against, {}), of.name)
                 if seeds:
                     pairs = (ours - theirs) / (theirs.mean() if of.name in args.relative else 1)
                     found[of.heading].append(((*values, name), len(seeds), *interval(pairs, trained=seeds != [None])))
@@ -234,9 +233,9 @@ def differences(args):
 
 
 def paired(args):
-    """Print a table of the differences, a line for each --by and --compare; with --out also draw them."""
+    """Print a table of the differences, a line per value of --by and --compare; with --out also draw them."""
     check_names(args, "percent", "relative")
-    found, against = differences(args), in_words(args.against, args.words)
+    found, against = differences(args), display(args.against, args.words)
     print_line([*(by.heading for by in args.by), args.compare.heading, "pairs",
                 *(f"{of.heading}, difference from {against}{unit(of.name, args)}" for of in args.of)])
     print("|" + "---|" * (len(args.by) + 2 + len(found)))
@@ -245,10 +244,10 @@ def paired(args):
         for values, pairs, mean, half in rows:
             lines[values, pairs][heading] = mean, half
     for values, pairs in sorted(lines, key=lambda line: sort_key(line[0])):
-        cells = [in_words(value, args.words) for value in values]
+        cells = [display(value, args.words) for value in values]
         for of in args.of:
             mean, half = lines[values, pairs].get(of.heading, (None, None))
-            cells.append("" if mean is None else difference_in_words(mean, half, unit(of.name, args) != ""))
+            cells.append("" if mean is None else format_difference(mean, half, unit(of.name, args) != ""))
         print_line([*cells[:len(values)], str(pairs), *cells[len(values):]])
     if args.out:
         check_replaceable(args.out)
@@ -256,17 +255,17 @@ def paired(args):
 
 
 def unit(name, args):
-    """The unit of a difference, for a heading; "" for none."""
+    """-> the unit of a difference, for a heading; "" for none."""
     return " (%)" if name in args.relative else " (points)" if name in args.percent else ""
 
 
 def marked(text, mean, half):
-    """A mean in words -> the same, in bold where its interval excludes 0; half may be None."""
+    """-> the text of a mean, in bold if its interval excludes 0; half may be None."""
     return f"**{text}**" if half is not None and abs(mean) > half else text
 
 
-def difference_in_words(mean, half, percent):
-    """-0.01 and 0.004 -> "**-0.010** (-0.014 to -0.0060)", in bold where the interval excludes 0; half may be None."""
+def format_difference(mean, half, percent):
+    """-0.01 and 0.004 -> "**-0.010** (-0.014 to -0.0060)", in bold if the interval excludes 0; half may be None."""
     def signed(x):
         if percent:
             return f"{100 * x:+.1f}"
@@ -278,7 +277,7 @@ def difference_in_words(mean, half, percent):
 
 
 def draw_differences(found, args):
-    """-> a figure with a panel for each measure: a point for each mean, a bar for its interval, a line at 0."""
+    """-> a figure with a panel per measure: a point per mean, a bar for its interval, a line at 0."""
     figure_class = matplotlib_figure()
     lines = sorted({values for rows in found.values() for values, *_ in rows}, key=sort_key, reverse=True)
     figure = figure_class(figsize=(2 + 3.2 * len(found), 1.2 + 0.3 * len(lines)), layout="constrained")
@@ -289,8 +288,8 @@ def draw_differences(found, args):
         for values, _, mean, half in found[of.heading]:
             axis.errorbar(scale * mean, lines.index(values), xerr=None if half is None else scale * half, fmt="o",
                           capsize=3, color=COLOURS.get(values[-1], "black"))
-        axis.set(title=of.heading, xlabel=f"difference from {in_words(args.against, args.words)}{unit(of.name, args)}",
-                 yticks=range(len(lines)), yticklabels=[", ".join(in_words(value, args.words) for value in values)
+        axis.set(title=of.heading, xlabel=f"difference from {display(args.against, args.words)}{unit(of.name, args)}",
+                 yticks=range(len(lines)), yticklabels=[", ".join(display(value, args.words) for value in values)
                                                         for values in lines], ylim=(-0.6, len(lines) - 0.4))
         axis.grid(axis="x", alpha=0.3)
     return figure
@@ -313,7 +312,7 @@ def save_figure(figure, path):
 
 
 def draw_lines(axis, rows, args):
-    """A line for each different --by: the mean of --y over --x, and the span between lowest and highest shaded."""
+    """Draw a line per value of --by: the mean of --y over --x, and the span from lowest to highest shaded."""
     for (label,), members in group(rows, [args.by.name]):
         xs, means, lows, highs = [], [], [], []
         for (x,), points in group(members, [args.x.name]):
@@ -322,7 +321,7 @@ def draw_lines(axis, rows, args):
             means.append(fmean(ys))
             lows.append(min(ys))
             highs.append(max(ys))
-        line, = axis.plot(xs, means, marker=".", label=in_words(label, args.words), color=COLOURS.get(label))
+        line, = axis.plot(xs, means, marker=".", label=display(label, args.words), color=COLOURS.get(label))
         axis.fill_between(xs, lows, highs, alpha=0.2, color=line.get_color())
     values = sorted({look_up(row, args.x.name) for row in rows})
     if len(values) <= FEW and values[0] > 0:
@@ -334,7 +333,7 @@ def draw_lines(axis, rows, args):
 
 
 def draw(rows, args):
-    """-> a figure with a panel for each different --panel."""
+    """-> a figure with a panel per value of --panel."""
     figure_class = matplotlib_figure()
     from matplotlib.ticker import LogLocator
     for row in rows:
@@ -355,7 +354,7 @@ def draw(rows, args):
         draw_lines(axis, members, args)
         if args.linear:
             axis.set_ylim(bottom=0)
-        titles = [f"{panel.heading}: {in_words(value, args.words)}" for panel, value in zip(args.panel, key)]
+        titles = [f"{panel.heading}: {display(value, args.words)}" for panel, value in zip(args.panel, key)]
         axis.set_title(", ".join(titles))
     for axis in axes[:, 0]:
         axis.set_ylabel(args.y.heading)
@@ -375,15 +374,15 @@ def add_common_arguments(parser):
     parser.add_argument("files", nargs="+", help="files of JSON lines, such as result.json or validation.jsonl of "
                                                  "train.py, or captions.jsonl of toy.judge")
     parser.add_argument("--where", type=equation, nargs="+", default=[], metavar="NAME=VALUE",
-                        help='use only the results that have these values, such as ensemble=4 or '
-                             'objective="dm|diff2flow" (default: all results)')
+                        help='use only results with these values, such as ensemble=4 or objective="dm|diff2flow" '
+                             '(default: all results)')
     parser.add_argument("--words", type=equation, nargs="+", default=[], metavar="VALUE=WORDS",
-                        help='print these words in place of a value of --by or --panel, such as fm="naive matching"')
+                        help='print WORDS in place of a VALUE of --by or --panel, such as fm="naive matching"')
 
 
 def add_table_arguments(parser):
     parser.add_argument("--by", type=column, nargs="+", required=True, metavar="NAME",
-                        help="results with the same values of these names share a line of the table, such as "
+                        help="results with equal values of these names share a line of the table, such as "
                              'run.objective="trained by"')
     parser.add_argument("--of", type=column, nargs="+", required=True, metavar="NAME",
                         help='what is measured, such as all="captions right"')
@@ -404,16 +403,15 @@ def arguments():
     add_common_arguments(of_paired)
     add_table_arguments(of_paired)
     of_paired.add_argument("--compare", type=column, default="run.objective=objective", metavar="NAME",
-                           help="what differs in a pair (default: run.objective)")
-    of_paired.add_argument("--against", default="dm", help="its value in the results compared with (default: dm)")
+                           help="what differs within a pair (default: run.objective)")
+    of_paired.add_argument("--against", default="dm", help="value of --compare to compare with (default: dm)")
     of_paired.add_argument("--relative", nargs="+", default=[], metavar="NAME",
-                           help="print the differences of these values of --of as percentages of what they are "
-                                "taken from, in the mean")
-    of_paired.add_argument("--out", help="picture of the differences that is written (default: none)")
+                           help="print the differences of these values of --of as percentages of the mean of --against")
+    of_paired.add_argument("--out", help="file for a figure of the differences (default: none)")
 
-    of_best = commands.add_parser("best", help="print the value with the best results")
+    of_best = commands.add_parser("best", help="print the value of --by with the best results")
     add_common_arguments(of_best)
-    of_best.add_argument("--by", type=column, required=True, metavar="NAME", help="value that is chosen, such as lr")
+    of_best.add_argument("--by", type=column, required=True, metavar="NAME", help="what is chosen, such as lr")
     of_best.add_argument("--of", type=column, required=True, metavar="NAME", help="what is measured; lower is better")
 
     of_plot = commands.add_parser("plot", help="draw a plot: the mean as a line, the span shaded")
@@ -423,13 +421,13 @@ def arguments():
     of_plot.add_argument("--y", type=column, default="velocity_error=velocity error", metavar="NAME",
                          help="value on the vertical axis (default: velocity_error)")
     of_plot.add_argument("--linear", action="store_true",
-                         help="the vertical axis is linear and begins at 0 (default: it is logarithmic)")
+                         help="make the vertical axis linear, from 0 (default: logarithmic)")
     of_plot.add_argument("--by", type=column, default="run.objective", metavar="NAME",
-                         help="draw one line for each different value of this name (default: run.objective)")
+                         help="draw a line per value of this name (default: run.objective)")
     of_plot.add_argument("--panel", type=column, nargs="*", default=[column("run.lora=LoRA")], metavar="NAME",
-                         help="draw one panel for each different combination of these values, without a name a single "
-                              "panel (default: run.lora)")
-    of_plot.add_argument("--out", default="plot.png", help="picture that is written (default: plot.png)")
+                         help="draw a panel per combination of values of these names; without a NAME, a single panel "
+                              "(default: run.lora)")
+    of_plot.add_argument("--out", default="plot.png", help="file for the figure (default: plot.png)")
 
     args = parser.parse_args()
     args.words = dict(args.words)

@@ -1,45 +1,46 @@
 #!/usr/bin/env bash
 # Measure every claim of the paper on the bundled priors: train the models, measure them, draw the plots.
 #
-#     bash claims/run.sh              everything: some 50 hours of one CPU core, or half an hour of an H100 (estimates)
-#     bash claims/run.sh style        only some of: rates priors style size reflow depth draw
+#     bash claims/run.sh              everything: about 50 hours of one CPU core, or half an hour of an H100 (estimates)
+#     bash claims/run.sh style        a part, or several of: rates priors style size reflow depth draw
 #
-# A model is an arm: trained, measured at once on scenes that are the same for all arms, its results written to
-# claims/results/CLAIM/ARM.jsonl. An arm whose results are there is done, so what was stopped goes on when it is started
-# again, also on another computer; several processes that run this share the arms between them, best one for each core
-# with OMP_NUM_THREADS=1, and on a GPU under MPS (nvidia-cuda-mps-control -d). An arm that needs a learning rate first
-# does that part of the sweep. Runs go to runs/claims/.
+# A run trains one model, measures it on scenes that are the same for all runs, and writes the results to
+# claims/results/CLAIM/RUN.jsonl. Runs with results are skipped: re-run the command to resume, also on another computer.
+# Start it several times to share the runs, best once per core with OMP_NUM_THREADS=1, on a GPU under MPS
+# (nvidia-cuda-mps-control -d). A run that needs a learning rate first does that part of the sweep. Files of training go
+# to runs/claims/.
 # SEEDS="1 2" and LORAS=base choose the seeds and what is trained. The script needs Linux (flock), matplotlib and scipy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export NVIDIA_TF32_OVERRIDE=0   # on a GPU float32 is float32 in convolutions too
+export NVIDIA_TF32_OVERRIDE=0   # no TF32: convolutions in full float32 on a GPU too
 
 runs=runs/claims
 results=claims/results
 seeds=${SEEDS:-1 2 3 4 5}
 loras=${LORAS:-base none}
-few="1 2"                       # the seeds of what costs much, or is far off,
-three="1 2 3"                   # and of what wants an interval all the same
-sweep_seed=0                    # of the rates, and of nothing else
-precision=fp32                  # of training and sampling: the same for all arms, on every computer
+few="1 2"                       # seeds of runs that are expensive, or clearly worse
+three="1 2 3"                   # seeds of expensive runs that need an interval
+sweep_seed=0                    # of the learning-rate sweep alone
+precision=fp32                  # of training and sampling: the same for all runs, on every computer
 
 prior() { echo toy/tiny-$1.safetensors; }       # prior v, or prior eps
 
 is_one_of() { [[ " $2 " = *" $1 "* ]]; }        # is_one_of WORD WORDS
 
-extra() { if [ $1 = base ]; then echo $three; else echo $few; fi; }    # the seeds of fm, and of other ways to sample
+extra() { if [ $1 = base ]; then echo $three; else echo $few; fi; }    # seeds of fm, and of other ways to sample
 
-locked() {      # locked SECONDS CLAIM/ARM FUNCTION OPTIONS...: see once
+locked() {      # locked SECONDS CLAIM/RUN FUNCTION OPTIONS...: see once
     if [ -e "$results/$2.jsonl" ]; then return; fi
     mkdir -p "$runs/locks" "$results/${2%/*}"
     ( flock -w $1 9 || exit 0
       if [ ! -e "$results/$2.jsonl" ]; then "$3" "$2" "${@:4}"; fi ) 9> "$runs/locks/${2//\//-}"
 }
 
-once() { locked 0 "$@"; }       # once CLAIM/ARM FUNCTION OPTIONS...: do FUNCTION CLAIM/ARM OPTIONS..., unless done
-surely() { locked 86400 "$@"; } # the same, but waits for another process that has begun it
+once() { locked 0 "$@"; }               # once CLAIM/RUN FUNCTION OPTIONS...: FUNCTION CLAIM/RUN OPTIONS..., unless it
+                                        # is done, or another process has begun it
+wait_for() { locked 86400 "$@"; }       # the same, but waits for that process
 
-train() {       # train CLAIM/ARM OPTIONS...: train.py; a run that was begun goes on
+train() {       # train CLAIM/RUN OPTIONS...: train.py; resumes a run that was stopped
     local out=$runs/$1
     if [ -e "$out/result.json" ]; then
         return
@@ -53,13 +54,13 @@ train() {       # train CLAIM/ARM OPTIONS...: train.py; a run that was begun goe
 
 weights() { echo "$runs/$1"/*.safetensors | tr ' ' '\n' | grep -E '/(lora|model)\.safetensors$'; }
 
-classifier() {  # classifier STYLE: toy.judge trains it at its first use; one process does it for all
+classifier() {  # classifier STYLE: toy.judge trains it at its first use, in one process alone
     local file=runs/classifier-$1.safetensors
     ( flock 9; [ -e $file ] || python -m toy.judge captions --style $1 --n 2 --steps 1 --out $runs/classifier ) \
         9> $runs/locks/classifier-$1
 }
 
-judge() {       # judge CLAIM/ARM COMMAND MODEL OPTIONS...: toy.judge; its rows wait in the run's folder
+judge() {       # judge CLAIM/RUN COMMAND MODEL OPTIONS...: toy.judge; its rows stay in the run's folder
     local rows="$runs/$1/judged-$(echo "${@:2}" | cksum | cut -d' ' -f1)"
     if [ $2 = captions ]; then
         if [[ " $* " = *" --style outline "* ]]; then classifier outline; else classifier solid; fi
@@ -67,40 +68,40 @@ judge() {       # judge CLAIM/ARM COMMAND MODEL OPTIONS...: toy.judge; its rows 
     [ -e "$rows/$2.jsonl" ] || python -m toy.judge "${@:2}" --precision $precision --out "$rows"
 }
 
-done_arm() {    # done_arm CLAIM/ARM FILES...: the files become its results, whole or not at all
+save() {        # save CLAIM/RUN FILES...: write the files as its results, atomically
     cat "${@:2}" > "$results/$1.partial"
     mv "$results/$1.partial" "$results/$1.jsonl"
 }
 
-done_run() {    # done_run CLAIM/ARM: what was measured, and the curve of its training, become its results
+save_run() {    # save_run CLAIM/RUN: write its measurements and its training curve as its results
     local line run
     run=$(cat "$runs/$1/result.json")
     while read -r line; do echo "{\"run\": $run, ${line#\{}"; done < "$runs/$1/validation.jsonl" > "$runs/$1/curve.jsonl"
-    done_arm $1 "$runs/$1"/judged-*/*.jsonl "$runs/$1/curve.jsonl"
+    save $1 "$runs/$1"/judged-*/*.jsonl "$runs/$1/curve.jsonl"
 }
 
-keep() { if [ -e "$2" ]; then cp "$2" "$results/$1"; fi; }      # keep NAME PICTURE: show it, if this computer drew it
+keep() { if [ -e "$2" ]; then cp "$2" "$results/$1"; fi; }  # keep NAME PICTURE: copy it to results/, if it exists
 
 # ------------------------------------------------------------------ the learning rates
 
-rate_arm() {    # rate_arm NAME PRIOR LORA OBJECTIVE RATE
+rate_run() {    # rate_run NAME PRIOR LORA OBJECTIVE RATE
     train $1 --ckpt $(prior $2) --lora $3 --objective $4 --lr $5 --seed $sweep_seed --steps 300 --scenes 1024 \
         --preview-every 0
-    done_arm $1 $runs/$1/result.json
+    save $1 $runs/$1/result.json
 }
 
 rates_of() { if [ $1 = none ]; then echo 5e-4 1e-3 2e-3 4e-3; else echo 2e-3 4e-3 8e-3 1.6e-2; fi; }
 
-sweep() {       # sweep PRIOR LORA OBJECTIVE: measure its four rates, first those that no process is at
+sweep() {       # sweep PRIOR LORA OBJECTIVE: measure its four rates, first those that no other process has begun
     local rate how
-    for how in once surely; do for rate in $(rates_of $2); do
-        $how rates/$1-$2-$3-$rate rate_arm $1 $2 $3 $rate
+    for how in once wait_for; do for rate in $(rates_of $2); do
+        $how rates/$1-$2-$3-$rate rate_run $1 $2 $3 $rate
     done; done
 }
 
 best_rate() {   # best_rate PRIOR LORA OBJECTIVE: after its sweep
     local stable=()
-    if [ "$1 $2" = "v base" ]; then stable=(lr="0.002|0.004"); fi       # 8e-3, the best of 300 steps, is not for more
+    if [ "$1 $2" = "v base" ]; then stable=(lr="0.002|0.004"); fi       # 8e-3, best for 300 steps, is unstable later
     python -m claims.report best $results/rates --where prediction=$1 lora=$2 objective=$3 "${stable[@]}" --by lr \
         --of velocity_error_after
 }
@@ -108,31 +109,31 @@ best_rate() {   # best_rate PRIOR LORA OBJECTIVE: after its sweep
 all_rates() {
     for lora in $loras; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
         for rate in $(rates_of $lora); do
-            once rates/$prior-$lora-$objective-$rate rate_arm $prior $lora $objective $rate
+            once rates/$prior-$lora-$objective-$rate rate_run $prior $lora $objective $rate
         done
     done; done; done
 }
 
-# ------------------------------------------------------------------ claims 1 and 5: the priors as they are
+# ------------------------------------------------------------------ claims 1 and 5: the priors before any training
 
-prior_arm() {   # prior_arm NAME PRIOR COMMAND OPTIONS...
+prior_run() {   # prior_run NAME PRIOR COMMAND OPTIONS...
     judge $1 $3 $(prior $2) "${@:4}"
-    done_arm $1 $runs/$1/judged-*/*.jsonl
+    save $1 $runs/$1/judged-*/*.jsonl
 }
 
 all_priors() {
     for prior in v eps; do
         for objective in diff2flow dm fm fm-flip; do
-            once priors/$prior-$objective prior_arm $prior captions --objective $objective
+            once priors/$prior-$objective prior_run $prior captions --objective $objective
         done
-        once priors/$prior-between prior_arm $prior captions --objective dm --t-shift 0.5
-        once priors/$prior-plain prior_arm $prior plain
+        once priors/$prior-between prior_run $prior captions --objective dm --t-shift 0.5
+        once priors/$prior-plain prior_run $prior plain
     done
 }
 
 # ------------------------------------------------------------------ claims 2, 3, 6 and 7: a new style
 
-style_arm() {   # style_arm NAME PRIOR LORA OBJECTIVE SEED
+style_run() {   # style_run NAME PRIOR LORA OBJECTIVE SEED
     sweep $2 $3 $4
     train $1 --ckpt $(prior $2) --lora $3 --objective $4 --seed $5 --steps 1600 --preview-every 200 \
         --lr $(best_rate $2 $3 $4)
@@ -142,17 +143,17 @@ style_arm() {   # style_arm NAME PRIOR LORA OBJECTIVE SEED
     judge $1 captions $model --style outline --cfg 1 --steps 25 10 4
     if is_one_of $5 "$(extra $3)"; then
         judge $1 captions $model --style outline --cfg 3
-        for sampler in diff2flow dm; do         # each by the sampler of the other
+        for sampler in diff2flow dm; do         # also by the other's sampler
             if [ $4 != $sampler ] && is_one_of $4 "diff2flow dm"; then
                 judge $1 captions $model --style outline --cfg 1 --steps 25 10 4 --objective $sampler
                 judge $1 plain $model --cfg 1 --objective $sampler
             fi
         done
     fi
-    done_run $1
+    save_run $1
 }
 
-style_picture() {   # style_picture PRIOR: seed 1 by each objective from the same noise, if this computer trained them
+style_picture() {   # style_picture PRIOR: seed 1 by each objective, from the same noise, if they are on this computer
     local objective models=()
     for objective in dm fm-flip diff2flow; do
         if [ ! -e $runs/style/$1-base-$objective-1/lora.safetensors ]; then return; fi
@@ -161,7 +162,7 @@ style_picture() {   # style_picture PRIOR: seed 1 by each objective from the sam
     if [ -e $results/style-$1.png ]; then return; fi
     python -m toy.judge captions "${models[@]}" --style outline --cfg 1 --n 8 --precision $precision \
         --out $runs/picture-$1
-    if [ $1 = eps ]; then                       # from the v-prior all draw true black and white
+    if [ $1 = eps ]; then                       # for the v-prior all draw true black and white
         python -m toy.judge plain "${models[@]}" --cfg 1 --n 4 --precision $precision --out $runs/picture-plain
         cp $runs/picture-plain/samples.png $results/plain-eps.png
     fi
@@ -170,11 +171,11 @@ style_picture() {   # style_picture PRIOR: seed 1 by each objective from the sam
 
 all_styles() {
     for seed in $seeds; do for lora in $loras; do for prior in v eps; do for objective in diff2flow dm fm-flip; do
-        once style/$prior-$lora-$objective-$seed style_arm $prior $lora $objective $seed
+        once style/$prior-$lora-$objective-$seed style_run $prior $lora $objective $seed
     done; done; done; done
     for seed in $seeds; do for lora in $loras; do for prior in v eps; do
         if is_one_of $seed "$(extra $lora)"; then
-            once style/$prior-$lora-fm-$seed style_arm $prior $lora fm $seed
+            once style/$prior-$lora-fm-$seed style_run $prior $lora fm $seed
         fi
     done; done; done
     for prior in v eps; do style_picture $prior; done
@@ -182,97 +183,94 @@ all_styles() {
 
 # ------------------------------------------------------------------ claim 4: another size of picture
 
-size_arm() {    # size_arm NAME LORA OBJECTIVE SIZE SEED
+size_run() {    # size_run NAME LORA OBJECTIVE SIZE SEED
     sweep v $2 $3
     train $1 --style solid --lora $2 --objective $3 --size $4 --batch 16 --seed $5 --steps 1000 --preview-every 0 \
         --lr $(best_rate v $2 $3)
     judge $1 velocity $(weights $1) --n 128
     judge $1 captions $(weights $1) --n 128
-    done_run $1
+    save_run $1
 }
 
 all_sizes() {
     local size some
     for size in 96 128; do
-        once size/$size-prior prior_arm v captions --size $size --n 128
+        once size/$size-prior prior_run v captions --size $size --n 128
         for seed in $seeds; do for lora in $loras; do for objective in diff2flow dm fm-flip fm; do
-            some=$few                   # at 128 three of what claim 4 compares by an interval
+            some=$few                   # at 128 three where claim 4 needs an interval
             if [ $size = 96 ] || is_one_of $lora-$objective "base-diff2flow base-dm"; then some=$three; fi
             if is_one_of $seed "$some"; then
-                once size/$size-$lora-$objective-$seed size_arm $lora $objective $size $seed
+                once size/$size-$lora-$objective-$seed size_run $lora $objective $size $seed
             fi
         done; done; done
     done
-    for arm in 128-prior 128-base-diff2flow-1; do keep size-$arm.png $runs/size/$arm/judged-*/samples.png; done
+    for name in 128-prior 128-base-diff2flow-1; do keep size-$name.png $runs/size/$name/judged-*/samples.png; done
 }
 
-# ------------------------------------------------------------------ claim 8: Reflow, and Reflow again
+# ------------------------------------------------------------------ claim 8: Reflow once and twice
 
-pairs() {       # pairs NAME OPTIONS OF SAMPLE.PY...: 8,192 pairs in runs/claims/pairs/NAME, a part for each process
-    local wait first
+pairs() {       # pairs NAME OPTIONS OF SAMPLE.PY...: 8,192 pairs in runs/claims/pairs/NAME, made by one process
     mkdir -p $runs/locks
-    for wait in 0 86400; do for first in 0 8 16 24; do      # first what no process is at, then the rest
-        ( flock -w $wait 9 || exit 0
-          python sample.py --pairs 8192 --shards $first $((first + 8)) --batch 64 --precision $precision \
-              --out $runs/pairs/$1 "${@:2}" ) 9> $runs/locks/pairs-$1-$first
-    done; done
+    ( flock 9
+      python sample.py --pairs 8192 --batch 64 --precision $precision --out $runs/pairs/$1 "${@:2}"
+    ) 9> $runs/locks/pairs-$1
 }
 
-reflow() {      # reflow NAME SEED GUIDANCE: train on pairs of the prior; the seed varies the training alone
+reflow() {      # reflow NAME SEED GUIDANCE: train on pairs of the prior, which are the same for all seeds
     pairs cfg$3 --objective dm --steps 40 --cfg $3 --seed 1
     train $1 --task reflow --data $runs/pairs/cfg$3 --seed $2 --steps 1500 --preview-every 0
 }
 
-reflow_arm() {  # reflow_arm NAME SEED GUIDANCE
+reflow_run() {  # reflow_run NAME SEED GUIDANCE
     reflow $1 $2 $3
     judge $1 captions $(weights $1) --steps 25 4 2 1
-    done_run $1
+    save_run $1
 }
 
-again_arm() {   # again_arm NAME SEED: train on pairs of the first model
+again_run() {   # again_run NAME SEED: train the prior on pairs of the first model
     local first=reflow/cfg4-$2
     reflow $first $2 4
     pairs again-$2 --lora $(weights $first) --steps 25 --cfg 1 --seed 2
     train $1 --task reflow --data $runs/pairs/again-$2 --seed $2 --steps 1500 --preview-every 0
     judge $1 captions $(weights $1) --steps 25 4 2 1
-    done_run $1
+    save_run $1
 }
 
 all_reflows() {
-    once reflow/prior prior_arm v captions --objective diff2flow --steps 25 4 2 1
+    once reflow/prior prior_run v captions --objective diff2flow --steps 25 4 2 1
     for seed in $seeds; do
-        if is_one_of $seed "$three"; then once reflow/cfg4-$seed reflow_arm $seed 4; fi
-        if is_one_of $seed "$few"; then once reflow/cfg1-$seed reflow_arm $seed 1; fi
+        if is_one_of $seed "$three"; then once reflow/cfg4-$seed reflow_run $seed 4; fi
+        if is_one_of $seed "$few"; then once reflow/cfg1-$seed reflow_run $seed 1; fi
     done
     for seed in $seeds; do
         if is_one_of $seed "$three"; then
-            surely reflow/cfg4-$seed reflow_arm $seed 4
-            once reflow/again-$seed again_arm $seed
+            wait_for reflow/cfg4-$seed reflow_run $seed 4
+            once reflow/again-$seed again_run $seed
         fi
     done
-    for arm in prior cfg4-1 again-1; do keep reflow-$arm.png $runs/reflow/$arm/judged-*/samples.png; done
+    for name in prior cfg4-1 again-1; do keep reflow-$name.png $runs/reflow/$name/judged-*/samples.png; done
 }
 
 # ------------------------------------------------------------------ claim 9: depth
 
-depth_arm() {   # depth_arm NAME PRIOR OBJECTIVE SEED
+depth_run() {   # depth_run NAME PRIOR OBJECTIVE SEED
     sweep $2 none $3
     train $1 --task depth --ckpt $(prior $2) --objective $3 --seed $4 --steps 600 --preview-every 0 --lora none \
         --lr $(best_rate $2 none $3)
     judge $1 depth $(weights $1) --steps 1 2 4 10 --ensemble 1 4 --n 96
-    done_run $1
+    save_run $1
 }
 
 all_depths() {
     for seed in $seeds; do for prior in v eps; do for objective in diff2flow dm fm-flip fm; do
-        once depth/$prior-$objective-$seed depth_arm $prior $objective $seed
+        once depth/$prior-$objective-$seed depth_run $prior $objective $seed
     done; done; done
     keep depth-samples.png $runs/depth/v-diff2flow-1/before_after.png
 }
 
 # ------------------------------------------------------------------ the figures
 
-draw() {        # what claims/README.md shows
+draw() {        # the figures and tables of claims/README.md
     python -m claims.weights
     python -m claims.page
 }

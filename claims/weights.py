@@ -1,14 +1,14 @@
-"""Draw what the objective changes: how often each noise level is trained on, and how much its errors count.
+"""Draw how the objectives weight noise levels: how often each is drawn, and the weight of its errors.
 
     python -m claims.weights
 
-At one level the errors of u, v and eps differ by a factor alone, since x_dm is the same (Eqs. 15 and 16):
+At a given level the errors of u, v and eps differ only by a factor, since x_dm is the same (Eqs. 15 and 16):
 
     u - u* = -(alpha + sigma) (v - v*) = -((alpha + sigma) / alpha) (eps - eps*)
 
-So inside the trained range Diff2Flow's loss is the network's own with another weight, (alpha + sigma)^2 of v-errors and
-(alpha + sigma)^2 / alpha^2 of eps-errors. Its times are uniform in t_fm, so their density over t_dm is
-|df_t / dt_dm|. test_diff2flow.py checks this.
+So within the trained range Diff2Flow's loss is the diffusion loss with other per-timestep weights: (alpha + sigma)^2
+for squared v-errors, (alpha + sigma)^2 / alpha^2 for squared eps-errors. Its times are uniform in t_fm, so their
+density over t_dm is |df_t / dt_dm|. test_diff2flow.py checks this.
 """
 import torch
 from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ LEVELS = [0, 50, 100, 200, 400, 600, 800, 900, 999]     # timesteps in the print
 def weights():
     """-> t_fm, density of times, weight of v-errors, weight of eps-errors: each (1000,), one for each t_dm.
 
-    The density is 1 where times are as frequent as in diffusion training; the weights include it.
+    A density of 1 is that of diffusion training; the weights include the density.
     """
     alpha, sigma = sd_schedule()
     t_fm = alpha / (alpha + sigma)
@@ -40,11 +40,11 @@ def draw():
         axis.set(xlim=(999, 0), yscale="log", ylim=(0.2, 150), xlabel=r"timestep $t_\mathrm{dm}$, from noise to data")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    left.plot(density, color="#00798c", linewidth=2, label="Diff2Flow, v- or eps-network")
+    left.plot(density, color="#00798c", linewidth=2, label="Diff2Flow, v- or eps-prediction")
     left.set(title="How often a level is drawn", ylabel="relative to the diffusion loss")
-    right.plot(of_v, color="#00798c", linewidth=2, label="Diff2Flow, v-network")
-    right.plot(of_eps, color="#e09f1f", linewidth=2, label="Diff2Flow, eps-network")
-    right.set(title="How much a level's squared errors count in all")
+    right.plot(of_v, color="#00798c", linewidth=2, label="Diff2Flow, v-prediction")
+    right.plot(of_eps, color="#e09f1f", linewidth=2, label="Diff2Flow, eps-prediction")
+    right.set(title="Weight of a level's squared errors")
     for axis in (left, right):
         axis.legend(fontsize="small")
     return figure

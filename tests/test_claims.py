@@ -1,5 +1,5 @@
-"""claims/: tables and plots say what the results say, the scripts take the loop's commands, and the page of the claims
-shows what its commands print."""
+"""claims/: tables, intervals and plots are computed rightly, the scripts accept the commands of run.sh, and
+claims/README.md shows what its commands print."""
 import itertools
 import json
 import math
@@ -31,7 +31,7 @@ COMMANDS = [(words_of(command), table) for command, table in COMMAND.findall(PAG
 
 @pytest.fixture
 def claims_report(monkeypatch, capsys):
-    """-> what `python -m claims.report WORDS` prints."""
+    """claims_report(words) runs `python -m claims.report` -> stdout."""
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["claims/report.py", *map(str, words)])
         report.main()
@@ -47,7 +47,7 @@ def write_lines(path, rows):
 
 @pytest.fixture
 def results(tmp_path):
-    """Results of two objectives with the seeds 0, 1 and 2; only those of dm have a black."""
+    """Results of two objectives with the seeds 0, 1 and 2; only those of dm have plain.black."""
     return [write_lines(tmp_path / f"{seed}.jsonl", [
         {"run": {"objective": "fm", "seed": seed}, "frechet": 2 * frechet, "all": 0.5, "plain": {}},
         {"run": {"objective": "dm", "seed": seed}, "frechet": frechet, "all": share, "plain": {"black": 0.02 * share}}])
@@ -56,14 +56,14 @@ def results(tmp_path):
 
 # ------------------------------------------------------------------ tables
 
-def test_the_rows_of_a_table_are_sorted_by_numbers_and_then_by_words():
+def test_rows_are_sorted_with_numbers_by_size_before_words():
     rows = [{"lora": lora, "steps": steps} for lora, steps in
             (("small", 4), ("2", None), ("base", 25), ("16", 0.5), ("base", 4), ("16", 0.0))]
     assert [values for values, _ in report.group(rows, ["lora", "steps"])] == [
         ("2", None), ("16", 0.0), ("16", 0.5), ("base", 4), ("base", 25), ("small", 4)]
 
 
-def test_a_table_has_the_mean_and_the_span_of_the_seeds(results, claims_report):
+def test_a_table_has_mean_and_span_over_the_seeds(results, claims_report):
     assert claims_report("table", *results, "--by", "run.objective", "--of", "frechet", "plain.black").splitlines() == [
         "| run.objective | results | frechet | plain.black |",
         "|---|---|---|---|",
@@ -71,7 +71,7 @@ def test_a_table_has_the_mean_and_the_span_of_the_seeds(results, claims_report):
         "| fm | 3 | 402 (2.00 to 1201) |  |"]
 
 
-def test_a_table_has_headings_and_values_in_words_and_shares_as_percentages(results, claims_report):
+def test_headings_and_values_can_be_replaced_and_shares_be_percentages(results, claims_report):
     printed = claims_report("table", *results, "--by", "run.objective=trained by", "--of", "all=captions right",
                             "--percent", "all", "--words", "fm=naive flow matching")
     assert printed.splitlines() == [
@@ -81,7 +81,7 @@ def test_a_table_has_headings_and_values_in_words_and_shares_as_percentages(resu
         "| naive flow matching | 3 | 50.0 % (50.0 to 50.0 %) |"]
 
 
-def test_a_table_is_of_the_results_that_meet_every_condition(results, claims_report):
+def test_a_table_uses_the_results_that_meet_every_condition(results, claims_report):
     words = ["table", *results, "--by", "run.objective", "--of", "frechet", "--where", "run.objective=fm"]
     assert claims_report(*words, "run.seed=1").splitlines()[2:] == ["| fm | 1 | 4.00 |"]
     assert len(claims_report(*words[:-1], "run.objective=fm|dm", "run.seed=0|2").splitlines()) == 4
@@ -89,14 +89,14 @@ def test_a_table_is_of_the_results_that_meet_every_condition(results, claims_rep
         claims_report(*words, "run.seed=7")
 
 
-def test_a_name_reaches_into_objects_and_lists_and_an_arm_has_no_seed_in_its_name(tmp_path):
+def test_a_name_is_a_path_into_objects_and_lists_and_file_is_the_name_without_the_seed(tmp_path):
     file = write_lines(tmp_path / "cfg4-12.jsonl", [{"size": [96, 128], "black": {"mean": 0.5}}])
     row, = report.read_rows([file], [("size.1", "128")])
-    names = "arm", "size.0", "black.mean", "size.2", "arm.0"
+    names = "file", "size.0", "black.mean", "size.2", "file.0"
     assert [report.look_up(row, name) for name in names] == ["cfg4", 96, 0.5, None, None]
 
 
-def test_a_name_that_no_result_has_is_an_error(results, claims_report):
+def test_a_name_that_no_result_has_is_refused(results, claims_report):
     with pytest.raises(ValueError, match="--of frechte: no row has it"):
         claims_report("table", *results, "--by", "run.objective", "--of", "frechte")
     with pytest.raises(ValueError, match="--percent al: it must be one of --of, which are all"):
@@ -107,28 +107,28 @@ def test_a_name_that_no_result_has_is_an_error(results, claims_report):
 
 # ------------------------------------------------------------------ pairs
 
-def arms(folder, ours, theirs):
-    """Results of two objectives: errors (S, N) of S seeds on N scenes."""
+def save_runs(folder, ours, theirs):
+    """Write results of diff2flow and dm: errors (S, N) of S seeds on N scenes -> their folder."""
     rows = [{"run": {"objective": objective, "seed": seed}, "prediction": "v", "error": float(np.mean(errors)),
              "scenes": {"error": list(errors)}}
             for objective, runs in (("diff2flow", ours), ("dm", theirs)) for seed, errors in enumerate(runs)]
-    return write_lines(folder / "arms/all.jsonl", rows).parent
+    return write_lines(folder / "runs/all.jsonl", rows).parent
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("spread", [0.0, 0.05, 0.2])
-def test_an_interval_holds_the_true_difference_in_about_95_of_100_experiments(seeds, spread):
-    """Differences of a seed's own, of a scene's own and of their pair's own, around 1. The mean of the scenes' scatters
-    by 0.1."""
-    rng, held = np.random.default_rng(0), 0
+def test_an_interval_contains_the_true_difference_in_about_95_of_100_experiments(seeds, spread):
+    """Differences are 1 plus a random number per seed, per scene and per pair of both. The mean over scenes has a
+    standard deviation of 0.1."""
+    rng, contained = np.random.default_rng(0), 0
     for _ in range(1000):
         of_seeds, of_scenes, of_pairs = (rng.normal(size=shape) for shape in ((seeds, 1), (1, 100), (seeds, 100)))
         mean, half = report.interval(1 + spread * of_seeds + of_scenes + of_pairs)
-        held += abs(mean - 1) < half
-    assert 0.94 < held / 1000 < 0.985                       # 0.95, less twice the spread of a share of 1000
+        contained += abs(mean - 1) < half
+    assert 0.94 < contained / 1000 < 0.985                  # standard deviation of the share: 0.007
 
 
-def test_an_interval_of_seeds_alone_is_students():
+def test_an_interval_over_seeds_alone_is_students_t_interval():
     from scipy.stats import ttest_1samp
     differences = np.array([0.3, 0.5, 0.1, 0.4])
     mean, half = report.interval(differences[:, None])
@@ -136,23 +136,23 @@ def test_an_interval_of_seeds_alone_is_students():
     assert (mean - half, mean + half) == pytest.approx(tuple(expected))
 
 
-def test_pairs_are_of_one_seed_and_one_scene(tmp_path, claims_report):
-    """What seeds and scenes have in common takes no part: here each difference is about -0.1."""
+def test_differences_are_paired_by_seed_and_scene(tmp_path, claims_report):
+    """Large variation that both objectives share cancels: each difference is about -0.1."""
     rng = np.random.default_rng(0)
     theirs = rng.normal(size=(4, 1)) + 10 * rng.normal(size=(1, 50))
     ours = theirs - 0.1 + 0.001 * rng.normal(size=(4, 50))
-    folder = arms(tmp_path, ours[::-1].tolist(), theirs[::-1].tolist())
+    folder = save_runs(tmp_path, ours[::-1].tolist(), theirs[::-1].tolist())
     line = claims_report("paired", folder, "--by", "prediction=prior", "--of", "error=wrong", "--out",
                          tmp_path / "pairs.png").splitlines()[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[:3] == ["v", "diff2flow", "4"] and cells[3].startswith("**-0.10** (-0.10 to -0.10")
     assert (tmp_path / "pairs.png").read_bytes().startswith(b"\x89PNG")
-    unpaired = arms(tmp_path, rng.permutation(ours).tolist(), theirs.tolist())
+    unpaired = save_runs(tmp_path, rng.permutation(ours).tolist(), theirs.tolist())
     assert "**" not in claims_report("paired", unpaired, "--by", "prediction", "--of", "error").splitlines()[2]
 
 
-def test_two_seeds_of_training_have_no_interval_and_a_difference_may_be_relative(tmp_path, claims_report):
-    folder = arms(tmp_path, [[3.0, 4.0], [3.0, 4.0]], [[4.0, 6.0], [4.0, 6.0]])
+def test_two_training_seeds_have_no_interval_and_differences_can_be_relative(tmp_path, claims_report):
+    folder = save_runs(tmp_path, [[3.0, 4.0], [3.0, 4.0]], [[4.0, 6.0], [4.0, 6.0]])
     words = ["paired", folder, "--by", "prediction", "--of", "error", "--out", tmp_path / "pairs.png"]
     assert claims_report(*words).splitlines()[2] == "| v | diff2flow | 2 | -1.5 |"
     assert claims_report(*words, "--relative", "error").splitlines()[:3:2] == [
@@ -161,38 +161,38 @@ def test_two_seeds_of_training_have_no_interval_and_a_difference_may_be_relative
         claims_report(*words, "--relative", "eror")
 
 
-def test_without_training_the_scenes_alone_scatter(tmp_path, claims_report):
+def test_without_training_the_interval_covers_scenes_alone(tmp_path, claims_report):
     rows = [{"prediction": "v", "t_shift": shift, "all": sum(right) / 4, "scenes": {"all": right}}
             for shift, right in ((0.0, [1, 1, 0, 1]), (0.5, [1, 0, 0, 1]))]
     printed = claims_report("paired", write_lines(tmp_path / "rows.jsonl", rows), "--compare", "t_shift=lowered by",
                             "--against", "0.0", "--by", "prediction", "--of", "all=right", "--percent", "all")
-    half = 3.18245 * 0.5 / 2                                      # Student's t of 3, times the spread of -1, 0, 0, 0
+    half = 3.18245 * 0.5 / 2                                # Student's t for 3, times the standard error of -1, 0, 0, 0
     assert printed.splitlines()[2] == f"| v | 0.5 | 1 | -25.0 ({-25 - 100 * half:+.1f} to {-25 + 100 * half:+.1f}) |"
 
 
-def test_a_model_before_training_is_compared_with_every_seed_of_what_was_trained_from_it(tmp_path, claims_report):
+def test_a_model_before_training_is_compared_with_every_seed_of_the_trained_ones(tmp_path, claims_report):
     before = {"run": {}, "model": "prior", "right": 0.5, "scenes": {"right": [0.0, 1.0]}}
     after = [{"run": {"seed": seed}, "model": "after", "right": fmean(right), "scenes": {"right": right}}
              for seed, right in enumerate([[0.7, 1.6], [0.9, 1.8], [0.8, 1.7]])]
     printed = claims_report("paired", write_lines(tmp_path / "rows.jsonl", [before, *after]), "--compare", "model",
                             "--against", "prior", "--by", "run.lora=LoRA", "--of", "right")
-    seeds, scenes = 0.1**2 / 3, 0.1**2 / 2 / 2              # A: of the means 0.65, 0.85, 0.75; B: of 0.8, 0.7
+    seeds, scenes = 0.1**2 / 3, 0.1**2 / 2 / 2              # A from the means 0.65, 0.85, 0.75; B from 0.8, 0.7
     half = stats.t.ppf(0.975, (seeds + scenes)**2 / (seeds**2 / 2 + scenes**2)) * math.sqrt(seeds + scenes)
     assert printed.splitlines()[2] == f"| None | after | 3 | **+0.75** ({0.75 - half:+#.2g} to {0.75 + half:+#.2g}) |"
 
 
-def test_a_difference_is_bold_where_its_interval_excludes_0():
-    shown = {(mean, half): report.difference_in_words(mean, half, False)[:2] == "**"
+def test_a_difference_is_bold_if_its_interval_excludes_0():
+    shown = {(mean, half): report.format_difference(mean, half, False)[:2] == "**"
              for mean, half in ((0.1, 0.09), (-0.1, 0.09), (0.1, 0.11), (-0.1, 0.11), (0.0, 0.0))}
     assert list(shown.values()) == [True, True, False, False, False]
 
 
-def test_pairs_that_are_ambiguous_or_none_are_an_error(tmp_path, claims_report):
-    folder = arms(tmp_path, [[1.0]], [])
+def test_ambiguous_or_missing_pairs_are_refused(tmp_path, claims_report):
+    folder = save_runs(tmp_path, [[1.0]], [])
     with pytest.raises(ValueError, match="no two results of another run.objective and of dm"):
         claims_report("paired", folder, "--by", "prediction", "--of", "error")
-    arms(tmp_path, [[1.0]], [[1.0]])
-    write_lines(tmp_path / "arms/more.jsonl", [{"run": {"objective": "dm", "seed": 0}, "prediction": "v", "error": 1}])
+    save_runs(tmp_path, [[1.0]], [[1.0]])
+    write_lines(tmp_path / "runs/more.jsonl", [{"run": {"objective": "dm", "seed": 0}, "prediction": "v", "error": 1}])
     with pytest.raises(ValueError, match="more than one row"):
         claims_report("paired", folder, "--by", "prediction", "--of", "error")
 
@@ -222,7 +222,7 @@ def validation(tmp_path):
     return files
 
 
-def test_a_plot_has_a_panel_for_each_lora_and_a_line_of_means_for_each_objective(validation, monkeypatch):
+def test_a_plot_has_a_panel_per_lora_and_a_line_of_means_per_objective(validation, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["claims/report.py", "plot", *map(str, validation)])
     args = report.arguments()
     panels = report.draw(report.read_rows(args.files, args.where), args).axes
@@ -237,10 +237,10 @@ def test_a_plot_has_a_panel_for_each_lora_and_a_line_of_means_for_each_objective
             assert (heights.min(), heights.max()) == pytest.approx((factor / 11, 2 * factor))
 
 
-def test_a_plot_without_a_panel_is_one_and_few_values_of_x_are_each_marked(tmp_path, monkeypatch):
-    rows = [{"steps": steps, "arm": "prior", "all": steps / 25} for steps in (25, 4, 1, 2)]
+def test_a_plot_without_panel_names_has_one_panel_and_few_values_of_x_are_each_labelled(tmp_path, monkeypatch):
+    rows = [{"steps": steps, "model": "prior", "all": steps / 25} for steps in (25, 4, 1, 2)]
     monkeypatch.setattr(sys, "argv", ["claims/report.py", "plot", str(write_lines(tmp_path / "rows.jsonl", rows)),
-                                      "--x", "steps", "--y", "all", "--by", "arm", "--panel", "--linear"])
+                                      "--x", "steps", "--y", "all", "--by", "model", "--panel", "--linear"])
     args = report.arguments()
     axis, = report.draw(report.read_rows(args.files, args.where), args).axes
     assert axis.get_title() == "" and axis.get_xscale() == "log"
@@ -252,7 +252,7 @@ def test_a_plot_is_written(validation, claims_report, tmp_path):
     assert (tmp_path / "plots/plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_linear_axis_begins_at_0(validation, monkeypatch):
+def test_a_linear_axis_starts_at_0(validation, monkeypatch):
     for words, scale, from_0 in ((["--linear"], "linear", True), ([], "log", False)):
         monkeypatch.setattr(sys, "argv", ["claims/report.py", "plot", *map(str, validation), *words])
         args = report.arguments()
@@ -262,7 +262,7 @@ def test_a_linear_axis_begins_at_0(validation, monkeypatch):
 
 # ------------------------------------------------------------------ the levels
 
-def test_a_scene_counts_to_the_level_of_its_own_time(tmp_path, monkeypatch, capsys):
+def test_a_scene_belongs_to_the_level_of_its_own_time(tmp_path, monkeypatch, capsys):
     """diff2flow is worse by 1 % in the first eighth of the times, by 2 % in the second, and so on; fm-flip better."""
     eighth = np.array([int(8 * ((i * 0.618034 + 0.5) % 1)) for i in range(512)])
     rng = np.random.default_rng(0)
@@ -288,7 +288,7 @@ def test_a_scene_counts_to_the_level_of_its_own_time(tmp_path, monkeypatch, caps
 # ------------------------------------------------------------------ run.sh
 
 STAND_IN = r"""#!/usr/bin/env bash
-# In python's place: note down the command, and leave the files that run.sh looks for afterwards.
+# Replaces python: writes down the command, and creates the files that run.sh expects from it.
 script=$1 module=$2 command=$3 style=solid weights=lora out= names=
 (IFS=$'\t'; echo "$*" >> commands)
 if [ "$module $command" = "claims.report best" ]; then echo 0.001; fi
@@ -308,7 +308,7 @@ if [ -n "$names" ]; then mkdir -p "$out" && cd "$out" && touch $names; fi
 
 @pytest.fixture(scope="module")
 def run_loop(tmp_path_factory):
-    """-> the commands that `bash claims/run.sh` runs with the seeds 1 and 3, with a stand-in for python."""
+    """run_loop(words) -> the python commands of `bash claims/run.sh` with the seeds 1 and 3."""
     folder = tmp_path_factory.mktemp("loop")
     (folder / "claims").mkdir()
     shutil.copy(ROOT / "claims/run.sh", folder / "claims")
@@ -325,14 +325,14 @@ def run_loop(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_loop(run_loop):
-    """-> the commands of the rates, of the styles, and of all that is left then."""
+    """-> the commands for the rates, then for the styles, then for everything that is left."""
     return run_loop("rates"), run_loop("style"), run_loop()
 
 
-def test_the_scripts_take_every_command_of_the_claims_loop(whole_loop, monkeypatch):
+def test_the_scripts_accept_every_command_of_run_sh(whole_loop, monkeypatch):
     scripts = {"sample.py": sample, "train.py": train, "toy.judge": judge, "claims.report": report}
     seeds = set()
-    monkeypatch.chdir(ROOT)                         # where toy/tiny-eps.safetensors is known as a bundled prior
+    monkeypatch.chdir(ROOT)                         # where toy/tiny-eps.safetensors is a bundled prior
     seen = set()
     for words in itertools.chain(*whole_loop):
         script, *options = words[1:] if words[0] == "-m" else words
@@ -344,11 +344,11 @@ def test_the_scripts_take_every_command_of_the_claims_loop(whole_loop, monkeypat
         if script in ("sample.py", "train.py"):
             seeds.add(args.seed)
         if script == "train.py":
-            assert args.batch in (16, 32) and args.decay == "cosine", "the settings of the bundled priors"
-    assert seen == set(scripts) and seeds == {0, 1, 2, 3}                                   # 0: of the rates
+            assert args.batch in (16, 32) and args.decay == "cosine", "not the defaults for bundled priors"
+    assert seen == set(scripts) and seeds == {0, 1, 2, 3}                                   # 0: the rates
 
 
-def test_the_claims_loop_measures_every_model_that_it_trained(whole_loop):
+def test_run_sh_measures_every_model_that_it_trains(whole_loop):
     commands = list(itertools.chain(*whole_loop))
     trained = {words[words.index("--out") + 1] for words in commands if words[0] == "train.py"}
     trained = {run for run in trained if "/rates/" not in run}
@@ -357,11 +357,11 @@ def test_the_claims_loop_measures_every_model_that_it_trained(whole_loop):
     assert judged == trained
 
 
-def test_the_claims_loop_goes_on_where_it_was_stopped(whole_loop, run_loop):
+def test_run_sh_resumes_and_repeats_nothing(whole_loop, run_loop):
     rates, styles, rest = whole_loop
     assert {words[0] for words in rates} == {"train.py"}
-    assert not any("/rates/" in word for words in styles + rest for word in words)      # they are there already
-    assert {words[1] for words in run_loop()} == {"claims.weights", "claims.page"}      # nothing is trained again
+    assert not any("/rates/" in word for words in styles + rest for word in words)      # these exist already
+    assert {words[1] for words in run_loop()} == {"claims.weights", "claims.page"}      # all results exist
 
 
 # ------------------------------------------------------------------ the page and the figure
@@ -369,8 +369,8 @@ def test_the_claims_loop_goes_on_where_it_was_stopped(whole_loop, run_loop):
 @pytest.mark.parametrize("words, table", COMMANDS)
 def test_each_table_of_the_page_is_what_its_command_prints(words, table, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [])            # page.run sets it
-    if "--out" in words:                            # the figure is drawn, but not into the folder
+    monkeypatch.setattr(sys, "argv", [])            # restores what page.run sets
+    if "--out" in words:                            # the figure is drawn elsewhere
         words = [*words[:words.index("--out")], "--out", str(tmp_path / "figure.png")]
     assert table in ("", page.run(words))
 
@@ -382,7 +382,7 @@ def test_the_page_shows_every_result():
     assert pictures == {file for file in files if file.endswith(".png")} and files - pictures <= tables
 
 
-def test_the_page_is_written_anew_by_its_own_commands(tmp_path, results, monkeypatch):
+def test_page_py_updates_the_tables_by_their_commands(tmp_path, results, monkeypatch):
     command = f"    python -m claims.report table {tmp_path} \\\n        --by run.objective=by --of all=right"
     table = ("| by | results | right |\n|---|---|---|\n| dm | 3 | {} (0.100 to 0.900) |\n"
              "| fm | 3 | 0.500 (0.500 to 0.500) |")
@@ -398,7 +398,7 @@ def test_the_page_is_written_anew_by_its_own_commands(tmp_path, results, monkeyp
 
 
 def test_the_network_of_the_figure_is_exact():
-    """Its v is the mean of alpha x0 - sigma x1 over all pairs that mix to x_dm, by a sum over a fine grid of x1."""
+    """Its v is the mean of alpha x0 - sigma x1 over all pairs with alpha x1 + sigma x0 = x_dm: a sum over a grid of x1."""
     levels = sd_schedule()
     network, (alpha, sigma) = idea.ExactNetwork(Diff2Flow(None, *levels).f_t), levels
     x1 = torch.linspace(-3, 3, 100_001, dtype=torch.float64)

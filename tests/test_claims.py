@@ -398,7 +398,7 @@ def test_page_py_updates_the_tables_by_their_commands(tmp_path, results, monkeyp
 
 
 def test_the_network_of_the_figure_is_exact():
-    """Its v is the mean of alpha x0 - sigma x1 over all pairs with alpha x1 + sigma x0 = x_dm: a sum over a grid of x1."""
+    """Its v is the mean of alpha x0 - sigma x1 over all pairs that mix to x_dm, here a sum over a grid of x1."""
     levels = sd_schedule()
     network, (alpha, sigma) = idea.ExactNetwork(Diff2Flow(None, *levels).f_t), levels
     x1 = torch.linspace(-3, 3, 100_001, dtype=torch.float64)

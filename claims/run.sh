@@ -188,7 +188,7 @@ size_run() {    # size_run NAME LORA OBJECTIVE SIZE SEED
     train $1 --style solid --lora $2 --objective $3 --size $4 --batch 16 --seed $5 --steps 1000 --preview-every 0 \
         --lr $(best_rate v $2 $3)
     judge $1 velocity $(weights $1) --n 128
-    judge $1 captions $(weights $1) --n 128
+    judge $1 captions $(weights $1) --n 128 --cfg 4
     save_run $1
 }
 

@@ -361,6 +361,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     "claims/levels.py": ("tests/test_claims.py", [
         ("claims: levels the other way", "BOUNDS) - 1\n", "BOUNDS[::-1])\n"),
         ("claims: weights of a v-network for eps", 'of_v if prediction == "v" else of_eps', "of_v"),
+        ("claims: fm-flip's levels are diff2flow's", "name: by_level(by, dm) for",
+         'name: by_level(runs["diff2flow"], dm) for'),
     ]),
     "claims/page.py": ("tests/test_claims.py", [
         ("claims: a stale table stays", "match[0].removesuffix(match[2]) + table", "match[0]"),

@@ -5,6 +5,7 @@
 What is not given is found: the base by the LoRA's metadata, the newest run in runs/, else the bundled prior.
 """
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -63,9 +64,12 @@ def read_result(weights):
         if result and not (isinstance(result["task"], str) and isinstance(result.get("ckpt") or "", str)
                            and isinstance(result.get("use_ema", False), bool)):
             raise ValueError("task, ckpt or use_ema has the wrong type")
-        return dict(result)
+        captions = result.get("captions", []) if result else []
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError("captions is not a list of strings")
+        return dict(result or {})
     except (ValueError, TypeError, KeyError, OSError) as error:
-        print(f"warning: {path} is ignored, it is not as train.py wrote it ({error})")
+        print(f"warning: {path} is ignored, it is not as train.py wrote it ({error})", file=sys.stderr)
         return {}
 
 
@@ -117,12 +121,12 @@ def check_base(path, made_with, sd, prediction=None):
     """Compare the base that a LoRA or a folder of pairs was made with (its metadata) to the loaded checkpoint. A
     warning for another UNet. ValueError for a network of another prediction, unless `prediction` is given."""
     theirs, name = made_with.get("base_hash"), made_with.get("base", "another checkpoint")
-    if theirs == sd.unet_hash:
-        return
     kind, _ = prediction_of(made_with)
     if prediction is None and kind not in (None, sd.prediction):
         raise ValueError(f"{path}: made with {name}, whose UNet predicts {kind}; {sd.source.path} predicts "
                          f"{sd.prediction}: pass the right --ckpt (or --prediction, if that is wrong)")
+    if theirs == sd.unet_hash:
+        return
     if theirs is not None:
         print(f"warning: {path} was made with {name} (UNet {theirs[:10]}); {sd.source.path} has another UNet "
               f"({sd.unet_hash[:10]})")
@@ -135,7 +139,8 @@ def load_model(ckpt, lora_file=None, device="cpu", dtype=torch.float32, predicti
     if lora_file:
         print(f"LoRA {lora_file}")
         metadata = read_metadata(lora_file)
-        check_base(lora_file, metadata, sd, prediction)
+        if metadata.get("base_hash") != sd.unet_hash:       # else sd takes the LoRA's prediction
+            check_base(lora_file, metadata, sd, prediction)
         sd.metadata |= {name: value for name, value in metadata.items() if not name.startswith(("ss_", "modelspec."))}
         sd.source.path, sd.prediction = lora_file, prediction or prediction_of(metadata)[0] or sd.prediction
         if sd.prediction not in ("v", "eps"):

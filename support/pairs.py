@@ -39,6 +39,8 @@ def read_pairs(path, tensors=("noise", "latent")):
             height, width = settings["size"]
             if not all(isinstance(number, (int, float)) for number in (height, width, settings["cfg"])):
                 raise ValueError("size or cfg is not a number")
+            if not all(isinstance(settings.get(name, ""), str) for name in ("ckpt", "unet_hash", "prediction")):
+                raise ValueError("ckpt, unet_hash or prediction is not a string")
             return {"prompts": prompts, "settings": settings} | {name: file.get_tensor(name) for name in tensors}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: truncated, or not made by sample.py --pairs: delete it and run that command "
@@ -145,7 +147,7 @@ def pair_settings(args, sd, flow, prompts, size):
     prompts = prompts if isinstance(prompts, list) else prompts.scenes.style
     return {"ckpt": args.ckpt.name, "lora": args.lora, "prediction": sd.prediction, "objective": objective_of(flow),
             "seed": args.seed, "steps": args.steps, "cfg": args.cfg, "negative": args.negative, "size": size,
-            "unet_hash": sd.unet_hash,
+            "zero_snr": sd.zero_snr, "unet_hash": sd.unet_hash,
             "lora_hash": args.lora and hashlib.sha256(Path(args.lora).read_bytes()).hexdigest(),
             "prompts_hash": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
 

@@ -85,6 +85,18 @@ def refusal(module, words):
     return line
 
 
+def trained_captions(words):
+    """Train for text-to-image -> stdout, and the captions of all training batches before any is dropped."""
+    seen, plain = [], train.text_to_image
+
+    def spied(sd, batch, caption_dropout=None):         # None: validation
+        seen.extend(batch["caption"] if caption_dropout is not None else [])
+        return plain(sd, batch, caption_dropout or 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.EXAMPLES, "text-to-image", spied)
+        return works(train, words), seen
+
+
 def metadata(path):
     with open_tensors(path) as file:
         return file.metadata()

@@ -1,4 +1,4 @@
-"""What the tests of networks and files share: random checkpoints in the real layouts, and independent implementations.
+"""Shared by the tests of networks and files: random checkpoints in the real layouts, and independent implementations.
 
 sd15.json.gz and sd21.json.gz hold every tensor's name, shape and dtype in v1-5-pruned-emaonly and v2-1_768-ema-pruned.
 """
@@ -34,7 +34,7 @@ def relative(ours, theirs):
 
 
 def same(ours, theirs):
-    """Whether two {name: tensor} are the same, bit for bit."""
+    """Whether two {name: tensor} are equal, bit for bit."""
     return ours.keys() == theirs.keys() and all(
         ours[k].dtype == theirs[k].dtype and torch.equal(ours[k], theirs[k]) for k in ours)
 
@@ -48,7 +48,8 @@ def manifest(name):
 
 
 def narrow(key, shape):
-    """A tensor's shape where the UNet is a tenth, the autoencoder a quarter as wide; context and text encoder 128."""
+    """A real tensor's shape -> in the narrow model: the UNet has a tenth of the width, the autoencoder a quarter;
+    context and text encoder have a width of 128."""
     if key.startswith(UNET):
         return tuple({768: 128, 1024: 128}.get(n, n // 10 if n % 320 == 0 else n) for n in shape)
     if key.startswith(VAE):
@@ -60,7 +61,7 @@ def narrow(key, shape):
 
 
 def random_tensor(key, shape, dtype):
-    """Nowhere zero, and such that activations stay near 1."""
+    """A random tensor without zeros, scaled so that activations stay near 1."""
     if key.endswith("position_ids"):
         return torch.arange(77)[None]
     if not dtype.is_floating_point:
@@ -73,20 +74,21 @@ def random_tensor(key, shape, dtype):
 
 
 def random_checkpoint(name):
-    """{key: tensor} of a narrow model with all the names of the real file."""
+    """-> {key: tensor} of a narrow model with all the names of the real file."""
     torch.manual_seed(0)
     return {key: random_tensor(key, narrow(key, shape), dtype) for key, (shape, dtype) in manifest(name).items()}
 
 
 def hollow_checkpoint(name):
-    """Every tensor of the real shape, at full size, over one stored number: a .ckpt of a few hundred kilobytes."""
+    """-> {key: tensor} in the real, full-size shapes, each expanded from one number: a .ckpt of a few hundred
+    kilobytes."""
     return {key: torch.ones((), dtype=dtype).expand(shape) for key, (shape, dtype) in manifest(name).items()}
 
 
 # ------------------------------------------------------------------ independent implementations
 
 def diffusers_unet(config):
-    """diffusers' UNet of the same architecture; `attention_head_dim` is its name for the number of heads."""
+    """-> diffusers' UNet of the same architecture. Its `attention_head_dim` is the number of heads."""
     from diffusers import UNet2DConditionModel
     blocks = ["CrossAttn" * attention for attention in config.attention]
     heads = [max(1, width // 64) if config.linear_projection else 8 for width in config.unet_widths]
@@ -98,7 +100,7 @@ def diffusers_unet(config):
 
 
 def diffusers_copy(unet, config):
-    """diffusers' UNet with our weights, through diffusers' own reading of the single-file layout."""
+    """-> diffusers' UNet with our weights, converted by diffusers' own code for single files."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
     copy = diffusers_unet(config)
     state = {UNET + name: value for name, value in unet.state_dict().items()}
@@ -107,7 +109,7 @@ def diffusers_copy(unet, config):
 
 
 def diffusers_pipeline(unet):
-    """The pipeline that users call load_lora_weights on."""
+    """-> the pipeline that users call load_lora_weights on, with this UNet alone."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
     return StableDiffusionPipeline(
         vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=EulerDiscreteScheduler(),
@@ -115,7 +117,8 @@ def diffusers_pipeline(unet):
 
 
 def references(config, tensors):
-    """diffusers' UNet and autoencoder and transformers' text model, weights by diffusers' own conversion."""
+    """-> diffusers' UNet and autoencoder and transformers' text model, with weights converted by diffusers' own
+    code."""
     from diffusers import AutoencoderKL
     from diffusers.loaders import single_file_utils as convert
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -133,7 +136,7 @@ def references(config, tensors):
     converted = (convert.convert_open_clip_checkpoint(text, tensors) if v2 else
                  convert.convert_ldm_clip_checkpoint(tensors))
     converted = {key.removeprefix("text_model."): value for key, value in converted.items()}
-    if v2:  # diffusers leaves the last layer out by its full-size name only
+    if v2:  # diffusers skips the unused last layer only in full-size models
         converted = {key: value for key, value in converted.items()
                      if ".23." not in key and "text_projection" not in key}
     converted.pop("embeddings.position_ids", None)
@@ -144,14 +147,14 @@ def references(config, tensors):
 
 
 def clip_ids(prompts, pad_token):
-    """Token ids (B, 77) by transformers' CLIP tokenizer, from the vocabulary that open_clip ships."""
+    """prompts (B strings) -> token ids (B, 77), by transformers' CLIP tokenizer."""
     ids = clip_tokenizer()(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    ended = (ids == 49407).cumsum(1) - (ids == 49407).int() > 0  # the places after the first end token
+    ended = (ids == 49407).cumsum(1) - (ids == 49407).int() > 0  # positions after the first end token
     return ids.masked_fill(ended, pad_token)
 
 
 def clip_tokenizer(pad_token=49407):
-    """transformers' CLIP tokenizer, from the vocabulary that open_clip ships."""
+    """-> transformers' CLIP tokenizer, built from the vocabulary that open_clip ships."""
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
     own = SimpleTokenizer()
@@ -162,7 +165,7 @@ def clip_tokenizer(pad_token=49407):
 
 
 def full_pipeline(config, tensors, prediction="eps"):
-    """StableDiffusionPipeline of a checkpoint's tensors, with a scheduler as the real ones have it."""
+    """-> diffusers' StableDiffusionPipeline of a checkpoint's tensors, with the scheduler settings of the real ones."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
     theirs = references(config, tensors)
     theirs.unet.register_to_config(sample_size=8)

@@ -1,4 +1,4 @@
-"""Fixtures that several files of tests share. With -n auto there is a process a core, so each takes one thread."""
+"""Fixtures that several test files share. With -n auto there is one process per core, so each uses one thread."""
 import os
 
 import pytest
@@ -9,12 +9,12 @@ from tests.checkpoints import NARROW, random_checkpoint
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"         # of the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"         # for processes that tests start
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """{"sd15" or "sd21": path of a narrow random checkpoint with the real names}. To be read only."""
+    """{"sd15" or "sd21": path of a narrow random checkpoint with the real names}. Tests must not change the files."""
     folder = tmp_path_factory.mktemp("checkpoints")
     paths = {name: folder / f"{name}.safetensors" for name in NARROW}
     for name, path in paths.items():

@@ -1,4 +1,4 @@
-"""load_checkpoint reads the files that people have, writes them back bit for bit, and refuses others in one line."""
+"""Checkpoints that exist in practice load, and are saved bit for bit; others are refused with a one-line error."""
 import builtins
 import json
 import os
@@ -12,25 +12,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model import TINY, StableDiffusion, load_checkpoint, read_config
+from model import TINY, StableDiffusion
+from support.checkpoint import load_checkpoint, read_config, save_checkpoint
 from tests import checkpoints
 from tests.checkpoints import CONFIGS, NARROW, PROMPTS, TEXT, UNET, VAE, hollow_checkpoint, manifest, relative, same
 
-NORM1_BIAS = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"  # tells v from eps
+NORM1_BIAS = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"  # its spread separates v from eps
 
 
 # ------------------------------------------------------------------ files that load
 
 @pytest.mark.parametrize("name", ["sd15", "sd21"])
-def test_the_architecture_is_read_from_the_shapes(files, name):
+def test_the_architecture_is_read_from_the_tensors_shapes(files, name):
     assert read_config({key: shape for key, (shape, _) in manifest(name).items()}) == CONFIGS[name]
     assert load_checkpoint(files[name]).config == NARROW[name]
 
 
-def test_a_model_with_other_depths_and_attention_is_read_from_its_own_file_and_is_the_same(tmp_path):
+def test_a_model_of_another_architecture_is_the_same_after_saving_and_loading(tmp_path):
     sd = StableDiffusion(TINY, "v").requires_grad_(False)
-    sd.unet.out[2].weight.normal_()                                 # it is zero at the start
-    sd.save(tmp_path / "tiny.safetensors")
+    sd.unet.out[2].weight.normal_()                                 # zero at the start
+    save_checkpoint(sd, tmp_path / "tiny.safetensors")
     read = load_checkpoint(tmp_path / "tiny.safetensors")
     assert read.config == TINY and read.prediction == "v" and same(read.state_dict(), sd.state_dict())
     x, t_dm, context = torch.randn(1, 4, 8, 8), torch.tensor([500.0]), sd.encode_text(["a red ball"])
@@ -39,44 +40,45 @@ def test_a_model_with_other_depths_and_attention_is_read_from_its_own_file_and_i
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21"])
-def test_a_saved_file_has_the_same_tensors_bit_for_bit_and_the_metadata(files, tmp_path, name):
+def test_a_saved_file_has_the_same_tensors_bit_for_bit_and_the_same_metadata(files, tmp_path, name):
     before = load_file(files[name])
     save_file(before, tmp_path / "before.safetensors", metadata={"style": "outline", "step": "2", "prediction": "v"})
-    load_checkpoint(tmp_path / "before.safetensors").save(tmp_path / "folder" / "after.safetensors", step="3")
+    sd = load_checkpoint(tmp_path / "before.safetensors")
+    save_checkpoint(sd, tmp_path / "folder" / "after.safetensors", step="3")
     assert same(load_file(tmp_path / "folder" / "after.safetensors"), before)
     with safe_open(tmp_path / "folder" / "after.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "style": "outline", "step": "3", "prediction": "v",
                                    "software": "Diff2Flow"}
 
 
-def test_a_float16_file_loads_as_float32_and_saves_as_float16_again(files, tmp_path):
+def test_a_float16_file_is_loaded_as_float32_and_can_be_saved_as_float16_again(files, tmp_path):
     half = {k: v.half() if v.is_floating_point() else v for k, v in load_file(files["sd21"]).items()}
     save_file(half, tmp_path / "half.safetensors")
     sd = load_checkpoint(tmp_path / "half.safetensors")
     assert {parameter.dtype for parameter in sd.parameters()} == {torch.float32}
-    sd.save(tmp_path / "again.safetensors", dtype=torch.float16)
+    save_checkpoint(sd, tmp_path / "again.safetensors", dtype=torch.float16)
     assert same(load_file(tmp_path / "again.safetensors"), half)
 
 
-def test_training_leaves_the_file_alone_until_the_model_is_saved_over_it(files, tmp_path):
+def test_changing_the_weights_does_not_change_the_mapped_file_until_the_model_is_saved_there(files, tmp_path):
     before, path = load_file(files["sd15"]), tmp_path / "same.safetensors"
     save_file(before, path)
     sd = load_checkpoint(path)
     sd.unet.out[2].weight.add_(1)
     assert same(load_file(path), before)
-    sd.save(path)
+    save_checkpoint(sd, path)
     before[UNET + "out.2.weight"] += 1
     assert same(load_file(path), before)
 
 
-def test_a_non_pruned_file_gives_its_plain_weights_or_when_asked_the_averaged_ones(files, tmp_path, capsys):
+def test_a_non_pruned_file_loads_its_plain_weights_or_with_use_ema_its_ema_weights(files, tmp_path, capsys):
     tensors = load_file(files["sd15"])
-    averaged = {"model_ema." + "".join(key.split(".")[1:]): value + 1   # as diffusers writes the rule for the names
+    averaged = {"model_ema." + "".join(key.split(".")[1:]): value + 1   # the names as diffusers computes them
                 for key, value in tensors.items() if key.startswith(UNET)}
     save_file({**tensors, **averaged}, tmp_path / "full.safetensors")
     plain = load_checkpoint(tmp_path / "full.safetensors")
     assert ", non-EMA weights" in capsys.readouterr().out
-    plain.save(tmp_path / "plain.safetensors")
+    save_checkpoint(plain, tmp_path / "plain.safetensors")
     assert same(load_file(tmp_path / "plain.safetensors"), tensors)
     ema = load_checkpoint(tmp_path / "full.safetensors", use_ema=True)
     assert ", EMA weights" in capsys.readouterr().out
@@ -85,8 +87,8 @@ def test_a_non_pruned_file_gives_its_plain_weights_or_when_asked_the_averaged_on
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
-def test_a_lightning_ckpt_loads_though_lightning_is_not_installed(files, tmp_path, monkeypatch, legacy):
-    """As Lightning wrote them: the callback's class, pickled by name, is a dictionary key."""
+def test_a_lightning_ckpt_loads_without_lightning(files, tmp_path, monkeypatch, legacy):
+    """Such files contain the callback's class, pickled by name, as a dictionary key."""
     tensors, name = load_file(files["sd15"]), "pytorch_lightning.callbacks.model_checkpoint"
     callback = type("ModelCheckpoint", (), {"__module__": name})
     with monkeypatch.context() as context:
@@ -95,12 +97,12 @@ def test_a_lightning_ckpt_loads_though_lightning_is_not_installed(files, tmp_pat
         sys.modules[name].ModelCheckpoint = callback
         torch.save({"epoch": 0, "callbacks": {callback: {"best_model_score": torch.tensor(0.5)}},
                     "state_dict": tensors}, tmp_path / "lightning.ckpt", _use_new_zipfile_serialization=not legacy)
-    load_checkpoint(tmp_path / "lightning.ckpt").save(tmp_path / "converted.safetensors")
+    save_checkpoint(load_checkpoint(tmp_path / "lightning.ckpt"), tmp_path / "converted.safetensors")
     assert same(load_file(tmp_path / "converted.safetensors"), tensors)
 
 
 def test_open_clip_is_imported_before_the_meta_device(files, monkeypatch):
-    """Under it some versions fail: they compute with numbers while they are imported."""
+    """Some versions compute while they are imported, which fails on the meta device."""
     devices, original = [], builtins.__import__
 
     def record(name, *args):
@@ -115,30 +117,31 @@ def test_open_clip_is_imported_before_the_meta_device(files, monkeypatch):
 
 # ------------------------------------------------------------------ v or eps
 
-def test_the_callers_word_wins_then_the_metadata_then_sd1_is_eps(files, tmp_path, capsys):
+def test_prediction_is_the_arguments_else_the_metadatas_else_eps_for_sd1(files, tmp_path, capsys):
     path = tmp_path / "v1.safetensors"
     save_file(load_file(files["sd15"]), path, metadata={"prediction": "v"})
     assert load_checkpoint(path).prediction == "v" and "(from the file's prediction)" in capsys.readouterr().out
     assert load_checkpoint(path, prediction="eps").prediction == "eps" and "(as asked)" in capsys.readouterr().out
-    assert load_checkpoint(files["sd15"]).prediction == "eps" and "eps-prediction (SD 1.x" in capsys.readouterr().out
+    assert load_checkpoint(files["sd15"]).prediction == "eps"
+    assert "eps-prediction (as all of SD 1.x)" in capsys.readouterr().out
 
 
-def test_the_metadata_may_be_in_the_words_of_the_modelspec_standard(files, tmp_path):
+def test_prediction_is_read_from_modelspec_metadata(files, tmp_path):
     path = tmp_path / "spec.safetensors"
     save_file(load_file(files["sd21"]), path, metadata={"modelspec.prediction_type": "epsilon"})
     assert load_checkpoint(path).prediction == "eps"
 
 
 @pytest.mark.parametrize("std, prediction", [(0.0901, "v"), (0.0899, "eps")])
-def test_sd2_is_v_or_eps_by_the_spread_of_one_norms_biases(files, tmp_path, capsys, std, prediction):
+def test_prediction_of_sd2_is_guessed_from_the_std_of_one_norms_biases(files, tmp_path, capsys, std, prediction):
     tensors = load_file(files["sd21"])
     tensors[NORM1_BIAS] *= std / tensors[NORM1_BIAS].std()
     save_file(tensors, tmp_path / "guess.safetensors")
     assert load_checkpoint(tmp_path / "guess.safetensors").prediction == prediction
-    assert "guessed from a norm's std of 0.090" in capsys.readouterr().out
+    assert "guessed from a norm's std, 0.090: v if above 0.09" in capsys.readouterr().out
 
 
-def test_a_prediction_that_does_not_exist_is_refused(files, tmp_path):
+def test_a_prediction_other_than_v_and_eps_is_refused(files, tmp_path):
     assert "''" in refusal(files["sd15"], prediction="")
     save_file(load_file(files["sd15"]), tmp_path / "odd.safetensors", metadata={"prediction": "velocity"})
     assert "'velocity'" in refusal(tmp_path / "odd.safetensors")
@@ -148,7 +151,7 @@ def test_a_prediction_that_does_not_exist_is_refused(files, tmp_path):
 # ------------------------------------------------------------------ files that do not load
 
 def refusal(path, **settings):
-    """-> the one line, with the path, that says why the file does not load."""
+    """-> the one-line error, which begins with the path, of a file that does not load."""
     with pytest.raises(ValueError) as caught:
         load_checkpoint(path, **settings)
     message = str(caught.value)
@@ -188,13 +191,13 @@ class Intruder:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_that_names_another_class_is_refused_and_runs_nothing(tmp_path):
+def test_a_pickle_with_code_in_it_is_refused_and_the_code_does_not_run(tmp_path):
     message = refusal_of({"state_dict": {}, "extra": Intruder(tmp_path / "made")}, tmp_path)
     assert "mkdir, which could run code" in message and not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"state_dict": 5}, {1: torch.ones(1)}], ids=str)
-def test_a_pickle_of_something_else_is_refused(tmp_path, content):
+def test_a_pickle_without_named_tensors_is_refused(tmp_path, content):
     refusal_of(content, tmp_path)
 
 
@@ -209,17 +212,17 @@ def test_a_missing_tensor_is_named(tmp_path, name, key):
     assert key in message and "alone" not in message
 
 
-@pytest.mark.parametrize("key, shape, says", [
+@pytest.mark.parametrize("key, shape, error", [
     (UNET + "input_blocks.4.0.in_layers.0.weight", (641,), r"in_layers.0.weight is (641,), expected (320,)"),
     (UNET + "middle_block.1.norm.weight", (), "is (), expected (1280,)"),
-    (UNET + "input_blocks.4.0.in_layers.2.weight", (641, 320, 3, 3), "make no model"),
-    (VAE + "encoder.down.1.block.0.conv1.weight", (257, 128, 3, 3), "make no model"),
+    (UNET + "input_blocks.4.0.in_layers.2.weight", (641, 320, 3, 3), "no model has these tensor shapes"),
+    (VAE + "encoder.down.1.block.0.conv1.weight", (257, 128, 3, 3), "no model has these tensor shapes"),
     (VAE + "quant_conv.weight", (), "Stable Diffusion 1.x or 2.x is needed"),
     (UNET + "input_blocks.0.0.weight", (320, 9, 3, 3), "takes 9 channels: an inpainting"),
     (TEXT + "transformer.text_model.embeddings.token_embedding.weight", (49000, 768), "49000 words"),
     (TEXT + "transformer.text_model.embeddings.token_embedding.weight", (49408, 769), "width 769")])
-def test_a_tensor_of_a_wrong_shape_is_refused(tmp_path, key, shape, says):
-    assert says in refusal_of({**hollow_checkpoint("sd15"), key: torch.ones(()).expand(shape)}, tmp_path)
+def test_a_tensor_of_a_wrong_shape_is_refused(tmp_path, key, shape, error):
+    assert error in refusal_of({**hollow_checkpoint("sd15"), key: torch.ones(()).expand(shape)}, tmp_path)
 
 
 OTHER_FILES = {
@@ -243,113 +246,115 @@ def test_another_kind_of_model_is_refused_by_its_name(tmp_path, what):
     assert what in refusal(tmp_path / "other.safetensors")
 
 
-# ------------------------------------------------------------------ layouts that people have
+# ------------------------------------------------------------------ layouts that exist in practice
 
 def write(tensors, folder, metadata=None):
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "layout.safetensors", metadata)
     return folder / "layout.safetensors"
 
 
-def answers(sd):
+def outputs(sd):
+    """-> the outputs of all networks for fixed inputs."""
     x, context, images = (checkpoints.randn(*shape).float() for shape in ((1, 4, 8, 8), (1, 77, 128), (1, 3, 16, 16)))
     return sd.unet(x, torch.tensor([500.0]), context), sd.encode(images), sd.decode(x), sd.encode_text(PROMPTS[:3])
 
 
 def equal(ours, theirs):
-    """Two models give the same answers. Where a tensor lies in memory can change the last bits: 1e-7."""
-    return all(relative(a, b) < 2e-6 for a, b in zip(answers(ours), answers(theirs)))
+    """Whether two models compute the same. A tensor's alignment in memory can change the last bits: 1e-7."""
+    return all(relative(a, b) < 2e-6 for a, b in zip(outputs(ours), outputs(theirs)))
 
 
-OTHERS = {"embedding_manager.initial_embeddings": torch.ones(2), "first_stage_model.loss.logvar": torch.ones(1),
+EXTRA = {"embedding_manager.initial_embeddings": torch.ones(2), "first_stage_model.loss.logvar": torch.ones(1),
           "scale_factor": torch.tensor(0.18215), "control_model.out.weight": torch.ones(3),
           "cond_stage_model.transformer.text_projection.weight": torch.ones(2, 2)}
 
 
-def test_tensors_of_no_network_are_named_in_a_line_and_kept_when_the_file_is_saved_again(files, tmp_path, capsys):
-    tensors = load_file(files["sd15"]) | OTHERS
+def test_extra_tensors_are_listed_in_one_line_and_kept_when_the_model_is_saved(files, tmp_path, capsys):
+    tensors = load_file(files["sd15"]) | EXTRA
     sd = load_checkpoint(write(tensors, tmp_path))
-    assert ("5 tensors belong to none of the networks and are only kept: cond_stage_model.transformer.text_projection."
-            "weight, control_model.out.weight, embedding_manager.initial_embeddings ...\n") in capsys.readouterr().out
-    sd.save(tmp_path / "again.safetensors", torch.float16)
+    assert ("5 extra tensors are unused, and kept when the model is saved: "
+            "cond_stage_model.transformer.text_projection.weight, control_model.out.weight, "
+            "embedding_manager.initial_embeddings ...\n") in capsys.readouterr().out
+    save_checkpoint(sd, tmp_path / "again.safetensors", torch.float16)
     again = load_file(tmp_path / "again.safetensors")
-    assert again.keys() == tensors.keys() and same({name: again[name] for name in OTHERS}, OTHERS)
+    assert again.keys() == tensors.keys() and same({name: again[name] for name in EXTRA}, EXTRA)
     load_checkpoint(files["sd15"])
-    assert "none of the networks" not in capsys.readouterr().out
+    assert "extra tensors" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("novelty", [
-    UNET + "input_blocks.1.0.novelty", VAE + "encoder.novelty", VAE + "decoder.novelty", VAE + "quant_conv.novelty",
-    VAE + "post_quant_conv.novelty", TEXT + "transformer.text_model.encoder.layers.0.novelty",
-    TEXT + "transformer.text_model.embeddings.novelty", TEXT + "transformer.text_model.final_layer_norm.novelty"])
-def test_an_unknown_tensor_of_a_network_that_is_loaded_is_refused(files, tmp_path, novelty):
-    message = refusal(write(load_file(files["sd15"]) | {novelty: torch.ones(1)}, tmp_path))
-    assert f"0 tensors missing; 1 unknown, first {novelty}" in message
+@pytest.mark.parametrize("unknown", [
+    UNET + "input_blocks.1.0.unknown", VAE + "encoder.unknown", VAE + "decoder.unknown", VAE + "quant_conv.unknown",
+    VAE + "post_quant_conv.unknown", TEXT + "transformer.text_model.encoder.layers.0.unknown",
+    TEXT + "transformer.text_model.embeddings.unknown", TEXT + "transformer.text_model.final_layer_norm.unknown"])
+def test_an_unknown_tensor_inside_a_network_is_refused(files, tmp_path, unknown):
+    message = refusal(write(load_file(files["sd15"]) | {unknown: torch.ones(1)}, tmp_path))
+    assert f"0 tensors missing; 1 unknown, first {unknown}" in message
 
 
-def test_what_comfyui_writes_into_its_files_tells_the_prediction_and_the_schedule(files, tmp_path, capsys):
+def test_prediction_and_schedule_are_read_from_what_comfyui_writes_into_its_files(files, tmp_path, capsys):
     tensors = load_file(files["sd15"])
     sd = load_checkpoint(write(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path))
     assert sd.prediction == "v" and sd.zero_snr
     assert "v-prediction (from the file's tensor v_pred), zero terminal SNR" in capsys.readouterr().out
-    sd.save(tmp_path / "again.safetensors")
+    save_checkpoint(sd, tmp_path / "again.safetensors")
     assert load_file(tmp_path / "again.safetensors").keys() >= {"v_pred", "ztsnr"}
     assert load_checkpoint(write(tensors, tmp_path, {"modelspec.predict_key": "v"})).prediction == "v"
     sd = load_checkpoint(write(tensors, tmp_path, {"zero_snr": "true", "prediction": "v"}))
     assert sd.zero_snr and not load_checkpoint(files["sd15"]).zero_snr
-    sd.save(tmp_path / "again.safetensors")
+    save_checkpoint(sd, tmp_path / "again.safetensors")
     assert load_checkpoint(tmp_path / "again.safetensors").zero_snr
 
 
 @pytest.mark.parametrize("name, usual, other", [
     ("sd15", "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
     ("sd21", "cond_stage_model.model.", "conditioner.embedders.0.model.")])
-def test_the_text_encoder_may_have_its_other_name_which_the_saved_file_has_too(files, tmp_path, name, usual, other):
+def test_the_text_encoder_may_have_either_of_its_names_and_keeps_it_when_saved(files, tmp_path, name, usual, other):
     tensors = {key.replace(usual, other): value for key, value in load_file(files[name]).items()}
     assert tensors.keys() != load_file(files[name]).keys()
     sd = load_checkpoint(write(tensors, tmp_path))
     assert equal(sd, load_checkpoint(files[name]))
-    sd.save(tmp_path / "again.safetensors")
+    save_checkpoint(sd, tmp_path / "again.safetensors")
     assert same(load_file(tmp_path / "again.safetensors"), tensors)
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_a_text_encoder_of_23_layers_from_diffusers_gives_what_the_24_layers_give(files, tmp_path, projection):
+def test_a_text_encoder_of_23_layers_from_diffusers_computes_the_same_as_one_of_24(files, tmp_path, projection):
     tensors = {key: value for key, value in load_file(files["sd21"]).items()
                if ".resblocks.23." not in key and (projection or "text_projection" not in key)}
     sd = load_checkpoint(write(tensors, tmp_path))
     assert sd.config.text_layers == 23 and equal(sd, load_checkpoint(files["sd21"]))
-    sd.save(tmp_path / "again.safetensors")
+    save_checkpoint(sd, tmp_path / "again.safetensors")
     assert same(load_file(tmp_path / "again.safetensors"), tensors)
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.bfloat16, 2**-8), (torch.float8_e4m3fn, 2**-3)])
-def test_files_of_lower_precision_load_and_are_saved_as_they_were(files, tmp_path, dtype, rounding):
+def test_files_of_lower_precision_load_and_are_saved_in_that_precision(files, tmp_path, dtype, rounding):
     before = {key: value.to(dtype) if value.is_floating_point() else value
               for key, value in load_file(files["sd15"]).items()}
     sd, exact = load_checkpoint(write(before, tmp_path)), load_checkpoint(files["sd15"])
     assert all(relative(a, b) < rounding for a, b in zip(sd.parameters(), exact.parameters()))
-    sd.save(tmp_path / "again.safetensors")
+    save_checkpoint(sd, tmp_path / "again.safetensors")
     assert all(a.dtype == b.dtype and torch.equal(a.float(), b.float())
                for a, b in zip(before.values(), (load_file(tmp_path / "again.safetensors")[key] for key in before)))
 
 
-@pytest.mark.parametrize("prefixes, lacks", [
+@pytest.mark.parametrize("prefixes, missing", [
     ((VAE,), "no autoencoder"), ((UNET,), "no UNet"), ((TEXT,), "no text encoder"),
     ((VAE, TEXT), "no autoencoder and no text encoder")])
-def test_the_part_that_a_file_lacks_is_named(files, tmp_path, prefixes, lacks):
+def test_the_part_that_a_file_lacks_is_named(files, tmp_path, prefixes, missing):
     tensors = {key: value for key, value in load_file(files["sd21"]).items() if not key.startswith(prefixes)}
-    assert f"it has {lacks}; a whole checkpoint of Stable Diffusion 1.x or 2.x is needed" in refusal(
+    assert f"it has {missing}; a whole checkpoint of Stable Diffusion 1.x or 2.x is needed" in refusal(
         write(tensors, tmp_path))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1])
-def test_weights_that_are_no_real_and_finite_numbers_are_refused_by_their_tensor(files, tmp_path, value):
+def test_weights_that_are_not_floating_point_or_not_finite_are_refused_with_the_tensors_name(files, tmp_path, value):
     name, tensors = UNET + "out.2.bias", load_file(files["sd21"])
     tensors[name] = torch.full_like(tensors[name], value, dtype=torch.int32 if value == 1 else None)
-    assert f"{name} holds NaN, infinity or no real numbers" in refusal_of(tensors, tmp_path)
+    assert f"{name} is not floating point, or has NaN or infinity" in refusal_of(tensors, tmp_path)
 
 
-def test_a_text_encoder_under_the_names_of_the_other_version_is_refused(files, tmp_path):
+def test_the_unet_of_sd2_with_the_text_encoder_of_sd1_is_refused(files, tmp_path):
     both = load_file(files["sd15"]), load_file(files["sd21"])
     tensors = {key: value for key, value in both[0].items() if key.startswith(TEXT)} | {
         key: value for key, value in both[1].items() if not key.startswith(TEXT)}
@@ -360,7 +365,7 @@ def test_a_text_encoder_under_the_names_of_the_other_version_is_refused(files, t
 
 @pytest.fixture(scope="module", params=["sd15", "sd21"])
 def folder(request, files, tmp_path_factory):
-    """A narrow pipeline as diffusers saves it; its name is that of the file with the same weights. To be read only."""
+    """A narrow pipeline as diffusers saves it, named like the file with the same weights. Tests must not change it."""
     path = tmp_path_factory.mktemp("folder") / request.param
     prediction = {"sd15": "eps", "sd21": "v"}[request.param]
     checkpoints.full_pipeline(NARROW[request.param], load_file(files[request.param]), prediction).save_pretrained(path)
@@ -368,7 +373,7 @@ def folder(request, files, tmp_path_factory):
 
 
 def change(folder, where, renames=None, variant="", shards=1, dtype=None):
-    """Rewrite one part's file of weights: other names, another variant, several shards."""
+    """Rewrite the weights file of one part: other names, another variant, several shards."""
     path, = (folder / where).glob("*.safetensors")
     tensors = {(renames or (lambda name: name))(name): value.to(dtype or value.dtype)
                for name, value in load_file(path).items()}
@@ -385,12 +390,12 @@ def old_names(name):
     return name
 
 
-def test_a_folder_gives_what_the_single_file_gives_and_is_saved_as_one(folder, files, tmp_path, capsys):
+def test_a_folder_computes_the_same_as_the_single_file_and_is_saved_as_one(folder, files, tmp_path, capsys):
     sd, single = load_checkpoint(folder), load_checkpoint(files[folder.name])
     assert equal(sd, single) and sd.unet_hash == single.unet_hash
     assert f"{sd.prediction}-prediction (from the file's prediction_type)" in capsys.readouterr().out
     assert sd.prediction == {"sd15": "eps", "sd21": "v"}[folder.name] and not sd.zero_snr
-    sd.save(tmp_path / "one.safetensors")
+    save_checkpoint(sd, tmp_path / "one.safetensors")
     one, before = load_file(tmp_path / "one.safetensors"), load_file(files[folder.name])
     assert one.keys() <= before.keys() and all(torch.equal(one[key], before[key]) for key in one)
     again = load_checkpoint(tmp_path / "one.safetensors")
@@ -409,7 +414,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_folder_may_have(folder, files, tmp_path, what):
+def test_a_folder_loads_with(folder, files, tmp_path, what):
     shutil.copytree(folder, tmp_path / "folder")
     CHANGES[what](tmp_path / "folder")
     assert equal(load_checkpoint(tmp_path / "folder"), load_checkpoint(files[folder.name]))
@@ -420,7 +425,7 @@ def edit_json(folder, name, **changes):
     (folder / name).write_text(json.dumps(content))
 
 
-def test_a_folders_scheduler_tells_the_prediction_and_the_zero_snr_schedule(folder, tmp_path):
+def test_prediction_and_zero_snr_are_read_from_a_folders_scheduler(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "folder")
     edit_json(tmp_path / "folder", "scheduler/scheduler_config.json", prediction_type="v_prediction",
               rescale_betas_zero_snr=True)
@@ -431,7 +436,7 @@ def test_a_folders_scheduler_tells_the_prediction_and_the_zero_snr_schedule(fold
     assert "prediction 'sample'" in refusal(tmp_path / "folder")
 
 
-SPOILED = {
+DAMAGED_FOLDERS = {
     "a folder of StableDiffusionXLPipeline": lambda folder: edit_json(
         folder, "model_index.json", _class_name="StableDiffusionXLPipeline"),
     "vae/ is missing or has no .safetensors file (.bin files are not read)": lambda folder: next(
@@ -440,7 +445,7 @@ SPOILED = {
     "unet/config.json: missing or damaged": lambda folder: (folder / "unet/config.json").write_text("{"),
     "scheduler_config.json: missing": lambda folder: shutil.rmtree(folder / "scheduler"),
     "unet/config.json: missing or damaged (TypeError)": lambda folder: (folder / "unet/config.json").write_text("5"),
-    "sizes that no network has": lambda folder: edit_json(
+    "impossible sizes in a config.json": lambda folder: edit_json(
         folder, "unet/config.json", layers_per_block=[2, 2]),
     "lacks 'block_out_channels'": lambda folder: (folder / "vae/config.json").write_text("{}"),
     "noise schedule of its scheduler is ('linear', 0.00085, 0.012)": lambda folder: edit_json(
@@ -449,21 +454,21 @@ SPOILED = {
         folder, "unet/config.json", attention_head_dim=[2, 4, 8, 8]),
     "takes 9 channels: an inpainting": lambda folder: edit_json(folder, "unet/config.json", in_channels=9),
     "first unet/down_blocks.0.attentions.1": lambda folder: change(
-        folder, "unet", lambda name: name.replace("down_blocks.0.attentions.1", "novelty")),
+        folder, "unet", lambda name: name.replace("down_blocks.0.attentions.1", "unknown")),
     "without model_index.json": lambda folder: (folder / "model_index.json").unlink(),
 }
 
 
-@pytest.mark.parametrize("says", SPOILED)
-def test_a_folder_that_does_not_load_is_refused_in_one_line(folder, tmp_path, says):
+@pytest.mark.parametrize("error", DAMAGED_FOLDERS)
+def test_a_folder_that_does_not_load_is_refused_with_a_one_line_error(folder, tmp_path, error):
     shutil.copytree(folder, tmp_path / "folder")
-    SPOILED[says](tmp_path / "folder")
-    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+    DAMAGED_FOLDERS[error](tmp_path / "folder")
+    with pytest.raises(ValueError, match=re.escape(error)) as caught:
         load_checkpoint(tmp_path / "folder")
     assert str(caught.value).startswith(str(tmp_path / "folder")) and "\n" not in str(caught.value)
 
 
-def test_a_part_of_a_folder_and_a_name_on_the_hub_get_the_way_out(folder):
-    assert "give the folder above it" in refusal(folder / "unet")
+def test_the_error_for_a_part_of_a_folder_or_a_name_on_the_hub_says_what_to_do(folder):
+    assert "pass its parent folder" in refusal(folder / "unet")
     assert "hf download someone/model-2-1 --local-dir model-2-1; then --ckpt model-2-1" in refusal("someone/model-2-1")
     assert "hub" not in refusal("someone/model.safetensors")

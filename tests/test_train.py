@@ -1,4 +1,5 @@
-"""train.py: what a run leaves behind, that it can be killed, what its steps see, its recipes, and what it refuses."""
+"""train.py: the files of a run, killed and resumed runs, its steps, validation, the recipes, and refused settings."""
+import contextlib
 import json
 import math
 import re
@@ -13,18 +14,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import run
 import torch
-from files import replacing
 from safetensors.torch import load_file, save_file
 
 import depth
 import sample
 import train
-from data import read_pairs
 from diff2flow import Diff2Flow
-from model import StableDiffusion, load_checkpoint
-from sample import load_flow
+from model import StableDiffusion
+from support import run
+from support.checkpoint import load_checkpoint, modelspec, save_checkpoint
+from support.files import replacing
+from support.load import load_flow
+from support.pairs import read_pairs
+from support.validation import VALIDATION_SEED, Validation, warn_if_slow
 from tests import runs
 from tests.runs import (
     FEW,
@@ -50,7 +53,7 @@ WHOLE = RESUMABLE + "--preview-every 3 --keep --out "
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """-> the folder of a run of WHOLE that was not interrupted, and what it printed. To be read only."""
+    """-> the folder of a run of WHOLE that was not interrupted, and its stdout. Read only."""
     folder = tmp_path_factory.mktemp("whole")
     with working_in(folder, tiny):
         out = works(train, WHOLE + "run")
@@ -62,15 +65,15 @@ class Killed(BaseException):
 
 
 def kill(words, step, error=Killed):
-    """Train, but die at the beginning of step `step`."""
+    """Train until an error at the beginning of step `step`."""
     plain = train.learning_rate
 
-    def deadly(s, args):
+    def killing(s, args):
         if s == step:
             raise error
         return plain(s, args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "learning_rate", deadly)
+        patch.setattr(train, "learning_rate", killing)
         if error is not Killed:
             return call(train, words)
         with pytest.raises(Killed):
@@ -78,14 +81,14 @@ def kill(words, step, error=Killed):
 
 
 def settings(words):
-    """-> what train.py makes of a command line."""
+    """-> train.py's arguments for a command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *shlex.split(words)])
         return train.arguments()
 
 
 def loss_calls(words):
-    """Train -> what each training batch gave to the loss, a number that it could draw there, and if it ran in bf16."""
+    """Train -> for each training batch, the loss's arguments, a random number drawn there, and whether bf16 was on."""
     plain, calls = Diff2Flow.loss, []
 
     def spied(self, x1, context, x0=None, t_fm=None, mask=None):
@@ -101,24 +104,24 @@ def loss_calls(words):
 
 
 def encoded(words):
-    """Train -> the pictures that the training batches encode, and the prompts of the whole run."""
+    """Train -> the pictures that training batches encode, and all prompts of the run."""
     images, prompts, plain, plain_text = [], set(), StableDiffusion.encode, StableDiffusion.encode_text
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StableDiffusion, "encode", lambda sd, x: images.extend(x) or plain(sd, x))
         patch.setattr(StableDiffusion, "encode_text", lambda sd, words: prompts.update(words) or plain_text(sd, words))
         works(train, words)
-    return images[2:], prompts                          # the first two are held out
+    return images[2:], prompts                          # the first two are validation pictures
 
 
 def make_pairs():
-    """pairs/: seven pairs in files of four."""
+    """Make pairs/, seven pairs in files of four."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "PAIRS_A_FILE", 4)
+        patch.setattr("support.pairs.PAIRS_PER_FILE", 4)
         works(sample, FEW + "--pairs 7 --batch 4 --steps 1 --cfg 3 --out pairs")
 
 
 def save_depth_photos(folder):
-    """Three pictures with depth, whose left part, a few pixels more than two latents, has none."""
+    """Write three pictures with depth. Their left part, a few pixels more than two latents, has none."""
     for i in range(3):
         save_photo(f"{folder}/{i}.png", 32, 48, seed=i)
         values = np.random.default_rng(i).uniform(1, 9, (32, 48))
@@ -126,9 +129,9 @@ def save_depth_photos(folder):
         np.save(f"{folder}/{i}.npy", values)
 
 
-# ------------------------------------------------------------------ what a run leaves behind
+# ------------------------------------------------------------------ the files of a run
 
-def test_train_alone_leaves_a_run_and_says_what_to_do_next():
+def test_training_without_flags_writes_the_files_of_a_run_and_prints_the_next_command():
     out = works(train, "--steps 10 --batch 2 --validation 2 --previews 2 --scenes 8 --size 32")
     folder, = Path("runs").iterdir()
     assert {path.name for path in folder.iterdir()} == {"lora.safetensors", "state.safetensors", "metrics.jsonl",
@@ -139,10 +142,10 @@ def test_train_alone_leaves_a_run_and_says_what_to_do_next():
     result = json.loads((folder / "result.json").read_text())
     assert f"{result['velocity_error_before']:.4f} before, {result['velocity_error_after']:.4f} after" in out
     assert f"{folder}/before_after.png" in out and f"weights: {folder}/lora.safetensors" in out
-    assert out.endswith(f"next: python sample.py --steps 4 --lora {folder}/lora.safetensors\n")
+    assert out.endswith(f"next: python sample.py --lora {folder}/lora.safetensors\n")
 
 
-def test_as_real_commands_training_and_the_next_command_that_it_prints_work(tiny):
+def test_in_processes_of_their_own_training_and_its_next_command_work(tiny):
     def command(words):
         done = subprocess.run([sys.executable, *shlex.split(words)], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
@@ -152,8 +155,8 @@ def test_as_real_commands_training_and_the_next_command_that_it_prints_work(tiny
     assert Path("samples.png").exists() and "my run/model.safetensors" in out
 
 
-def test_pictures_errors_and_checkpoints_come_at_their_intervals(whole):
-    folder, out = whole                                 # 4 steps, a preview every 3, a checkpoint every 2
+def test_previews_velocity_errors_and_saves_are_written_at_their_intervals(whole):
+    folder, out = whole                                 # 4 steps, a preview every 3, a save every 2
     assert {path.name for path in folder.glob("step_*")} == {"step_000003.png"}
     assert metadata(folder / "state.safetensors")["step"] == "4" and f"{folder.name}/step_000003.png" in out
     assert [row["step"] for row in rows_of(folder / "metrics.jsonl")] == [2, 4]
@@ -163,14 +166,14 @@ def test_pictures_errors_and_checkpoints_come_at_their_intervals(whole):
         result["velocity_error_before"], result["velocity_error_after"]]
 
 
-def test_keep_leaves_the_weights_of_each_checkpoint_under_its_step(whole):
+def test_keep_writes_the_weights_of_each_save_to_a_file_named_by_step(whole):
     kept = {path.name for path in whole[0].glob("lora*")}
     assert kept == {"lora.safetensors", *(f"lora-{step:06d}.safetensors" for step in (2, 4))}
     assert same(whole[0] / "lora.safetensors", whole[0] / "lora-000004.safetensors")
     assert not same(whole[0] / "lora.safetensors", whole[0] / "lora-000002.safetensors")
 
 
-def test_all_weights_are_saved_as_a_checkpoint_of_averages_in_which_the_unet_alone_has_changed(tiny):
+def test_all_weights_are_saved_as_the_ema_in_a_checkpoint_where_only_the_unet_changed(tiny):
     works(train, SHORT + "--lora none --objective fm --ema 0.9 --out run")
     before, after, state = (load_file(path) for path in (tiny, "run/model.safetensors", "run/state.safetensors"))
     assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
@@ -182,44 +185,44 @@ def test_all_weights_are_saved_as_a_checkpoint_of_averages_in_which_the_unet_alo
     assert load_checkpoint("run/model.safetensors").metadata["objective"] == "fm"
 
 
-def test_a_lora_says_what_it_was_trained_for(whole, tiny):
-    told, base = metadata(whole[0] / "lora.safetensors"), load_checkpoint(tiny)
-    spec = base.modelspec(whole[0].name, [32, 32], "/lora") | {"modelspec.date": told["modelspec.date"]}
-    assert told == spec | {
+def test_a_loras_metadata_says_how_it_was_trained(whole, tiny):
+    stored, base = metadata(whole[0] / "lora.safetensors"), load_checkpoint(tiny)
+    spec = modelspec(base, whole[0].name, [32, 32], "/lora") | {"modelspec.date": stored["modelspec.date"]}
+    assert stored == spec | {
         "format": "pt", "objective": "diff2flow", "style": "outline", "prediction": "v", "preset": "small",
         "task": "text-to-image", "schedule": "scaled_linear", "base": tiny.name, "base_hash": base.unet_hash,
-        "resolution": "32 32", "cfg": "4.0", "ss_base_model_version": "sd_v2_v", "ss_v2": "True",
+        "resolution": "32 32", "cfg": "2.0", "ss_base_model_version": "sd_v2_v", "ss_v2": "True",
         "ss_network_module": "networks.lora", "ss_network_dim": "Dynamic", "software": "Diff2Flow"}
 
 
-def test_the_zero_snr_schedule_is_remembered_and_sampled_with(tiny):
+def test_zero_snr_is_in_the_metadata_and_sampling_uses_it(tiny):
     works(train, SHORT + "--steps 1 --zero-snr --lora 2 --preview-every 0 --out adapted")
     works(train, SHORT + "--steps 1 --zero-snr --lora none --preview-every 0 --out full")
     assert metadata("adapted/lora.safetensors")["zero_snr"] == metadata("full/model.safetensors")["zero_snr"] == "true"
     for files in (tiny, "adapted/lora.safetensors"), ("full/model.safetensors", None):
         assert load_flow(*files)[1].f_table[-1] == 0
     assert load_flow(tiny)[1].f_table[-1] > 0.06 and load_flow(tiny, zero_snr=True)[1].f_table[-1] == 0
-    assert "an eps-network says nothing about x1" in refusal(train, SHORT + "--zero-snr --prediction eps")
+    assert "eps determines no x1 where alpha is 0" in refusal(train, SHORT + "--zero-snr --prediction eps")
 
 
-def test_a_full_models_file_says_what_it_is(tiny):
+def test_a_trained_checkpoint_has_the_metadata_of_modelspec_and_none_of_a_lora(tiny):
     works(train, SHORT + "--steps 1 --lora none --preview-every 0 --out full")
-    told = metadata("full/model.safetensors")
-    assert told["modelspec.architecture"] == "stable-diffusion-v2-768-v" and told["modelspec.title"] == "full"
-    assert told["base_hash"] == load_checkpoint(tiny).unet_hash and not any(name.startswith("ss_") for name in told)
+    stored = metadata("full/model.safetensors")
+    assert stored["modelspec.architecture"] == "stable-diffusion-v2-768-v" and stored["modelspec.title"] == "full"
+    assert stored["base_hash"] == load_checkpoint(tiny).unet_hash and not any(name.startswith("ss_") for name in stored)
 
 
-def test_a_new_run_does_not_mix_with_an_old_one_in_its_folder(whole):
+def test_a_new_run_in_the_folder_of_an_old_one_is_refused(whole):
     assert f"--resume {whole[0]}" in refusal(train, f"{SHORT} --out {whole[0]}")
 
 
 # ------------------------------------------------------------------ killed and resumed
 
-def test_a_killed_and_resumed_run_leaves_the_files_of_one_that_was_not(whole):
+def test_a_killed_and_resumed_run_writes_the_same_files_as_one_that_was_not_killed(whole):
     kill(WHOLE + "run", 3)
     assert metadata("run/state.safetensors")["step"] == "2"
     with open("run/metrics.jsonl", "a") as file:
-        file.write('{"step": 3}\n')                     # as longer runs do between two checkpoints
+        file.write('{"step": 3}\n')                     # as longer runs do between two saves
     works(train, "--resume run")
     for path in whole[0].iterdir():
         if path.suffix == ".safetensors":
@@ -232,8 +235,9 @@ def test_a_killed_and_resumed_run_leaves_the_files_of_one_that_was_not(whole):
             assert path.read_bytes() == Path("run", path.name).read_bytes(), path.name
 
 
-@pytest.mark.parametrize("words", ["--lora none --data photos", "--task reflow --data pairs", "--task depth"])
-def test_a_killed_and_resumed_run_ends_bit_for_bit_like_one_that_was_not(words):
+@pytest.mark.parametrize("words", ["--lora none --data photos", "--task reflow --data pairs",
+                                   "--task depth --caption-dropout 0"])
+def test_every_kind_of_run_resumes_to_the_same_weights_bit_for_bit(words):
     save_photos("photos")
     words = RESUMABLE + words + " --out "
     if "reflow" in words:
@@ -247,15 +251,15 @@ def test_a_killed_and_resumed_run_ends_bit_for_bit_like_one_that_was_not(words):
     assert Path("whole/result.json").read_text() == Path("killed/result.json").read_text()
 
 
-def test_a_run_killed_while_it_saves_its_last_weights_still_gets_them(whole, monkeypatch):
+def test_a_run_killed_while_it_saves_its_last_weights_writes_them_when_it_resumes(whole, monkeypatch):
     plain = train.save_weights
 
-    def deadly(args, out, sd, metadata, step):
+    def killing(args, out, sd, metadata, step):
         if step == 4:
             raise Killed
         plain(args, out, sd, metadata, step)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "save_weights", deadly)
+        patch.setattr(train, "save_weights", killing)
         call(train, WHOLE + "run")
     works(train, "--resume run")
     assert same(whole[0] / "lora.safetensors", "run/lora.safetensors")
@@ -269,16 +273,16 @@ def test_resuming_a_finished_run_changes_nothing(whole):
 
 def test_the_state_of_another_model_is_refused(whole):
     shutil.copytree(whole[0], "run")
-    state, told = load_file("run/state.safetensors"), metadata("run/state.safetensors")
+    state, stored = load_file("run/state.safetensors"), metadata("run/state.safetensors")
     del state[next(name for name in state if name.startswith("parameter/"))]
-    save_file(state, "run/state.safetensors", told)
+    save_file(state, "run/state.safetensors", stored)
     assert "the state of another model" in refusal(train, "--resume run")
 
 
-def test_an_interrupt_says_how_to_go_on():
+def test_an_interrupted_run_prints_the_command_that_resumes_it():
     result = kill(SHORT + "--save-every 1 --out 'my run'", 3, KeyboardInterrupt)
     assert result.code == 130 and result.err.splitlines()[-1] == "interrupted" and "Traceback" not in result.err
-    python, script, *words = shlex.split(result.out.split("go on from the last save with: ")[1])
+    python, script, *words = shlex.split(result.out.split("resume from the last save with: ")[1])
     assert (python, script) == ("python", "train.py")
     works(train, shlex.join(words))
     assert metadata("my run/state.safetensors")["step"] == "4"
@@ -286,7 +290,7 @@ def test_an_interrupt_says_how_to_go_on():
 
 # ------------------------------------------------------------------ a step
 
-def test_the_learning_rate_rises_and_then_stays_or_falls_by_half_a_cosine_to_a_hundredth():
+def test_the_learning_rate_warms_up_and_then_stays_or_falls_by_half_a_cosine_to_a_hundredth():
     args = Namespace(lr=2.0, warmup=4, steps=24, decay="cosine")
     rates = {step: train.learning_rate(step, args) for step in (0, 3, 4, 14, 24)}
     assert rates == pytest.approx({0: 0.5, 3: 2.0, 4: 2.0, 14: 1.01, 24: 0.02})
@@ -294,20 +298,20 @@ def test_the_learning_rate_rises_and_then_stays_or_falls_by_half_a_cosine_to_a_h
     assert [train.learning_rate(step, args) for step in (0, 4, 24)] == [0.5, 2.0, 2.0]
 
 
-def test_a_step_is_adams_with_the_clipped_gradient_at_the_learning_rate_of_that_step():
+def test_a_step_is_adams_with_the_clipped_gradient_and_the_learning_rate_of_that_step():
     works(train, SHORT + "--steps 1 --warmup 4 --clip 0.01 --lora 2 --out run")
     state = load_file("run/state.safetensors")
     gradient = torch.cat([state[name].flatten() / 0.1 for name in state if name.startswith("adam/exp_avg/")])
     assert gradient.norm().item() == pytest.approx(0.01, rel=1e-4)
     assert rows_of("run/metrics.jsonl")[0]["grad"] > 0.1
-    change = max(state[name].abs().max().item() for name in state                   # an up is 0 before the first step
+    change = max(state[name].abs().max().item() for name in state                   # up is 0 before the first step
                  if re.fullmatch(r"parameter/middle_block.*\.up", name))
     assert change == pytest.approx(1e-3 / 4, rel=1e-2)
 
 
 def test_two_accumulated_half_batches_are_one_batch(monkeypatch):
     plain = Diff2Flow.loss
-    monkeypatch.setattr(Diff2Flow, "loss", lambda self, x1, context, *_: plain(     # the noise would be another one
+    monkeypatch.setattr(Diff2Flow, "loss", lambda self, x1, context, x0=None, t_fm=None, mask=None: plain(
         self, x1, context, -x1.roll(1, -1), torch.full((len(x1),), 0.5)))
     for name, split in ("one", "--batch 4"), ("two", "--batch 2 --grad-accum 2"):
         works(train, f"{SHORT} --steps 1 --lora 2 --clip 1e6 --caption-dropout 0 {split} --out {name}")
@@ -317,19 +321,19 @@ def test_two_accumulated_half_batches_are_one_batch(monkeypatch):
     assert rows_of("one/metrics.jsonl")[0]["loss"] == pytest.approx(rows_of("two/metrics.jsonl")[0]["loss"], rel=1e-4)
 
 
-def test_the_average_forgets_by_its_decay_and_in_the_first_steps_faster():
+def test_the_ema_uses_a_smaller_decay_in_the_first_steps():
     weight = torch.nn.Parameter(torch.zeros(3))
     ema = train.EMA({"weight": weight})
     weight.data += 1
     averages = []
-    for step, decay in (0, 0.999), (8, 0.999), (10**6, 0.99), (0, 0.0):             # of the old: 0.1, 0.5, 0.99, 0
+    for step, decay in (0, 0.999), (8, 0.999), (10**6, 0.99), (0, 0.0):             # decays 0.1, 0.5, 0.99, 0
         ema.update(step, decay)
         averages.append(ema.average["weight"][0].item())
         weight.data += 1
     assert averages == pytest.approx([0.9, 0.5 * 0.9 + 0.5 * 2, 0.99 * 1.45 + 0.01 * 3, 4])
 
 
-def test_the_parameters_hold_their_average_inside_with_and_come_back_after_an_error():
+def test_the_parameters_hold_the_ema_inside_with_and_are_restored_after_an_error():
     weight = torch.nn.Parameter(torch.zeros(1))
     ema = train.EMA({"weight": weight})
     weight.data += 1
@@ -339,7 +343,7 @@ def test_the_parameters_hold_their_average_inside_with_and_come_back_after_an_er
     assert weight.item() == 1 and ema.average["weight"].item() == 0
 
 
-def test_dropped_captions_are_the_empty_one_and_the_share_is_as_asked():
+def test_the_given_share_of_captions_becomes_empty():
     torch.manual_seed(0)
     captions = [f"caption {i}" for i in range(4000)]
     dropped = train.drop_captions(captions, 0.1)
@@ -347,32 +351,24 @@ def test_dropped_captions_are_the_empty_one_and_the_share_is_as_asked():
     assert train.drop_captions(captions, 0.0) == captions and set(train.drop_captions(captions, 1.0)) == {""}
 
 
-def test_logit_normal_times_crowd_the_middle():
-    torch.manual_seed(0)
-    times = train.draw_times(4000, "logit-normal", "cpu")
-    assert 0 < times.min() and times.max() < 1 and train.draw_times(4000, "uniform", "cpu") is None
-    assert ((times > 0.25) & (times < 0.75)).float().mean().item() == pytest.approx(0.728, abs=0.03)
-    assert times.mean().item() == pytest.approx(0.5, abs=0.02)
-
-
-def test_the_loss_sees_captions_times_and_precision_as_asked_and_noise_of_its_own_in_each_batch(tiny):
+def test_the_loss_gets_the_given_captions_and_precision_and_other_random_numbers_in_each_batch(tiny):
     words = SHORT + "--steps 2 --lora 2 --validation 1 --previews 1 --grad-accum 2 "
-    calls = loss_calls(words + "--caption-dropout 1 --t-sampling logit-normal --precision bf16 --out run")
+    calls = loss_calls(words + "--caption-dropout 1 --precision bf16 --out run")
     empty = load_checkpoint(tiny).encode_text(["", ""])
     assert len(calls) == 4 and all(torch.allclose(call.context.float(), empty, atol=0.1) for call in calls)
-    assert len({call.t_fm[0].item() for call in calls}) == len({call.drawn for call in calls}) == 4
+    assert len({call.drawn for call in calls}) == 4 and all(call.t_fm is None for call in calls)
     assert all(call.bf16 for call in calls) and all(math.isfinite(row["loss"]) for row in rows_of("run/metrics.jsonl"))
     call = loss_calls(words + "--caption-dropout 0 --out other")[0]
-    assert call.t_fm is None and not call.bf16 and not torch.allclose(call.context, empty, atol=0.5)
+    assert not call.bf16 and not torch.allclose(call.context, empty, atol=0.5)
 
 
-def test_scenes_are_encoded_once_each():
+def test_each_scene_is_encoded_once():
     images, _ = encoded(SHORT + "--steps 6 --batch 3 --lora 2 --out run")
     scenes = [Scenes(8, 32, 32, "outline", 0)[i]["image"] for i in range(8)]
     assert len(images) == 8 and all(any(torch.equal(image, scene) for image in images) for scene in scenes)
 
 
-def test_photographs_are_encoded_anew_with_new_crops_and_trained_with_their_captions():
+def test_photographs_are_encoded_again_with_new_crops_and_trained_with_their_captions():
     save_photos("photos")
     images, prompts = encoded(SHORT + "--steps 6 --size 32 48 --caption-dropout 0 --lora 2 --data photos --out run")
     assert len(images) == 12 and images[0].shape == (3, 32, 48)
@@ -380,20 +376,21 @@ def test_photographs_are_encoded_anew_with_new_crops_and_trained_with_their_capt
     assert prompts >= {"a red boat", "a tall tree", "a roof"}
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_is_kept(monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_last_save(monkeypatch):
     plain, calls = Diff2Flow.loss, count(1)
-    monkeypatch.setattr(Diff2Flow, "loss", lambda *args: plain(*args) * (math.nan if next(calls) == 3 else 1))
+    monkeypatch.setattr(Diff2Flow, "loss",
+                        lambda *args, **mask: plain(*args, **mask) * (math.nan if next(calls) == 3 else 1))
     line = refusal(train, SHORT + "--save-every 2 --lora 2 --out run")
-    assert re.search(r"the loss is nan and the gradient's norm nan at step 3 \(the network was asked at t = "
+    assert re.search(r"the loss is nan and the gradient's norm nan at step 3 \(network timesteps "
                      r"[\d.]+ to [\d.]+, learning rate 0\.\d+\): stopped, and the step is not saved", line)
     assert metadata("run/state.safetensors")["step"] == "2"
     assert all(tensor.isfinite().all() for tensor in load_file("run/lora.safetensors").values())
-    way_out = line.split("go on from the last save by python train.py ")[1]
+    way_out = line.split("resume from the last save: python train.py ")[1]
     assert way_out == "--resume run --lr 0.0003" and "--lr 0.0003 instead of 0.001" in works(train, way_out)
     assert metadata("run/state.safetensors")["step"] == "4"
 
 
-def test_recomputed_activations_are_a_flag_and_a_frozen_base_is_read_as_bf16_with_a_float32_lora():
+def test_with_bf16_the_frozen_base_of_a_lora_is_bf16_and_what_is_trained_is_float32():
     args = settings(SHORT + "--checkpointing --precision bf16 --lora 2")
     sd, _, trained = train.load_trainable(args, torch.device("cpu"))
     assert sd.unet.checkpointing and sd.unet.out[2].base.weight.dtype == torch.bfloat16
@@ -405,21 +402,27 @@ def test_recomputed_activations_are_a_flag_and_a_frozen_base_is_read_as_bf16_wit
 
 # ------------------------------------------------------------------ validation
 
-@pytest.mark.parametrize("seed", [0, 5])
-def test_the_velocity_error_is_the_mean_over_held_out_pictures_whatever_the_batch_and_the_seed(seed):
-    args = settings(SHORT + f"--validation 3 --seed {seed}")
-    args.precision = "fp32"
+def open_validation(words):
+    """-> arguments, sd, flow, held-out items, [height, width], Validation."""
+    args = settings(words)
     sd, flow, _ = train.load_trainable(args, torch.device("cpu"))
-    _, items, _, _ = train.open_data(args, sd)
-    world = Scenes(3, 32, 32, "outline", train.HELD_OUT_SEED)
-    assert [item["caption"] for item in items] == [world[i]["caption"] for i in range(3)]
+    _, items, size, _, source = train.open_data(args, sd)
+    latents = [train.encode_item(sd, item) for item in items]
+    return args, sd, flow, items, size, Validation(args, Path("run"), sd, flow, train.EXAMPLES[args.task], latents,
+                                                   source, contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_velocity_error_is_the_mean_over_held_out_scenes_for_every_batch_size_and_seed(seed):
+    args, sd, flow, items, _, validation = open_validation(SHORT + f"--validation 3 --seed {seed}")
+    scenes = Scenes(3, 32, 32, "outline", VALIDATION_SEED)
+    assert [item["caption"] for item in items] == [scenes[i]["caption"] for i in range(3)]
     errors = []
     for args.batch in 3, 2:
-        validation = train.Validation(args, Path("run"), sd, flow, train.text_to_image, items)
         errors.append(validation.velocity_error())
     with torch.no_grad():
         x1 = sd.encode(torch.stack([item["image"] for item in items]))
-        x0 = torch.randn(len(validation.noise), 4, 8, 8, generator=torch.Generator().manual_seed(train.HELD_OUT_SEED))
+        x0 = torch.randn(len(validation.noise), 4, 8, 8, generator=torch.Generator().manual_seed(VALIDATION_SEED))
         x0, t_fm = x0[:3], torch.tensor([0.5, 0.118034, 0.736068]).view(3, 1, 1, 1)
         context = sd.encode_text([item["caption"] for item in items])
         u = flow(t_fm * x1 + (1 - t_fm) * x0, t_fm.flatten(), context)
@@ -427,21 +430,21 @@ def test_the_velocity_error_is_the_mean_over_held_out_pictures_whatever_the_batc
     assert errors == pytest.approx([expected, expected], rel=1e-4)
 
 
-def test_hardware_that_makes_a_command_hopeless_is_told_what_it_will_take(monkeypatch, capsys, whole):
-    card = Namespace(batch=4, grad_accum=16, steps=20_000)                          # 3 x 64 forward passes a step
-    train.say_if_hopeless(card, 0.1)
+def test_a_run_that_would_take_days_prints_a_warning_with_its_time(monkeypatch, capsys, whole):
+    paper = Namespace(batch=4, grad_accum=16, steps=20_000)                         # 3 x 64 forward passes per step
+    warn_if_slow(paper, 0.1)
     assert capsys.readouterr().out == "" and "warning" not in whole[1]
-    train.say_if_hopeless(card, 1.0)
+    warn_if_slow(paper, 1.0)
     assert "a step takes about 3 minutes and 20,000 steps about 44 days" in capsys.readouterr().out
-    train.say_if_hopeless(Namespace(batch=1, grad_accum=1, steps=1), 300.0)
+    warn_if_slow(Namespace(batch=1, grad_accum=1, steps=1), 300.0)
     assert "a step takes about 15 minutes and 1 steps about 0 days" in capsys.readouterr().out
-    clock = count(0, 1000)                                                          # seconds; 2 held-out pictures
-    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock)))
+    clock = count(0, 1000)                                                          # seconds; 2 held-out scenes
+    monkeypatch.setattr("support.validation.time", SimpleNamespace(time=lambda: next(clock)))
     out = works(train, SHORT + "--steps 1 --lora 2 --out run")
     assert out.index("before training: ") < out.index("a step takes about 50 minutes") < out.index("weights: ")
 
 
-# ------------------------------------------------------------------ Reflow, depth, and Stable Diffusion's own layout
+# ------------------------------------------------------------------ Reflow, depth, and the layout of Stable Diffusion
 
 def test_reflow_trains_on_each_pairs_own_noise_and_is_sampled_without_guidance():
     make_pairs()
@@ -459,25 +462,21 @@ def test_reflow_trains_on_each_pairs_own_noise_and_is_sampled_without_guidance()
     assert "cfg 1," in works(sample, FEW + "--n 1 --lora run/lora.safetensors")
 
 
-def test_the_velocity_error_of_reflow_is_measured_with_the_held_out_pairs_own_noise():
+def test_the_velocity_error_of_reflow_uses_the_noise_of_the_held_out_pairs():
     make_pairs()
-    args = settings(SHORT.replace("--size 32", "") + "--task reflow --data pairs")
-    args.precision = "fp32"
-    sd, flow, _ = train.load_trainable(args, torch.device("cpu"))
-    _, items, size, _ = train.open_data(args, sd)
-    validation = train.Validation(args, Path("run"), sd, flow, train.reflow, items)
+    *_, size, validation = open_validation(SHORT.replace("--size 32", "") + "--task reflow --data pairs")
     pairs = read_pairs("pairs/pairs-000001.safetensors")
     assert torch.equal(validation.noise, pairs["noise"][1:].float()) and size == [32, 32]
     assert torch.equal(validation.latents["x1"], pairs["latent"][1:].float())
 
 
-def test_a_latent_counts_only_if_all_its_pixels_have_depth():
+def test_the_loss_counts_a_latent_only_if_all_its_pixels_have_depth():
     fake = SimpleNamespace(device=torch.device("cpu"), factor=4, encode=lambda images: images[:, :1, ::4, ::4])
     torch.manual_seed(0)
     depth_values, valid = torch.randn(1, 1, 16, 24), torch.ones(1, 1, 16, 24, dtype=torch.bool)
     valid[0, 0, 7, 8] = False                           # the lower left corner of latent (1, 2)
     batch = {"image": torch.randn(1, 3, 16, 24), "depth": depth_values, "valid": valid, "caption": [""]}
-    x1, x0, context, mask = train.EXAMPLES["depth"](fake, train.to_latents(fake, batch))
+    x1, x0, context, mask = train.EXAMPLES["depth"](fake, train.encode_batch(fake, batch))
     assert (mask == 0).nonzero().tolist() == [[0, 0, 1, 2]] and mask.sum() == 23 and x0 is None
     assert torch.equal(x1, depth_values[:, :, ::4, ::4]) and torch.equal(context, batch["image"][:, :1, ::4, ::4])
     flow = Diff2Flow(lambda x_dm, t_dm, context: 0 * x_dm, torch.tensor([0.9, 0.1]), torch.tensor([0.4359, 0.9950]))
@@ -489,7 +488,7 @@ def test_a_latent_counts_only_if_all_its_pixels_have_depth():
     assert loss(outside) == loss(x1) and loss(inside) > 10 * loss(x1)
 
 
-def test_depth_trains_on_folders_with_holes_by_their_weights_and_its_next_command_predicts():
+def test_depth_trains_on_weighted_folders_with_holes_and_its_lora_predicts_depth():
     save_depth_photos("a")
     save_depth_photos("b")
     words = SHORT.replace("--size 32", "--size 32 48") + "--lora 2 --task depth --data a b --weights 9 1 --out run"
@@ -497,11 +496,11 @@ def test_depth_trains_on_folders_with_holes_by_their_weights_and_its_next_comman
         assert (batch.mask[:, 0].sum(2) == 9).all() and batch.context.shape == batch.x1.shape == (2, 4, 8, 12)
     assert metadata("run/lora.safetensors")["task"] == "depth"
     shutil.copy("a/0.png", "photo.jpg")
-    works(depth, "photo.jpg --steps 1 --lora run/lora.safetensors --device cpu")    # as train.py says
+    works(depth, "photo.jpg --steps 1 --lora run/lora.safetensors --device cpu")
     assert np.load("depth/photo.npy").shape == (32, 48)
 
 
-def test_the_cards_command_trains_a_lora_on_photographs_from_a_file_of_stable_diffusions_layout(files):
+def test_a_lora_of_a_file_in_stable_diffusions_layout_trains_on_photographs_and_its_next_command_works(files):
     save_photos("photos")
     Path("photos/broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a picture")
     result = call(train, f"--ckpt {files['sd21']} --data photos --size 64 --steps 2 --batch 2 --grad-accum 1 "
@@ -536,19 +535,19 @@ def test_the_share_of_time_spent_waiting_for_data_is_logged(monkeypatch):
 
 # ------------------------------------------------------------------ recipes
 
-PAPER = {  # Appendix A: --task and more -> what it sets
+PAPER = {  # Appendix A: flags -> defaults
     "": dict(lora="base", steps=20_000, grad_accum=16, lr=1e-5, decay="constant", caption_dropout=0.02, size=None),
     "--task reflow --data pairs": dict(lora="small", steps=60_000, grad_accum=32, lr=2e-5, caption_dropout=0.0),
     "--task depth": dict(lora="base", steps=20_000, batch=4, grad_accum=8, lr=3e-5, decay="cosine", size=[384, 512])}
 
 
 @pytest.mark.parametrize("words", PAPER)
-def test_a_checkpoint_of_your_own_gets_the_papers_recipe_with_a_lora(words):
+def test_the_defaults_for_a_users_checkpoint_are_the_papers_with_a_lora(words):
     args = vars(settings(f"--ckpt sd21.safetensors {words}"))
     assert {name: args[name] for name in PAPER[words]} == PAPER[words]
 
 
-def test_a_bundled_prior_gets_a_recipe_of_minutes_and_a_flag_of_yours_wins_even_if_it_is_zero(tiny):
+def test_a_bundled_prior_has_defaults_of_its_own_and_every_flag_overrides_them_even_with_zero(tiny):
     for words in "", f"--ckpt {tiny.parent}/other.safetensors":
         args = settings(words)
         assert (args.steps, args.batch, args.grad_accum, args.lora, args.style) == (240, 32, 1, "small", "outline")
@@ -557,25 +556,37 @@ def test_a_bundled_prior_gets_a_recipe_of_minutes_and_a_flag_of_yours_wins_even_
     assert (args.warmup, args.caption_dropout, args.lora, args.steps, args.batch) == (0, 0, "none", 7, 32)
 
 
-def test_the_help_of_every_flag_of_the_recipes_names_its_default_in_each_task(monkeypatch):
+def test_the_help_names_the_default_of_each_flag_for_each_task(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")               # else lines break within words
     text = " ".join(call(train, "--help").out.split())
-    for name, row in train.RECIPES.items():
-        if name == "size":                              # the checkpoint's own, but for depth
-            assert "64 for the bundled priors, else 512; depth on your checkpoint: 384 512)" in text
-            continue
-        row = ["-" if value is None else str(value) for value in row]
+
+    def in_words(recipes, name):
+        return [f"{task} {recipe[name]}" for task, recipe in recipes.items() if recipe[name] is not None]
+    for name in train.PAPER["text-to-image"].keys() - {"size"}:
         shown = re.search(rf"--{name.replace('_', '-')} [^()]*\(default: ([^)]*)\)", text)[1]
-        paper, _, bundled = shown.partition("; on a bundled prior ")
-        assert paper.split(", ") == [f"{task} {value}" for task, value in zip(train.TASKS, row)]
-        assert (bundled.split(", ") if bundled else row[:3]) == row[3:]
+        paper, _, bundled = shown.partition("; on a bundled prior: ")
+        assert paper.split(", ") == in_words(train.PAPER, name)
+        assert (bundled or paper).split(", ") == in_words(train.BUNDLED, name)
+    assert re.search(r"--size [^()]*\(default: 512, as in the paper, or the size in the checkpoint's metadata; depth: "
+                     r"384 512\)", text)
+
+
+def test_the_help_groups_the_flags_under_data_model_optimizer_and_output():
+    lines = call(train, "--help").out.splitlines()
+    headings = {title: lines.index(f"{title}:") for title in ("data", "model", "optimizer", "output")}
+    assert list(headings.values()) == sorted(headings.values())
+    for title, flags in ("data", "--data --size --cache"), ("model", "--ckpt --lora --init-lora"), (
+            "optimizer", "--steps --lr --seed"), ("output", "--out --resume --validation"):
+        later = [line for line in headings.values() if line > headings[title]]
+        group = lines[headings[title]:min(later, default=len(lines))]
+        assert all(any(line.startswith(f"  {flag} ") for line in group) for flag in flags.split())
 
 
 # ------------------------------------------------------------------ what is refused
 
 @pytest.fixture(scope="module")
 def bad(tiny, tmp_path_factory):
-    """A folder of what cannot be used."""
+    """A folder of files that train.py refuses."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "truncated.safetensors").write_bytes(tiny.read_bytes()[:100_000])
     for name, content in ("truncated", tiny.read_bytes()[:1000]), ("zeros", bytes(100)):
@@ -587,8 +598,8 @@ def bad(tiny, tmp_path_factory):
     (folder / "file").write_text("")
     (folder / "file.tar").write_text("")
     sd = load_checkpoint(tiny)
-    sd.add_picture_input()
-    sd.save(folder / "depth.safetensors", torch.float16)
+    sd.add_image_input()
+    save_checkpoint(sd, folder / "depth.safetensors", torch.float16)
     return folder
 
 
@@ -598,12 +609,13 @@ REFUSED = {
     "--size 65": "65x65", "--size 64 64 64": "3 numbers", "--steps 0": "--steps 0", "--grad-accum 0": "--grad-accum 0",
     "--lr nan": "--lr nan", "--caption-dropout 2": "--caption-dropout 2", "--seed -1": "--seed -1",
     "--lora foo": "--lora foo", "--lora 0": "--lora 0", "--weights 1": "--weights", "--data a b": "one folder",
-    "--data a b.tar": "no folders beside them", "--task depth --data a.tar": "only the task text-to-image reads tars",
+    "--data a b.tar": "no folders beside them", "--task depth --data a.tar": "only --task text-to-image reads tars",
     "--data 'a{{0..9.tar'": "a{0..9.tar'; tars are given as",
-    "--data {}/none.tar": "none.tar: no such file", "--data {}/file.tar": "file.tar: empty, truncated, or no tar",
-    "--cache c": "--cache: it keeps", "--cache c --data a.tar": "--cache: it keeps",
-    "--cache c --task depth --data a": "--cache: it keeps", "--data {}/none": "not there",
+    "--data {}/none.tar": "none.tar: no such file", "--data {}/file.tar": "file.tar: empty, truncated, or not a tar",
+    "--cache c": "--cache is for", "--cache c --data a.tar": "--cache is for",
+    "--cache c --task depth --data a": "--cache is for", "--data {}/none": "none is missing",
     "--data {}/empty": "no readable image",
+    "--task depth --caption-dropout 0.1": "--caption-dropout: --task depth uses no captions",
     "--task reflow": "--pairs N", "--task reflow --data {}/empty --objective dm": "velocity field",
     "--task reflow --data {}/empty": "no pairs-", "--task depth --data {}/empty": "no picture with a depth file",
     "--task depth --data {}/empty --weights 1 2": "--weights 1.0 2.0 for 1 folders",
@@ -614,7 +626,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_be_trained_is_one_line_and_leaves_nothing_behind(bad, words, monkeypatch, tmp_path):
+def test_a_refused_setting_is_one_line_before_anything_is_measured_or_written(bad, words, monkeypatch, tmp_path):
     monkeypatch.setattr(train.Validation, "velocity_error", lambda _: pytest.fail("measured before it failed"))
     before = sorted(bad.rglob("*"))
     line = refusal(train, words.format(bad))

@@ -1,4 +1,4 @@
-"""run.py: a run ends when it is told to and goes on to the same result, owns its folder, and is shared by processes."""
+"""support/run.py, state.py, processes.py: signals, the folder of a run, --resume, and several processes."""
 import json
 import math
 import os
@@ -10,18 +10,19 @@ import sys
 import time
 from pathlib import Path
 
-import files
 import numpy as np
 import pytest
-import run
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from data import pictures_in
-from model import load_checkpoint
+from data import ImageFolder, pictures_in
+from support import run
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.files import save_tensors
+from support.state import saved_settings
 from tests import runs
 from tests.runs import FEW, SHORT, call, metadata, refusal, rows_of, same, save_photos, save_shards, working_in, works
 
@@ -32,36 +33,34 @@ RUN = SHORT + "--lora 2 --preview-every 0 --ema 0.9 "
 
 
 def at_step(step, action):
-    """Patch train.py so that `action` happens in the middle of a step, counted from 0."""
-    plain = train.draw_times
+    """-> a patch of train.py that calls action() inside a step, counted from 0."""
+    plain = train.learning_rate
 
-    def draw_times(n, t_sampling, device):
-        if at_step.count == step:
+    def learning_rate(s, args):
+        if s == step:
             action()
-        at_step.count += 1
-        return plain(n, t_sampling, device)
-    at_step.count = 0
-    return "draw_times", draw_times
+        return plain(s, args)
+    return "learning_rate", learning_rate
 
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """The folder of a run of RUN that was not stopped. To be read only."""
+    """The folder of a run of RUN that was not stopped. Read only."""
     folder = tmp_path_factory.mktemp("whole")
     with working_in(folder, tiny):
         works(train, RUN + "--out run")
     return folder / "run"
 
 
-# ------------------------------------------------------------------ told to stop
+# ------------------------------------------------------------------ signals
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_to_the_same_result(whole, name, monkeypatch):
+def test_a_signal_stops_a_run_after_its_step_and_it_resumes_to_the_same_result(whole, name, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, *at_step(1, lambda: os.kill(os.getpid(), getattr(signal, name))))
         stopped = call(train, RUN + "--out run")
-    assert stopped.code == 75 and f"{name}: the run saves after this step, and ends" in stopped.err
-    assert stopped.out.endswith("stopped and saved after step 2 of 4; go on with: python train.py --resume run\n")
+    assert stopped.code == 75 and f"{name}: the run saves after this step and stops" in stopped.err
+    assert stopped.out.endswith("stopped and saved after step 2 of 4; resume with: python train.py --resume run\n")
     assert metadata("run/state.safetensors")["step"] == "2" and Path("run/lora.safetensors").exists()
     assert not Path("run/result.json").exists() and "Traceback" not in stopped.err
     works(train, "--resume run")
@@ -69,25 +68,60 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_to_the_same_result(wh
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_second_ctrl_c_leaves_at_once(monkeypatch):
+def test_a_second_ctrl_c_ends_the_run_without_saving(monkeypatch):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     monkeypatch.setattr(train, *at_step(2, twice))
     stopped = call(train, RUN + "--save-every 1 --out run")
     assert stopped.code == 130 and stopped.err.splitlines()[-1] == "interrupted"
-    assert "go on from the last save with: python train.py --resume run" in stopped.out
+    assert "resume from the last save with: python train.py --resume run" in stopped.out
     assert metadata("run/state.safetensors")["step"] == "2"
 
 
-def test_a_signal_before_the_first_step_leaves_at_once(monkeypatch):
+def test_a_signal_before_the_first_step_ends_the_run_without_saving(monkeypatch):
     monkeypatch.setattr(train.Validation, "velocity_error", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     assert call(train, RUN + "--out run").code == 130 and not Path("run/state.safetensors").exists()
 
 
+# ------------------------------------------------------------------ Windows, and random streams
+
+def test_where_fcntl_sighup_and_sigusr1_are_missing_as_on_windows_scripts_train_and_sample(tiny):
+    Path("windows.py").write_text(f"""
+import signal, sys
+sys.modules["fcntl"] = None                     # importing it is an ImportError
+del signal.SIGHUP, signal.SIGUSR1
+import sample, train
+sys.argv = "train.py {RUN} --ckpt {tiny} --steps 3 --out run".split()
+train.main()
+sys.argv = "sample.py {FEW} --lora run/lora.safetensors --ckpt {tiny} --n 1".split()
+sample.main()
+""")
+    done = subprocess.run([sys.executable, "windows.py"], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert metadata("run/state.safetensors")["step"] == "3" and Path("samples.png").exists()
+
+
+def test_torchs_cpu_generator_uses_the_low_32_bits_of_a_seed_alone():
+    """So seed * 2**32 + i would give all seeds the same noise on a CPU."""
+    def drawn(seed):
+        return torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+    assert drawn(5) == drawn(3 * 2**32 + 5) and len({tuple(drawn(seed)) for seed in (5, 6, 2**32 - 1)}) == 3
+
+
+def test_the_random_streams_of_seeds_up_to_1000_do_not_meet():
+    streams = 60_000 * 32                       # steps of Reflow, batches per step: the paper's longest run
+    first = sorted(run.seed_of(seed, 0) for seed in range(1001))
+    assert min(b - a for a, b in zip(first, [*first[1:], first[0] + 2**32])) > streams
+    for seed in 0, 1, 1000, 2**32 - 1:          # a seed's streams are consecutive, and in the generator's 32 bits
+        assert {(run.seed_of(seed, i) - run.seed_of(seed, 0) - i) % 2**32 for i in (0, 1, 10**6, streams - 1)} == {0}
+        assert 0 <= run.seed_of(seed, streams - 1) < 2**32
+
+
 # ------------------------------------------------------------------ the folder and its files
 
-def test_a_folder_in_which_a_process_runs_is_refused_with_its_number():
+def test_a_folder_in_use_is_refused_with_the_id_of_its_process():
     with run.owned(Path("run")):
         line = refusal(train, RUN + "--out run")
         assert f"run: process {os.getpid()} on " in line and "choose another --out" in line
@@ -95,7 +129,7 @@ def test_a_folder_in_which_a_process_runs_is_refused_with_its_number():
     assert not Path("run/.lock").exists()
 
 
-def test_what_a_killed_writer_left_is_removed_at_the_next_start_and_is_no_picture(whole):
+def test_half_written_files_of_a_killed_run_are_removed_when_it_resumes_and_never_read_as_pictures(whole):
     shutil.copytree(whole, "run")
     save_photos("photos")
     for path in "run/state.partial.safetensors", "run/step_000003.partial.png", "photos/tree.partial.jpg":
@@ -103,10 +137,10 @@ def test_what_a_killed_writer_left_is_removed_at_the_next_start_and_is_no_pictur
     works(train, "--resume run")
     assert not list(Path("run").glob("*.partial.*"))
     assert Path("photos/tree.partial.jpg") not in pictures_in("photos")
-    assert len(train.ImageFolder("photos", 8, 8)) == 3
+    assert len(ImageFolder("photos", 8, 8)) == 3
 
 
-def test_a_log_is_only_appended_to_and_a_torn_last_line_is_dropped():
+def test_trimming_a_log_removes_later_rows_and_a_half_written_one_in_place():
     path = Path("metrics.jsonl")
     for step in 1, 2, 3:
         run.append_log(path, {"step": step})
@@ -120,7 +154,7 @@ def test_a_log_is_only_appended_to_and_a_torn_last_line_is_dropped():
     run.trim_log(Path("none.jsonl"), 2)
 
 
-def test_a_run_whose_log_is_torn_resumes(whole):
+def test_a_run_with_a_half_written_row_in_its_log_resumes(whole):
     shutil.copytree(whole, "run")
     for name in "metrics", "validation":
         with open(f"run/{name}.jsonl", "a") as file:
@@ -130,15 +164,15 @@ def test_a_run_whose_log_is_torn_resumes(whole):
     assert [row["step"] for row in rows_of("run/validation.jsonl")] == [0, 4, 5]
 
 
-def test_a_file_reaches_the_disk_before_it_takes_its_name(monkeypatch):
+def test_a_file_is_flushed_to_the_disk_before_it_gets_its_name(monkeypatch):
     done, plain = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}")))
     monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or plain(*paths))
-    files.save_tensors("a.safetensors", {"x": torch.ones(1)})
+    save_tensors("a.safetensors", {"x": torch.ones(1)})
     assert re.fullmatch(rf"{os.getcwd()}/a.partial.\w+.safetensors", done[0]) and done[1:] == ["replace"]
 
 
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(tiny):
+def test_a_full_disk_is_an_error_of_one_line_and_the_last_save_stays(tiny):
     works(train, RUN + f"--ckpt {tiny} --out run")
     before = {path.name: path.read_bytes() for path in Path("run").glob("*.safetensors")}
     command = f"ulimit -f 100; exec {sys.executable} {ROOT}/train.py --resume run --steps 6"        # files of 100 kB
@@ -146,31 +180,31 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(tiny):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and line.startswith("error: ") and "Traceback" not in done.stderr
-    assert "run/lora.safetensors: could not be written, and is as it was" in line
+    assert "run/lora.safetensors: could not be written, and is unchanged" in line
     assert {path.name: path.read_bytes() for path in Path("run").glob("*.safetensors")} == before
     assert not list(Path("run").glob("*.partial.*"))
 
 
-# ------------------------------------------------------------------ what --resume takes, and what it checks
+# ------------------------------------------------------------------ --resume
 
-def test_a_resumed_run_may_have_more_steps_another_rate_and_other_intervals_which_are_said(whole):
+def test_a_resumed_run_prints_what_changes_in_its_steps_learning_rate_and_intervals(whole):
     shutil.copytree(whole, "run")
     out = works(train, "--resume run --steps 6 --lr 5e-4 --save-every 1 --preview-every 6 --device cpu")
-    for said in "--steps 6 instead of 4", "--lr 0.0005 instead of 0.001", "--save-every 1 instead of 1000":
-        assert said in out
+    for line in "--steps 6 instead of 4", "--lr 0.0005 instead of 0.001", "--save-every 1 instead of 1000":
+        assert line in out
     assert "--device" not in out and metadata("run/state.safetensors")["step"] == "6"
     assert rows_of("run/metrics.jsonl")[-1]["lr"] < 5e-4 and Path("run/step_000006.png").exists()
-    assert run.saved_settings("run")["lr"] == 5e-4
+    assert saved_settings("run")["lr"] == 5e-4
 
 
 @pytest.mark.parametrize("flag", ["--batch 2", "--objective dm", "--clip 1.0", "--seed 0", "--zero-snr", "--out other"])
-def test_any_other_flag_beside_resume_is_refused_even_with_the_value_that_it_has(whole, flag):
+def test_any_other_flag_with_resume_is_refused_even_with_the_value_that_the_run_has(whole, flag):
     shutil.copytree(whole, "run")
-    assert f"{flag.split()[0]}: a resumed run keeps its settings; beside --resume it takes --steps, --lr" in refusal(
-        train, f"--resume run {flag}")
+    line = refusal(train, f"--resume run {flag}")
+    assert f"{flag.split()[0]}: a resumed run keeps its settings; with --resume you can change --steps, --lr" in line
 
 
-def test_a_run_resumes_from_another_folder_and_after_it_was_copied(whole, tiny, monkeypatch):
+def test_a_run_resumes_from_another_working_directory_and_as_a_copy(whole, tiny, monkeypatch):
     save_photos("photos")
     shutil.copy(tiny, "base.safetensors")
     works(train, RUN + "--steps 2 --data photos --ckpt base.safetensors --out run")
@@ -182,16 +216,17 @@ def test_a_run_resumes_from_another_folder_and_after_it_was_copied(whole, tiny, 
     assert same("../run/state.safetensors", "copy/state.safetensors")
 
 
-def test_another_base_is_refused_and_other_data_are_said(tiny):
+def test_resuming_on_another_base_is_refused_and_on_other_files_it_warns(tiny):
     save_photos("photos")
     shutil.copy(tiny, "base.safetensors")
     works(train, RUN + "--steps 2 --data photos --ckpt base.safetensors --out run")
-    assert "warning: the files of --data" not in works(train, "--resume run --steps 3")
+    warning = "warning: files were added to --data or removed since the run began"
+    assert warning not in works(train, "--resume run --steps 3")
     os.rename("photos/boat.jpg", "photos/ship.jpg")
-    assert "warning: the files of --data are not those that the run began" in works(train, "--resume run --steps 4")
+    assert warning in works(train, "--resume run --steps 4")
     sd = load_checkpoint(tiny)
     sd.unet.out[2].bias += 1
-    sd.save("base.safetensors")
+    save_checkpoint(sd, "base.safetensors")
     line = refusal(train, "--resume run --steps 5")
     assert "state.safetensors: the run's base was another checkpoint (UNet " in line and "the file replaced?" in line
 
@@ -203,43 +238,43 @@ def test_a_state_without_settings_is_refused(whole, args):
     assert "run/state.safetensors: not written by train.py" in refusal(train, "--resume run")
 
 
-def damaged(change):
+def damage(change):
     """Change the tensors and the metadata of run/state.safetensors by `change`."""
-    tensors, told = load_file("run/state.safetensors"), metadata("run/state.safetensors")
-    change(tensors, told)
-    save_file(tensors, "run/state.safetensors", told)
+    tensors, stored = load_file("run/state.safetensors"), metadata("run/state.safetensors")
+    change(tensors, stored)
+    save_file(tensors, "run/state.safetensors", stored)
 
 
 def set_to(start, make):
     """Change the first tensor whose name begins with `start`."""
-    def change(tensors, told):
+    def change(tensors, stored):
         name = min(name for name in tensors if name.startswith(start))
         tensors[name] = make(tensors[name])
     return change
 
 
 def without(start):
-    """Leave out the tensors whose names begin with `start`."""
-    def change(tensors, told):
+    """Remove the tensors whose names begin with `start`."""
+    def change(tensors, stored):
         for name in [name for name in tensors if name.startswith(start)]:
             del tensors[name]
     return change
 
 
 def args_with(**changes):
-    return lambda tensors, told: told.update(args=json.dumps({**json.loads(told["args"]), **changes}))
+    return lambda tensors, stored: stored.update(args=json.dumps({**json.loads(stored["args"]), **changes}))
 
 
 @pytest.mark.parametrize("change", [
     set_to("parameter/", lambda x: x.flatten()[:1]), set_to("average/", lambda x: x * math.nan), without("average/"),
     set_to("adam/exp_avg/", lambda x: x[None]), set_to("adam/step/", lambda x: x * math.inf),
-    without("adam/exp_avg"), without("adam/"), without("parameter/"), lambda tensors, told: told.pop("step"),
-    lambda tensors, told: told.update(step="x"), lambda tensors, told: told.update(step="-1"),
-    lambda tensors, told: told.update(args="[" * 100_000), args_with(batch="two"), args_with(task=[]),
+    without("adam/exp_avg"), without("adam/"), without("parameter/"), lambda tensors, stored: stored.pop("step"),
+    lambda tensors, stored: stored.update(step="x"), lambda tensors, stored: stored.update(step="-1"),
+    lambda tensors, stored: stored.update(args="[" * 100_000), args_with(batch="two"), args_with(task=[]),
     args_with(unknown=3), args_with(objective="x"), args_with(seed={}), args_with(batch=0)])
-def test_a_damaged_state_is_one_line_that_names_it(whole, change):
+def test_a_damaged_state_is_an_error_of_one_line_that_names_the_file(whole, change):
     shutil.copytree(whole, "run")
-    damaged(change)
+    damage(change)
     assert "run/state.safetensors: " in refusal(train, "--resume run --steps 5")
     assert not rows_of("run/metrics.jsonl")[-1]["step"] > 4
 
@@ -255,14 +290,14 @@ def torchrun(words):
 
 
 def printed_by(job, fails=False):
-    """Wait for a job, which must fail or not -> what it printed."""
+    """Wait for a job that must succeed, or fail if `fails` -> what it printed."""
     out, _ = job.communicate(timeout=300)
     assert (job.returncode != 0) == fails, out[-3000:]
     return out
 
 
-def close(a, b, kind):
-    """|a - b| / |b| of all parameters, or averages, in two states."""
+def difference(a, b, kind):
+    """-> |a - b| / |b| of all parameters, or of their EMA, in two states."""
     a, b = load_file(a), load_file(b)
     assert a.keys() == b.keys()
     a, b = (torch.cat([x[name].double().flatten() for name in x if name.startswith(kind)]) for x in (a, b))
@@ -273,28 +308,29 @@ SHARED = ("--steps 20 --batch 1 --grad-accum 4 --lr 1e-3 --decay constant --warm
           "--style outline --preview-every 0 --device cpu --precision fp32 ")
 
 
-@pytest.mark.parametrize("words", ["--lora 2", "--lora none --lr 1e-5 --data photos", "--task depth --lora 2",
-                                   "--task reflow --data pairs --lora 2"])
-def test_two_processes_train_what_one_does_and_a_run_goes_on_with_another_number(tiny, words):
-    """All weights at the paper's rate: where a gradient is all rounding, Adam takes a full step either way."""
+@pytest.mark.parametrize("words", ["--lora 2", "--lora none --lr 1e-5 --data photos",
+                                   "--task depth --lora 2 --caption-dropout 0", "--task reflow --data pairs --lora 2"])
+def test_two_processes_train_the_same_as_one_and_a_run_resumes_with_another_number(tiny, words):
+    """All weights at the paper's learning rate, since Adam takes a full step where a gradient is rounding error."""
     save_photos("photos")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "PAIRS_A_FILE", 4)
+        patch.setattr("support.pairs.PAIRS_PER_FILE", 4)
         works(sample, FEW + "--pairs 7 --batch 4 --steps 1 --cfg 3 --out pairs")
     size = "" if "reflow" in words else "--size 32 --scenes 8 "
     words = f"{SHARED}{size}--validation 2 --previews 2 {words} --ckpt {tiny}"
     works(train, f"{words} --out one")
-    out = printed_by(torchrun(f"{ROOT}/train.py {words} --steps 10 --out two"))
+    out = printed_by(torchrun(f"{ROOT}/train.py {words} --steps 10 --preview-every 10 --out two"))
     assert out.count("weights: two/") == 1                              # rank 0 alone prints
+    assert Path("two/step_000010.png").exists()                         # and draws, while the other process waits
     assert [row["step"] for row in rows_of("two/metrics.jsonl")] == [10]
     works(train, "--resume two --steps 20")
     for kind in "parameter/", "average/":
-        assert close("two/state.safetensors", "one/state.safetensors", kind) < 1e-5
+        assert difference("two/state.safetensors", "one/state.safetensors", kind) < 1e-5
     losses = [[row["loss"] for row in rows_of(f"{name}/metrics.jsonl")] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_two_processes_share_the_files_of_pairs_and_make_what_one_makes(tiny):
+def test_two_processes_share_the_files_of_pairs_and_write_the_same_as_one(tiny):
     words = f"{FEW} --pairs 260 --batch 64 --steps 1 --cfg 1 --ckpt {tiny}"
     works(sample, f"{words} --out one")
     printed_by(torchrun(f"{ROOT}/sample.py {words} --out two"))
@@ -310,27 +346,29 @@ def test_two_processes_share_a_pass_over_tars(tiny):
     Path("spied.py").write_text(
         "import os, train\nplain = train.drop_captions\n"
         "def spied(captions, share):\n"
-        "    open('seen' + os.environ['RANK'], 'a').write(captions[0] + '\\n')\n"
+        "    if share:                            # 0 in validation\n"
+        "        open('seen' + os.environ['RANK'], 'a').write(captions[0] + '\\n')\n"
         "    return plain(captions, share)\n"
         "train.drop_captions = spied\ntrain.main()\n")
     words = RUN + f"--ckpt {tiny} --batch 1 --grad-accum 4 --steps 3 --data shards/{{00000..00003}}.tar --out run"
     printed_by(torchrun(f"spied.py {words}"))
     seen = [Path(f"seen{rank}").read_text().splitlines() for rank in (0, 1)]
-    assert len(seen[0]) == len(seen[1]) == 6 and {*seen[0], *seen[1]} == {f"picture {i}" for i in range(12)}
+    assert len(seen[0]) == len(seen[1]) == 6
+    assert {*seen[0], *seen[1]} == {f"picture {i}" for i in range(12) if i != 9}        # 9 is held out
 
 
-def test_two_processes_fill_a_cache_together_with_what_one_puts_there(tiny):
+def test_two_processes_fill_a_cache_together_with_the_same_files_as_one(tiny):
     save_photos("photos")
     words = f"{SHARED} --size 32 --validation 2 --previews 2 --lora 2 --data photos --ckpt {tiny} --steps 4"
     works(train, f"{words} --cache one-cache --out one")
     printed_by(torchrun(f"{ROOT}/train.py {words} --cache two-cache --out two"))
     one, two = (sorted(Path(folder).rglob("*.safetensors")) for folder in ("one-cache", "two-cache"))
-    assert len(one) == len(two) == 3 + 4                                # pictures, captions with the empty one
+    assert len(one) == len(two) == 3 + 4                                # pictures; captions and the empty one
     assert all(a.name == b.name and same(a, b) for a, b in zip(one, two))
-    assert close("two/state.safetensors", "one/state.safetensors", "parameter/") < 1e-5
+    assert difference("two/state.safetensors", "one/state.safetensors", "parameter/") < 1e-5
 
 
-def test_two_processes_share_pictures_and_draw_the_grid_that_one_draws(tiny):
+def test_two_processes_share_the_pictures_of_a_grid_and_draw_the_same_as_one(tiny):
     Path("prompts.txt").write_text("red\ngreen\nblue\nblack\nwhite\n")
     words = f"{FEW} --prompts prompts.txt --batch 2 --ckpt {tiny} --out"
     works(sample, f"{words} one.png")
@@ -341,12 +379,12 @@ def test_two_processes_share_pictures_and_draw_the_grid_that_one_draws(tiny):
     assert one.shape == two.shape and abs(one - two).max() <= 1
 
 
-def test_a_step_that_cannot_be_shared_is_refused(tiny):
+def test_a_step_that_processes_cannot_share_equally_is_refused(tiny):
     out = printed_by(torchrun(f"{ROOT}/train.py {RUN} --grad-accum 3 --ckpt {tiny} --out run"), fails=True)
     assert "error: --grad-accum 3: 2 processes share the batches of a step, so it must be a multiple" in out
 
 
-def test_a_killed_worker_ends_the_job_with_a_message_and_the_next_start_resumes(tiny):
+def test_a_killed_process_ends_the_job_with_a_message_and_the_run_resumes(tiny):
     job = torchrun(f"{ROOT}/train.py {RUN} --steps 4000 --save-every 1 --grad-accum 2 --ckpt {tiny} --out run")
     deadline = time.time() + 120
     while not Path("run/state.safetensors").exists() and time.time() < deadline:

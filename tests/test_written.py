@@ -1,4 +1,4 @@
-"""What is written tells how it was made, and takes no other program's place."""
+"""Files that are written say how they were made, and do not replace other programs' files."""
 import json
 import os
 import re
@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from files import SOFTWARE, check_replaceable, maker_of, save_tensors
 from PIL import Image
 
 import depth
-import lora
 import sample
 import train
-from data import save_picture
+from diff2flow import Diff2Flow
+from support.files import SOFTWARE, check_replaceable, maker_of, save_tensors
+from support.pictures import save_picture
 from tests import runs
 from tests.runs import FEW, SHORT, call, metadata, refusal, save_photo, save_photos, works
 from tests.test_sample import write_lora
+from tools import merge
 
 tiny, at_work = runs.tiny, runs.at_work
 pytestmark = pytest.mark.usefixtures("at_work")
@@ -25,7 +26,7 @@ USER_COMMENT = 0x9286
 
 
 def making(path):
-    """-> the text that other tools show: a .png's "parameters", another's Exif comment."""
+    """-> the text that other tools show: "parameters" of a .png, the Exif comment of other formats."""
     with Image.open(path) as picture:
         if "parameters" in picture.info:
             return picture.info["parameters"]
@@ -35,7 +36,7 @@ def making(path):
 
 
 @pytest.mark.parametrize("end", ["png", "jpg", "webp"])
-def test_a_picture_tells_its_prompt_and_settings_and_which_of_the_seeds_pictures_it_is(tiny, end):
+def test_a_pictures_file_has_its_prompt_its_settings_and_its_number(tiny, end):
     works(sample, f"{FEW} --prompt 'a red café' --negative grey --cfg 3 --seed 5 --n 2 --singles --out s.{end}")
     settings = (r"Negative prompt: grey\nSteps: 2, Sampler: Euler, Seed: 5, Model hash: [0-9a-f]{10}, Model: tiny, "
                 r"Objective: diff2flow, CFG scale: 3, Size: 32x32")
@@ -44,13 +45,12 @@ def test_a_picture_tells_its_prompt_and_settings_and_which_of_the_seeds_pictures
     assert maker_of(f"s.{end}") == maker_of("s/0001.png") == SOFTWARE
 
 
-def test_a_prompt_that_is_no_unicode_still_makes_a_picture():
+def test_a_prompt_that_utf_8_cannot_encode_still_gives_a_picture():
     save_picture("a.png", Image.new("RGB", (8, 8)), "a \ud800 b")
     assert making("a.png") == "a ? b"
 
 
-def test_a_file_says_who_made_it_and_others_are_not_replaced():
-    """By the file's own word alone: a name, a folder or a damaged file says nothing."""
+def test_only_files_whose_metadata_names_diff2flow_are_replaced():
     save_tensors("ours.safetensors", {})
     Path("ours.jsonl").write_text(json.dumps({"software": SOFTWARE}) + "\n{}\n")
     for name in "none.png", "ours.safetensors", "ours.jsonl":
@@ -61,7 +61,7 @@ def test_a_file_says_who_made_it_and_others_are_not_replaced():
     Path("folder.png").mkdir()
     Path("dangling.png").symlink_to("nothing")
     for name in "photo.png", "list.json", "half.png", "folder.png", "dangling.png":
-        with pytest.raises(ValueError, match=f"{name} is there already, and was not written by Diff2Flow"):
+        with pytest.raises(ValueError, match=f"{name} exists already, and was not written by Diff2Flow"):
             check_replaceable(name)
 
 
@@ -69,12 +69,12 @@ def files_and_bytes():
     return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
-def test_another_programs_files_stay_and_our_own_are_replaced(tiny):
+def test_samples_replace_diff2flows_pictures_and_no_others(tiny):
     words = FEW + "--n 2 --singles --out s.png "
     for taken in "s.png", "s/0001.png":
         save_photo(taken)
         before = files_and_bytes()
-        assert f"{taken} is there already" in refusal(sample, words)
+        assert f"{taken} exists already" in refusal(sample, words)
         assert files_and_bytes() == before
         os.unlink(taken)
     works(sample, words)
@@ -83,22 +83,22 @@ def test_another_programs_files_stay_and_our_own_are_replaced(tiny):
     assert all(before[path] != path.read_bytes() for path in before)
 
 
-def test_single_pictures_are_not_mixed_with_others(tiny):
+def test_single_pictures_are_refused_in_a_folder_with_other_pictures(tiny):
     works(sample, FEW + "--n 3 --singles --out s.png")
     before = files_and_bytes()
-    assert "s holds 1 pictures that this command does not write, first 0002.png" in refusal(
+    assert "s has 1 pictures that this command does not write, first 0002.png" in refusal(
         sample, FEW + "--n 2 --singles --out s.png")
     assert files_and_bytes() == before
 
 
-def test_a_grid_that_its_format_cannot_hold_is_refused_before_it_is_sampled(monkeypatch):
-    monkeypatch.setattr(sample, "draw", lambda *_, **__: pytest.fail("sampled before it failed"))
+def test_a_grid_too_large_for_its_format_is_refused_before_sampling(monkeypatch):
+    monkeypatch.setattr(Diff2Flow, "sample", lambda *_, **__: pytest.fail("sampled before it failed"))
     assert re.search(r"big.webp: it would have \d+x\d{5} pixels, a .webp at most 16383 a side: write a .png",
                      refusal(sample, FEW + "--n 1200 --out big.webp"))
     assert "must be the name of a picture, which ends in .png .jpg" in refusal(sample, FEW + "--out grid.bmp")
 
 
-def test_depth_does_not_replace_the_truth_nor_the_pictures(tiny):
+def test_depth_replaces_neither_the_true_depth_nor_other_pictures(tiny):
     works(train, SHORT + "--task depth --lora 2 --preview-every 0 --out run")
     save_photo("in/a.jpg")
     words = "in/a.jpg --lora run/lora.safetensors --steps 1 --device cpu --out "
@@ -108,7 +108,7 @@ def test_depth_does_not_replace_the_truth_nor_the_pictures(tiny):
             os.rename("in/a.npy", "a.npy")
             save_photo(taken)
         before = files_and_bytes()
-        assert f"{taken} is there already" in refusal(depth, words + "in")
+        assert f"{taken} exists already" in refusal(depth, words + "in")
         assert files_and_bytes() == before
     works(depth, words + "out")
     first = np.load("out/a.npy")
@@ -117,35 +117,35 @@ def test_depth_does_not_replace_the_truth_nor_the_pictures(tiny):
     assert "Steps: 1" in making("out/a_16bit.png") and "Ensemble: 1" in making("out/a_colour.png")
 
 
-def test_a_merged_checkpoint_takes_no_other_ones_place_and_never_its_bases(tiny):
+def test_a_merged_checkpoint_replaces_neither_its_inputs_nor_other_programs_files(tiny):
     write_lora("a.safetensors", tiny)
-    shutil.copy(tiny, "base.safetensors")           # which our own save wrote
+    shutil.copy(tiny, "base.safetensors")           # written by Diff2Flow
     shutil.copy(tiny, "other.ckpt")
-    words = "--merge a.safetensors --ckpt base.safetensors --out "
+    words = "a.safetensors --ckpt base.safetensors --out "
     before = files_and_bytes()
-    assert "that is --ckpt, which is kept" in refusal(lora, words + "./base.safetensors")
-    assert "that is --merge, which is kept" in refusal(lora, words + "a.safetensors")
+    assert "that is --ckpt, which is never overwritten" in refusal(merge, words + "./base.safetensors")
+    assert "that is the LoRA, which is never overwritten" in refusal(merge, words + "a.safetensors")
     assert files_and_bytes() == before
     Path("other.safetensors").write_bytes(b"another program's")
-    assert "other.safetensors is there already" in refusal(lora, words + "other.safetensors")
-    works(lora, words + "new.safetensors")
-    works(lora, words + "new.safetensors")
+    assert "other.safetensors exists already" in refusal(merge, words + "other.safetensors")
+    works(merge, words + "new.safetensors")
+    works(merge, words + "new.safetensors")
     assert metadata("new.safetensors")["software"] == SOFTWARE
 
 
-def test_a_run_takes_no_folder_of_other_files_but_one_that_a_run_left_before_its_first_save(tiny):
+def test_a_run_refuses_a_folder_of_other_files_and_takes_one_of_a_run_killed_before_its_first_save(tiny):
     save_photos("photos")
     words = SHORT + "--lora 2 --preview-every 1 --steps 1 --out "
     before = files_and_bytes()
-    assert "--out photos: it holds boat.jpg, which is no file of a run" in refusal(
+    assert "--out photos: it contains boat.jpg, which is not a file of a run" in refusal(
         train, words + "photos --data photos")
     assert files_and_bytes() == before
     Path("run").mkdir()
     save_photo("run/step_000001.png")
-    assert "step_000001.png is there already" in refusal(train, words + "run")
+    assert "step_000001.png exists already" in refusal(train, words + "run")
     os.unlink("run/step_000001.png")
     works(train, words + "run")
     os.unlink("run/state.safetensors")
     works(train, words + "run")
-    assert call(train, words + "run").code == 2         # it is saved now
+    assert call(train, words + "run").code == 2         # it has saved
     assert "step 1: 25 Euler steps" in making("run/step_000001.png") and making("run/before_after.png")

@@ -1,4 +1,4 @@
-"""lora.py: its arithmetic, the paper's presets, and files that diffusers reads and writes too."""
+"""LoRA: arithmetic, the paper's presets, and the files, which diffusers reads and writes too."""
 import math
 
 import pytest
@@ -8,6 +8,7 @@ from torch import nn
 
 import lora
 from model import SD15, SD21, TINY, Config, UNet
+from support.lora_file import is_lora_file, kohya_names, load_lora, save_lora
 from tests.checkpoints import diffusers_copy, diffusers_pipeline, diffusers_unet, random_tensor, relative, same
 
 SMALL_SD1 = Config(unet_widths=(32, 64), attention=(True, False), context_width=768, linear_projection=False)
@@ -15,7 +16,7 @@ SMALL_SD2 = Config(unet_widths=(32, 128), attention=(True, True), context_width=
 
 
 def random_unet(config):
-    """A UNet whose every parameter is random and nowhere zero."""
+    """-> a UNet with random parameters without zeros."""
     torch.manual_seed(0)
     unet = UNet(config).requires_grad_(False)
     for name, parameter in unet.named_parameters():
@@ -29,7 +30,7 @@ def meta_unet(config):
 
 
 def train_a_bit(parameters):
-    """Stands for training: move every trainable parameter."""
+    """Change every trainable parameter at random, as training would."""
     torch.manual_seed(7)
     for parameter in parameters:
         parameter.data += 0.03 * torch.randn_like(parameter)
@@ -42,8 +43,8 @@ def adapted_unet(config, preset):
 
 
 @torch.no_grad()
-def answer(unet, config, dtype=torch.float32):
-    """What the network, diffusers' or ours, says of a fixed input that is not square."""
+def output(unet, config, dtype=torch.float32):
+    """-> the output of a UNet, diffusers' or ours, for a fixed input that is not square."""
     noise = torch.Generator().manual_seed(3)
     x = torch.randn(2, 4, 4, 8, generator=noise).to(dtype)
     context = torch.randn(2, 7, config.context_width, generator=noise).to(dtype)
@@ -54,17 +55,17 @@ def answer(unet, config, dtype=torch.float32):
 # ------------------------------------------------------------------ arithmetic
 
 @pytest.mark.parametrize("preset", ["base", "small", 3])
-def test_a_lora_adds_nothing_at_the_start(preset):
+def test_an_untrained_lora_changes_no_output(preset):
     unet = random_unet(TINY)
-    before = answer(unet, TINY)
+    before = output(unet, TINY)
     lora.inject(unet, preset)
-    assert torch.equal(answer(unet, TINY), before)
+    assert torch.equal(output(unet, TINY), before)
 
 
 @pytest.mark.parametrize("layer, x", [
     (nn.Linear(6, 5), torch.randn(2, 6)), (nn.Conv2d(6, 5, 1), torch.randn(2, 6, 8, 8)),
     (nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.randn(2, 6, 8, 8))], ids=["linear", "1x1", "3x3, stride 2"])
-def test_an_adapter_is_up_times_down_in_the_layers_weight_and_leaves_its_bias(layer, x):
+def test_an_adapter_adds_up_times_down_to_the_layers_weight_and_leaves_its_bias(layer, x):
     adapted = lora.LoRA(layer.double(), 3).double()
     nn.init.normal_(adapted.up)
     y, layer.weight.data = adapted(x.double()), layer.weight + torch.einsum(
@@ -72,7 +73,7 @@ def test_an_adapter_is_up_times_down_in_the_layers_weight_and_leaves_its_bias(la
     assert torch.allclose(y, layer(x.double()), rtol=0, atol=1e-12)
 
 
-def test_only_the_adapters_train_and_every_one_gets_a_gradient():
+def test_only_the_adapters_are_trainable_and_each_gets_a_gradient():
     unet = random_unet(TINY).requires_grad_(True)
     parameters = lora.inject(unet, "small")
     train_a_bit(parameters)
@@ -81,14 +82,14 @@ def test_only_the_adapters_train_and_every_one_gets_a_gradient():
     assert all(p.grad.abs().sum() > 0 for p in parameters)
 
 
-def test_adapters_of_a_bfloat16_network_are_float32_and_run_with_and_without_autocast():
+def test_adapters_of_a_bfloat16_network_are_float32_and_work_with_and_without_autocast():
     unet = random_unet(TINY).bfloat16()
     parameters = lora.inject(unet, 4)
     train_a_bit(parameters)
     assert {p.dtype for p in parameters} == {torch.float32}
-    plain = answer(unet, TINY, torch.bfloat16)
+    plain = output(unet, TINY, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = answer(unet, TINY)
+        mixed = output(unet, TINY)
     assert plain.dtype == torch.bfloat16 and relative(mixed, plain) < 0.03
 
 
@@ -97,11 +98,11 @@ def test_adapters_of_a_bfloat16_network_are_float32_and_run_with_and_without_aut
 @pytest.mark.parametrize("config, preset, count", [
     (SD21, "base", 207_458_688), (SD21, "small", 64_707_072),           # the paper's 207.5 M and 64.7 M
     (SD15, "base", 214_262_016), (SD15, "small", 64_182_784)])
-def test_presets_train_as_many_parameters_as_the_papers_rules_give(config, preset, count):
+def test_presets_train_as_many_parameters_as_in_the_paper(config, preset, count):
     assert sum(parameter.numel() for parameter in lora.inject(meta_unet(config), preset)) == count
 
 
-def test_the_ratio_rule_rounds_up_and_takes_the_larger_side():
+def test_the_rank_of_preset_base_is_a_fifth_of_the_larger_side_rounded_up():
     unet = meta_unet(TINY)
     lora.inject(unet, "base")
     assert len(unet.input_blocks[1][0].in_layers[2].down) == 20     # 96 -> 96: 19.2
@@ -109,7 +110,7 @@ def test_the_ratio_rule_rounds_up_and_takes_the_larger_side():
 
 
 @pytest.mark.parametrize("preset", ["base", 2])
-def test_the_first_and_last_conv_are_trained_in_full_with_their_smaller_side_fixed_at_the_identity(preset):
+def test_the_first_and_last_conv_are_trained_in_full_with_the_smaller_matrix_fixed_to_the_identity(preset):
     unet = random_unet(TINY)
     lora.inject(unet, preset)
     first, last = unet.input_blocks[0][0], unet.out[2]
@@ -118,7 +119,7 @@ def test_the_first_and_last_conv_are_trained_in_full_with_their_smaller_side_fix
     assert trained == [first.weight.numel(), last.weight.numel()]
 
 
-def test_the_rank_is_capped_at_the_layers_full_rank():
+def test_the_rank_is_at_most_the_layers_full_rank():
     unet = meta_unet(TINY)
     lora.inject(unet, 10_000)
     for path, layer in lora.adapters(unet).items():
@@ -126,7 +127,7 @@ def test_the_rank_is_capped_at_the_layers_full_rank():
 
 
 @pytest.mark.parametrize("preset", ["large", "64", 0, 2.5])
-def test_an_unknown_preset_is_refused_in_one_line(preset):
+def test_an_unknown_preset_is_refused_with_a_one_line_error(preset):
     with pytest.raises(ValueError, match="base, small or a rank") as error:
         lora.inject(meta_unet(TINY), preset)
     assert "\n" not in str(error.value)
@@ -134,35 +135,35 @@ def test_an_unknown_preset_is_refused_in_one_line(preset):
 
 # ------------------------------------------------------------------ merge and unmerge
 
-def test_merging_gives_what_the_adapters_give_in_the_modules_of_the_plain_network():
+def test_a_merged_network_has_plain_modules_and_the_output_of_the_adapted_one():
     unet, plain = adapted_unet(SMALL_SD2, "small").double(), random_unet(SMALL_SD2)
-    adapted = answer(unet, SMALL_SD2, torch.float64)
+    adapted = output(unet, SMALL_SD2, torch.float64)
     lora.merge(unet)
-    assert relative(answer(unet, SMALL_SD2, torch.float64), adapted) < 1e-12    # the same sum in another order
+    assert relative(output(unet, SMALL_SD2, torch.float64), adapted) < 1e-12    # a sum in another order
     assert [(name, type(module)) for name, module in unet.named_modules()] == [
         (name, type(module)) for name, module in plain.named_modules()]
     assert unet.state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerging_is_exact_to_the_bit(dtype):
+def test_unmerging_restores_the_weights_bit_for_bit(dtype):
     unet = random_unet(TINY).to(dtype)
     train_a_bit(parameters := lora.inject(unet, "small"))
-    before, adapted = {name: value.clone() for name, value in unet.state_dict().items()}, answer(unet, TINY, dtype)
+    before, adapted = {name: value.clone() for name, value in unet.state_dict().items()}, output(unet, TINY, dtype)
     for _ in range(2):
         lora.merge(unet)
         assert unet.out[2].weight.dtype == dtype
         lora.unmerge(unet)
-    assert same(unet.state_dict(), before) and torch.equal(answer(unet, TINY, dtype), adapted)
+    assert same(unet.state_dict(), before) and torch.equal(output(unet, TINY, dtype), adapted)
     assert {id(p) for p in unet.parameters() if p.requires_grad} == {id(p) for p in parameters}
 
 
-def test_a_second_lora_is_refused_whether_the_first_is_merged_or_not(tmp_path):
+def test_a_second_lora_on_one_network_is_refused_whether_the_first_is_merged_or_not(tmp_path):
     unet, path = adapted_unet(TINY, 2), tmp_path / "a.safetensors"
-    lora.save(unet, path, {})
+    save_lora(unet, path, {})
     for prepare in (lambda unet: None, lora.merge):
         prepare(unet)
-        for add in (lambda: lora.inject(unet, 2), lambda: lora.load(path, unet)):
+        for add in (lambda: lora.inject(unet, 2), lambda: load_lora(path, unet)):
             with pytest.raises(ValueError, match="has a LoRA already"):
                 add()
 
@@ -170,12 +171,12 @@ def test_a_second_lora_is_refused_whether_the_first_is_merged_or_not(tmp_path):
 # ------------------------------------------------------------------ files
 
 @pytest.mark.parametrize("config, preset", [(SMALL_SD1, "base"), (SMALL_SD2, "small"), (TINY, 3)])
-def test_saving_and_loading_is_exact_to_the_bit_and_keeps_the_metadata(tmp_path, config, preset):
+def test_saving_and_loading_keeps_the_adapters_bit_for_bit_and_the_metadata(tmp_path, config, preset):
     unet, path = adapted_unet(config, preset), tmp_path / "adapter.safetensors"
-    lora.save(unet, path, {"preset": str(preset), "prediction": "v"})
+    save_lora(unet, path, {"preset": str(preset), "prediction": "v"})
     again = random_unet(config)
-    told = lora.load(path, again)
-    assert lora.is_lora_file(path) and told["preset"] == str(preset) and told["prediction"] == "v"
+    metadata = load_lora(path, again)
+    assert is_lora_file(path) and metadata["preset"] == str(preset) and metadata["prediction"] == "v"
     assert same(again.state_dict(), unet.state_dict())
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in unet.parameters()]
 
@@ -183,32 +184,32 @@ def test_saving_and_loading_is_exact_to_the_bit_and_keeps_the_metadata(tmp_path,
 @pytest.mark.parametrize("config", [
     SD15, SD21, TINY, SMALL_SD1, Config(unet_widths=(64,), attention=(True,), unet_res_blocks=3),
     Config(unet_widths=(32, 64, 64, 64), attention=(False, True, False, True), unet_res_blocks=1)])
-def test_every_layer_of_the_checkpoint_has_its_name_in_diffusers(config):
+def test_every_layer_gets_its_name_in_diffusers(config):
     ours = meta_unet(config)
     with torch.device("meta"):
         theirs = diffusers_unet(config)
-    names = lora.kohya_names(ours, layers := lora.plain_layers(ours))
+    names = kohya_names(ours, layers := lora.plain_layers(ours))
     expected = {"lora_unet_" + path.replace(".", "_"): layer.weight.shape
                 for path, layer in lora.plain_layers(theirs).items()}
     assert {name: layers[path].weight.shape for path, name in names.items()} == expected
 
 
 @pytest.mark.parametrize("config, preset", [(SMALL_SD1, "small"), (SMALL_SD2, "base")])
-def test_diffusers_loads_our_file_and_gives_the_same_output(tmp_path, config, preset):
+def test_diffusers_loads_our_lora_file_and_computes_the_same_output(tmp_path, config, preset):
     theirs = diffusers_copy(random_unet(config), config)
-    before, ours = answer(theirs, config), adapted_unet(config, preset)
-    lora.save(ours, tmp_path / "adapter.safetensors", {"prediction": "v"})
+    before, ours = output(theirs, config), adapted_unet(config, preset)
+    save_lora(ours, tmp_path / "adapter.safetensors", {"prediction": "v"})
     diffusers_pipeline(theirs).load_lora_weights(tmp_path, weight_name="adapter.safetensors")
-    expected = answer(ours, config)
-    assert relative(answer(theirs, config), expected) < 1e-4 < 0.05 < relative(before, expected)
+    expected = output(ours, config)
+    assert relative(output(theirs, config), expected) < 1e-4 < 0.05 < relative(before, expected)
 
 
 @pytest.mark.parametrize("config", [SMALL_SD1, SMALL_SD2])
-def test_an_adapter_made_in_diffusers_adapts_our_network(tmp_path, config):
+def test_a_lora_made_in_diffusers_loads_and_gives_diffusers_output(tmp_path, config):
     from diffusers.utils import convert_state_dict_to_kohya
     from peft import LoraConfig, get_peft_model_state_dict
     ours = random_unet(config)
-    theirs, before = diffusers_copy(ours, config), answer(ours, config)
+    theirs, before = diffusers_copy(ours, config), output(ours, config)
     theirs.add_adapter(LoraConfig(r=8, lora_alpha=4, target_modules=[
         "to_q", "to_v", "to_out.0", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj",
         "time_embedding.linear_1", "downsamplers.0.conv", "upsamplers.0.conv", "conv_out"]))
@@ -218,17 +219,17 @@ def test_an_adapter_made_in_diffusers_adapts_our_network(tmp_path, config):
             for key, value in convert_state_dict_to_kohya(state).items()}
     file = {key: torch.tensor(4.0) if key.endswith(".alpha") else value.contiguous() for key, value in file.items()}
     save_file(file, tmp_path / "theirs.safetensors")
-    assert lora.load(tmp_path / "theirs.safetensors", ours) == {}
-    expected = answer(theirs, config)
-    assert relative(answer(ours, config), expected) < 1e-4 < 0.05 < relative(before, expected)
+    assert load_lora(tmp_path / "theirs.safetensors", ours) == {}
+    expected = output(theirs, config)
+    assert relative(output(ours, config), expected) < 1e-4 < 0.05 < relative(before, expected)
 
 
-def test_alpha_over_rank_is_folded_into_the_weights_of_its_layer(tmp_path):
+def test_alpha_over_rank_is_folded_into_the_weights_of_the_layer(tmp_path):
     unet, path = adapted_unet(TINY, 6), tmp_path / "a.safetensors"
-    lora.save(unet, path, {})
+    save_lora(unet, path, {})
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file({**load_file(path), f"{name}.alpha": torch.tensor(1.5, dtype=torch.float16)}, path)
-    lora.load(path, again := random_unet(TINY))
+    load_lora(path, again := random_unet(TINY))
     for layer, adapter in lora.adapters(again).items():
         scale = 0.25 if layer == "input_blocks.3.1.transformer_blocks.0.attn1.to_q" else 1.0
         assert torch.equal(adapter.up, unet.get_submodule(layer).up * scale)
@@ -238,14 +239,15 @@ def test_a_rank_above_the_layers_full_rank_loads(tmp_path):
     unet, path = random_unet(TINY), tmp_path / "a.safetensors"
     down, up = torch.randn(50, 4, 3, 3), torch.randn(TINY.unet_widths[0], 50, 1, 1)
     save_file({"lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.lora_up.weight": up}, path)
-    lora.load(path, unet)
+    load_lora(path, unet)
     assert torch.equal(unet.input_blocks[0][0].down, down) and torch.equal(unet.input_blocks[0][0].up, up)
 
 
 FIRST = "lora_unet_conv_in.lora_down.weight"
-MISFITS = {  # what is added to, or with None removed from, a LoRA file that fits; what the error says
-    "half an adapter": ({FIRST: None}, "incomplete.* 1 keys do not fit, the first is 'lora_unet_conv_in.lora_up.wei"),
-    "unknown layer": ({"lora_unet_double_blocks_0.lora_up.weight": torch.zeros(1, 1)}, "do not fit.*double_blocks_0"),
+MISFITS = {  # case: (what is added to a fitting LoRA file, or with None removed; pattern of the error)
+    "half an adapter": ({FIRST: None}, "incomplete.* 1 unknown keys, first 'lora_unet_conv_in.lora_up.weight'"),
+    "unknown layer": ({"lora_unet_double_blocks_0.lora_up.weight": torch.zeros(1, 1)},
+                      "1 unknown keys, first 'lora_unet_double_blocks_0.lora_up"),
     "SDXL": ({"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.zeros(4, 2048)},
              r"made for another base \(SDXL\)"),
     "wrong shape": ({FIRST: torch.zeros(4, 3, 3, 3)},
@@ -254,34 +256,34 @@ MISFITS = {  # what is added to, or with None removed from, a LoRA file that fit
 
 
 def refusal(path, unet):
-    """-> the one line, with the path, that says why the file does not fit. The network is as it was."""
+    """-> the one-line error, with the path, of a file that does not fit. The network must be unchanged."""
     with pytest.raises(ValueError) as error:
-        lora.load(path, unet)
+        load_lora(path, unet)
     assert not lora.adapters(unet) and str(path) in str(error.value) and "\n" not in str(error.value)
     return error
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_a_file_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(tmp_path, case):
-    changes, says = MISFITS[case]
+def test_a_lora_file_that_does_not_fit_is_refused_with_a_one_line_error_and_changes_nothing(tmp_path, case):
+    changes, expected = MISFITS[case]
     unet, path = UNet(SMALL_SD2), tmp_path / "bad.safetensors"
     lora.inject(unet, 4)
-    lora.save(unet, path, {})
+    save_lora(unet, path, {})
     save_file({key: value for key, value in {**load_file(path), **changes}.items() if value is not None}, path)
-    assert refusal(path, meta_unet(SMALL_SD2)).match(f".*{says}")
+    assert refusal(path, meta_unet(SMALL_SD2)).match(f".*{expected}")
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, [1.0, 1.0], [], 4j])
-def test_an_alpha_that_is_no_real_number_is_refused(tmp_path, alpha):
+def test_an_alpha_that_is_not_one_finite_real_number_is_refused(tmp_path, alpha):
     path, name = tmp_path / "bad.safetensors", "lora_unet_conv_in.alpha"
-    lora.save(adapted_unet(SMALL_SD1, 4), path, {})
+    save_lora(adapted_unet(SMALL_SD1, 4), path, {})
     save_file(load_file(path) | {name: torch.tensor(alpha)}, path)
-    assert refusal(path, meta_unet(SMALL_SD1)).match(f".*{name} (is torch|holds NaN or infinity)")
+    assert refusal(path, meta_unet(SMALL_SD1)).match(f".*{name} (is torch|has NaN or infinity)")
 
 
-def test_a_file_for_another_base_one_without_adapters_and_a_damaged_one_are_refused(tmp_path):
+def test_a_file_for_another_base_a_damaged_file_and_one_without_adapters_are_refused(tmp_path):
     path = tmp_path / "bad.safetensors"
-    lora.save(adapted_unet(SMALL_SD1, 4), path, {})
+    save_lora(adapted_unet(SMALL_SD1, 4), path, {})
     assert refusal(path, meta_unet(SMALL_SD2)).match(r".*made for another base \(SD 1.x\)")
     path.write_bytes(path.read_bytes()[:-100])
     assert refusal(path, meta_unet(SMALL_SD1)).match(".*cannot be read")
@@ -289,4 +291,4 @@ def test_a_file_for_another_base_one_without_adapters_and_a_damaged_one_are_refu
     assert refusal(path, meta_unet(SMALL_SD1)).match(".*not a LoRA")
     save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, path)
     assert refusal(path, meta_unet(SMALL_SD1)).match(".*not a LoRA.*model.diffusion_model.out.2.bias")
-    assert not lora.is_lora_file(path)
+    assert not is_lora_file(path)

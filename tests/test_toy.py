@@ -282,11 +282,11 @@ def test_augmented_pictures_differ_a_little_from_the_originals():
     assert change.min() > 0.005 and change.max() < 0.3
 
 
-@pytest.mark.parametrize("words, says", [
+@pytest.mark.parametrize("words, message", [
     (("--n", 1), "--n 1"), (("--steps", 2, 0), "--steps 0"), (("--size", 65), "multiples of"),
     (("--t-shift", 0.5), "add --objective dm")])
-def test_bad_input_is_refused_before_anything_is_trained(run, checkpoint, words, says):
-    with pytest.raises(ValueError, match=says):
+def test_wrong_arguments_are_refused_before_anything_is_trained(run, checkpoint, words, message):
+    with pytest.raises(ValueError, match=message):
         run("captions", checkpoint, *SHORT, *words)
     assert not Path("runs").exists()
 

@@ -11,8 +11,8 @@ then d is clipped to the data set's range:
     AbsRel = mean |d - d*| / d*        delta1 = share of pixels with max(d / d*, d* / d) < 1.25
 Both are means over the pixels of a picture, then over pictures.
 
-The paper trains on log depth and aligns "with least squares fitting" in Marigold's evaluation suite, without more
-detail. `log` is the space that this target calls for, and the default. `depth` is what Marigold fits for its own models
+The paper trains on log depth and aligns "with least squares fitting" in Marigold's evaluation suite; it gives no more
+detail. `log`, the default, is the space of the training target. `depth` is what Marigold fits for its own models
 (--alignment least_square). Which of the two is behind the paper's Table 2 is unknown.
 """
 import argparse

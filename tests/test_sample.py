@@ -330,6 +330,19 @@ def test_a_cpu_uses_bf16_where_it_has_it_and_the_precision_can_be_chosen(monkeyp
     assert "fp32 on cpu" in works(sample, words + "--precision fp32")
 
 
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("capability, precision", [
+    ((7, 0), "fp32"), ((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_a_gpu_without_bf16_uses_float32_with_a_note(monkeypatch, capsys, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    device = torch.device("cuda")
+    assert load.pick_precision(None, device)[0] == precision
+    note = "Tesla T4 has no bf16: float32 (--precision bf16 overrides it)\n"
+    assert capsys.readouterr().out == (note if precision == "fp32" else "")
+    assert load.pick_precision("bf16", device)[0] == "bf16" and load.pick_precision("fp32", device)[0] == "fp32"
+
+
 @pytest.mark.parametrize("words", REFUSED)
 def test_wrong_arguments_are_one_line_of_error_and_write_nothing(tiny, words, monkeypatch, tmp_path_factory):
     bad = tmp_path_factory.mktemp("bad")

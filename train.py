@@ -191,9 +191,14 @@ def load_trainable(args, device):
         sd.add_image_input()
     elif sd.is_depth_model:
         raise ValueError(f"{sd.source.path}: a depth model, which only --task depth trains")
+    trained_by = sd.metadata.get("objective")
+    if trained_by in ("fm", "fm-flip") and trained_by != args.objective:
+        print(f"warning: {sd.source.path} was trained by {trained_by}, which fits no other --objective")
     flow = make_flow(sd, args.objective)
     if args.lora == "none":
         sd.unet.requires_grad_()
+        if args.init_lora:
+            del sd.unet.merged          # the weights without the LoRA, which take memory
     elif args.init_lora:
         lora.unmerge(sd.unet)
     else:
@@ -212,6 +217,8 @@ def open_data(args, sd):
         if args.ckpt is None and dataset.made_with["base_hash"] != sd.unet_hash:
             raise ValueError(f"{args.data[0]}: its pairs were made with {dataset.made_with['base']}: pass it as --ckpt")
         check_base(args.data[0], dataset.made_with, sd, args.prediction)
+        if dataset.settings.get("lora") and not args.init_lora:
+            print(f"warning: {args.data[0]}: made with the LoRA {dataset.settings['lora']}: pass it as --init-lora")
         held_out = [dataset.pair(len(dataset) + i) for i in range(n)]
         words = f"{len(dataset):,} pairs in {args.data[0]}"
         return dataset, held_out, dataset.settings["size"], words, f"{n} other pairs"

@@ -8,7 +8,6 @@ are -1 (near) and 1 (far):
 So a prediction gives log depth up to a scale and a shift. tools/measure_depth.py compares it with the true depth.
 """
 import argparse
-import copy
 import math
 import os
 import sys
@@ -59,21 +58,20 @@ class DepthFolders(torch.utils.data.Dataset):
         return f"{len(self):,} pictures with depth in {self.source}"
 
     def hold_out(self, n):
-        """Take min(n, a tenth) of each folder's pictures out, by a hash of their names -> n items of them, and words
-        for what they are. If that is none, the items are training pictures."""
-        held_out, words = copy.copy(self), "training pictures, too few to hold any out"
-        held_out.folders, held_out.empty, held_out.seed = [], set(), 0      # the same crops in every run
+        """Take min(n, a tenth) of each folder's pictures out, by a hash of their names -> n items of those with valid
+        depth, and words for what they are. If there are none, the items are training pictures."""
+        held_out = []
         for i, found in enumerate(self.folders):
             by_hash = sorted(found, key=lambda entry: hash_of_name(os.path.relpath(entry[0], self.roots[i])))
             count = min(n, len(found) // 10)
-            held_out.folders.append(by_hash[:count])
+            held_out += [entry for entry in by_hash[:count] if self.valid_depth(entry) is not None]
             self.folders[i] = sorted(by_hash[count:])
-        weights = np.array([weight if found else 0 for weight, found in zip(self.weights, held_out.folders)])
-        if weights.any():
-            held_out.weights, words = weights / weights.sum(), f"{len(held_out)} held-out pictures"
-        else:
-            held_out.folders = self.folders
-        return [held_out[i] for i in range(n)], words
+        if not held_out:
+            return [self[i] for i in range(n)], "training pictures, too few to hold any out"
+        entries = [held_out[i % len(held_out)] for i in range(n)]
+        items = [self.crop(entry, *self.valid_depth(entry), np.random.default_rng((0, i)))      # the same in every run
+                 for i, entry in enumerate(entries)]
+        return items, f"{len(held_out)} held-out pictures"
 
     def __len__(self):
         return sum(len(found) for found in self.folders)
@@ -81,7 +79,28 @@ class DepthFolders(torch.utils.data.Dataset):
     def __getitem__(self, key):
         rng = np.random.default_rng((self.seed, key))
         found = self.folders[rng.choice(len(self.folders), p=self.weights)]
-        picture, path, depth, valid = self.first_valid(found, int(rng.integers(len(found))))
+        start = int(rng.integers(len(found)))
+        for step in range(len(found)):
+            entry = found[(start + step) % len(found)]
+            if entry[1] not in self.empty and (depth := self.valid_depth(entry)) is not None:
+                return self.crop(entry, *depth, rng)
+        raise ValueError(f"none of the {len(found)} depth files has a valid pixel, last {entry[1]}: are they in "
+                         "another unit?")
+
+    def valid_depth(self, entry):
+        """-> depth (H, W), valid (H, W) of (picture, depth file, layout); None with a warning if nothing is valid."""
+        _, path, layout = entry
+        depth = read_depth(path, layout.unit)
+        valid = np.isfinite(depth) & (depth > layout.near) & (depth < layout.far)
+        if valid.any():
+            return depth, valid
+        self.empty.add(path)
+        print(f"warning: {path}: no pixel has a valid depth ({layout.near:g} to {layout.far:g} m); using another "
+              "picture", file=sys.stderr)
+
+    def crop(self, entry, depth, valid, rng):
+        """-> the item of (picture, depth file, layout), cropped and flipped at random."""
+        picture, path, _ = entry
         image = open_rgb(picture)
         if image.size != depth.shape[::-1]:
             raise ValueError(f"{picture} is {image.width}x{image.height}, its depth {path} "
@@ -96,22 +115,6 @@ class DepthFolders(torch.utils.data.Dataset):
         if rng.random() < 0.5:
             image, depth, valid = image.flip(-1), depth.flip(-1), valid.flip(-1)
         return {"image": image, "depth": depth, "valid": valid, "caption": ""}
-
-    def first_valid(self, found, i):
-        """The first entry from i on with a valid pixel -> picture, depth file, depth (H, W), valid (H, W)."""
-        for step in range(len(found)):
-            picture, path, layout = found[(i + step) % len(found)]
-            if path in self.empty:
-                continue
-            depth = read_depth(path, layout.unit)
-            valid = np.isfinite(depth) & (depth > layout.near) & (depth < layout.far)
-            if valid.any():
-                return picture, path, depth, valid
-            self.empty.add(path)
-            print(f"warning: {path}: no pixel has a valid depth ({layout.near:g} to {layout.far:g} m); using the next "
-                  "picture", file=sys.stderr)
-        raise ValueError(f"none of the {len(found)} depth files has a valid pixel, last {path}: are they in another "
-                         "unit?")
 
 
 class DepthScenes(Scenes):

@@ -173,7 +173,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("depth: near is 1", "(2 * (log_depth - low) /", "(2 * (high - log_depth) /"),
         ("depth: flipped without its picture", "depth.flip(-1), valid.flip(-1)", "depth, valid.flip(-1)"),
         ("depth: ensemble is its first sample", "torch.stack(samples).mean(0)", "samples[0]"),
-        ("depth: pictures without depth trained on", "            if valid.any():\n", "            if True:\n"),
+        ("depth: pictures without depth trained on", "        if valid.any():\n", "        if True:\n"),
         ("depth: held-out pictures trained on", "self.folders[i] = sorted(by_hash[count:])", "pass"),
     ]),
     "support/cache.py": ("tests/test_cache.py", [

@@ -229,7 +229,7 @@ def test_a_tenth_of_each_folder_is_held_out_and_never_trained_on(tmp_path, valid
     items, words = folders.hold_out(validation)
     held_out = levels_of(items)
     assert len(items) == validation and words == f"{count} held-out pictures"
-    assert held_out <= set(range(35)) and len(held_out) <= count        # none of the small folder
+    assert held_out <= set(range(35)) and len(held_out) == count        # none of the small folder
     assert len(folders) == 35 + 9 - count
     trained_on = levels_of(folders[key] for key in range(1500))
     assert len(trained_on) == len(folders) and not trained_on & held_out
@@ -245,6 +245,16 @@ def test_held_out_items_depend_on_the_pictures_names_alone_and_not_on_the_seed(t
         (tmp_path / f"elsewhere/b/{level}.png").unlink()
     again, _ = depth.DepthFolders([tmp_path / "elsewhere/b"], None, 8, 8, seed=2).hold_out(40)
     assert all(torch.equal(item["image"], other["image"]) for item, other in zip(items, again))
+
+
+def test_a_held_out_picture_without_valid_depth_is_skipped(tmp_path, capsys):
+    save_pictures(tmp_path, range(35))
+    first = depth.DepthFolders([tmp_path], None, 8, 8)
+    picture = sorted(levels_of(first.hold_out(40)[0]))[0]
+    np.save(tmp_path / f"{picture}.npy", np.zeros((8, 16)))
+    items, words = depth.DepthFolders([tmp_path], None, 8, 8).hold_out(40)
+    assert words == "2 held-out pictures" and picture not in levels_of(items) and len(items) == 40
+    assert f"{picture}.npy: no pixel has a valid depth" in capsys.readouterr().err
 
 
 def test_with_fewer_than_ten_pictures_none_is_held_out(tmp_path):

@@ -1,27 +1,27 @@
-"""bench.py: both sides compute the same, and its table says what was measured."""
+"""tools/bench.py: both sides compute the same, and the table has what was measured."""
 import json
 import sys
 
-import bench
 import numpy as np
 import pytest
 import torch
-from bench import Case
 
 from tests.checkpoints import NARROW
 from tests.runs import call
+from tools import bench
+from tools.bench import Case
 
 
 @pytest.fixture(autouse=True)
 def narrow(tmp_path, monkeypatch):
-    """Networks of a tenth of the width, in an empty folder."""
+    """Use networks of a tenth of the width, in an empty folder."""
     monkeypatch.setattr(bench, "ARCHITECTURES", {"sd15": (NARROW["sd15"], "eps"), "sd21": (NARROW["sd21"], "v")})
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("arch", ["sd15", "sd21"])
-@pytest.mark.parametrize("what, tolerance", [("unet", 1e-4), ("sample", 0.2)])     # a sampler's first levels differ
-def test_both_sides_give_the_same_result(what, arch, tolerance):
+@pytest.mark.parametrize("what, tolerance", [("unet", 1e-4), ("sample", 0.2)])     # the samplers' first levels differ
+def test_both_sides_compute_the_same_result(what, arch, tolerance):
     ours, theirs = (side(Case(what, arch, 64, 2, steps=3))() for side in bench.SIDES[what])
     assert ours.shape == theirs.shape and (ours - theirs).norm() < tolerance * theirs.norm() and theirs.std() > 0.01
 
@@ -39,17 +39,17 @@ def test_both_sides_train_the_same_number_of_parameters(weights, dtype, monkeypa
     for side in bench.SIDES["train"]:
         side(Case("train", "sd21", 64, 1, dtype, weights))()
     ours, theirs = trained
-    assert 0 < ours <= theirs < 1.2 * ours          # peft trains both sides of the first and the last conv
+    assert 0 < ours <= theirs < 1.2 * ours          # peft trains both matrices of the first and the last conv
 
 
 @pytest.mark.parametrize("what", ["load", "data", "open"])
-def test_files_are_read_by_both_sides(what):
+def test_both_sides_read_the_files(what):
     for side in bench.SIDES[what]:
         assert side(Case(what, "sd15", 64, 16, "fp16"))() is None
 
 
-def test_the_time_of_a_step_is_told_by_the_kind_of_its_operations():
-    """A convolution that takes nearly all of it."""
+def test_the_time_of_a_step_is_split_by_kind_of_operation():
+    """In this step, a convolution takes nearly all of it."""
     x, conv = torch.randn(8, 64, 64, 64), torch.nn.Conv2d(64, 64, 3)
     seconds = bench.seconds_by_kind(lambda: torch.nn.functional.silu(conv(x)))
     assert list(seconds) == list(bench.KINDS) and seconds["convolutions"] > 0.5 * sum(seconds.values())
@@ -59,10 +59,10 @@ def test_the_time_of_a_step_is_told_by_the_kind_of_its_operations():
     assert "| attention | 0 | 7 |" in bench.where_table(row).splitlines()
 
 
-def test_a_row_has_medians_the_spread_of_the_ratio_and_the_difference_of_the_results(monkeypatch, tmp_path):
+def test_a_row_has_medians_the_range_of_the_ratio_and_the_difference_of_the_results(monkeypatch, tmp_path):
     turns = iter([(1.0, 2.0), (3.0, 4.0), (5.0, 4.0)])
 
-    def in_a_process(case, side, now=[]):           # noqa: B006  what is left of a turn
+    def in_a_process(case, side, now=[]):           # noqa: B006  the rest of a turn
         now[:] = now or next(turns)
         return {"seconds": now.pop(0), "warm_up": 9.0, "memory": 2**30 * (side + 1), "operations": None, "rate": None,
                 "result": np.full(4, 1.0 + side, np.float32)}

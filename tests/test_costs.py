@@ -1,4 +1,4 @@
-"""tests/costs.py counts right: on fake tensors what real ones take, and the operations that diffusers' UNet needs."""
+"""tools/costs.py: fake tensors take the memory of real ones, and the UNet the operations of diffusers' UNet."""
 from contextlib import nullcontext
 
 import pytest
@@ -6,17 +6,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import SD21, TINY
-from tests import costs
 from tests.checkpoints import diffusers_unet
+from tools import costs
 
 
 @pytest.mark.parametrize("preset, parameters", [("base", 207_458_688), ("none", 865_910_724)])
-def test_a_trained_parameter_takes_four_bytes_four_times_beside_its_weight(preset, parameters):
+def test_a_trained_parameter_needs_16_bytes_besides_its_weight(preset, parameters):
     mode = FakeTensorMode()
     sd, flow, trained = costs.build(SD21, preset, mode)
     with mode:
         stays, _ = costs.fill_memory(sd, flow, trained)
-    counters = 4 * len(trained)                                             # Adam counts its steps for each tensor
+    counters = 4 * len(trained)                                             # Adam's step count per tensor
     assert (stays["gradients"], stays["Adam"], stays["EMA"]) == (
         4 * parameters, 8 * parameters + counters, 4 * parameters)
     frozen = {parameter.dtype for parameter in sd.first_stage_model.parameters()}
@@ -24,17 +24,18 @@ def test_a_trained_parameter_takes_four_bytes_four_times_beside_its_weight(prese
 
 
 @pytest.mark.parametrize("preset, checkpointing", [("base", False), ("none", True)])
-def test_fake_tensors_take_the_memory_and_operations_of_real_ones(preset, checkpointing):
+def test_fake_and_real_tensors_take_the_same_memory_and_operations(preset, checkpointing):
     fake, real = (costs.one_batch(TINY, preset, 64, checkpointing, batch=2, mode=mode)
                   for mode in (FakeTensorMode(), nullcontext()))
     assert fake == real and fake.peak > fake.kept > 0
 
 
-def test_what_autograd_saves_is_what_the_forward_pass_leaves():
-    """An independent count, by autograd's own hooks, on real tensors: all but the latents, the text, the velocities."""
+def test_the_memory_kept_by_the_forward_pass_is_what_autograd_saves():
+    """An independent count by autograd's own hooks, on real tensors. The latents, the text embedding and the velocities
+    are the difference."""
     kept = {}
     sd, flow, trained = costs.build(TINY, "base", nullcontext())
-    own = {parameter.untyped_storage().data_ptr() for parameter in sd.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in sd.parameters()}
 
     def save(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
@@ -43,15 +44,16 @@ def test_what_autograd_saves_is_what_the_forward_pass_leaves():
     with costs.as_on_cuda(nullcontext()), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         images = {"image": torch.zeros(2, 3, 64, 64), "caption": ["a red boat"] * 2}
         costs.one_pass(sd, flow, torch.autocast("cpu", torch.bfloat16), images, lambda: None)
-    saved = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+    saved = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
     expected = costs.one_batch(TINY, "base", 64, batch=2).kept
     assert abs(saved / expected - 1) < 0.01, (saved, expected)
 
 
 @pytest.mark.parametrize("preset, measured", [("base", 12.31), ("none", 18.96)])
-def test_a_step_on_an_h100_took_the_memory_that_is_counted(preset, measured):
-    """GiB, as bench.py train --size 512 --batch 4 --dtype autocast found them on CUDA (2026-11-26): the UNet alone, in
-    float32, and no gradients before the step. 3 %: temporaries inside kernels, and memory lost between blocks."""
+def test_the_computed_memory_of_a_step_is_within_3_percent_of_that_measured_on_an_h100(preset, measured):
+    """In GiB, by `tools.bench train --size 512 --batch 4 --dtype autocast` on CUDA (2026-11-26): the UNet alone, in
+    float32, without gradients before the step. Temporaries inside kernels and memory lost between blocks are not
+    computed."""
     mode = FakeTensorMode()
     sd, flow, trained = costs.build(SD21, preset, mode, precision="fp32")
     with costs.as_on_cuda(mode):
@@ -63,12 +65,12 @@ def test_a_step_on_an_h100_took_the_memory_that_is_counted(preset, measured):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = flow.loss(x1, context)
             loss.backward()
-    counted = costs.size_of(sd.unet.parameters()) + stays["Adam"] + stays["EMA"] + live.peak
-    assert abs(counted / costs.GIB / measured - 1) < 0.03, counted / costs.GIB
+    computed = costs.size_of(sd.unet.parameters()) + stays["Adam"] + stays["EMA"] + live.peak
+    assert abs(computed / costs.GIB / measured - 1) < 0.03, computed / costs.GIB
 
 
-def test_the_unet_needs_the_operations_of_diffusers_unet():
-    """0.8 10^12 at 512 px: 0.4 10^12 multiplications with an addition each."""
+def test_the_unet_needs_as_many_operations_as_diffusers_unet():
+    """0.8 10^12 at 512 px: 0.4 10^12 multiplications, each with an addition."""
     mode, counts = FakeTensorMode(), []
     sd, flow, trained = costs.build(SD21, "none", mode)
     with torch.no_grad(), costs.as_on_cuda(mode):

@@ -1,9 +1,8 @@
-"""evaluate.py: FID is torch-fidelity's, CLIP score and aesthetics are the means of open_clip's own numbers."""
+"""tools/evaluate.py: FID equals its formula; CLIP score and aesthetics score are means of open_clip's own numbers."""
 import json
 import os
 import sys
 
-import evaluate
 import numpy as np
 import open_clip
 import pytest
@@ -13,6 +12,8 @@ import torch_fidelity
 from PIL import Image
 from scipy.linalg import sqrtm
 
+from tools import evaluate
+
 
 def rand(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -20,7 +21,7 @@ def rand(*shape, seed):
 
 @pytest.fixture
 def folder(tmp_path):
-    """samples/ with 12 pictures of 40x40 pixels, real/ with 12 of other sizes, prompts.txt with 12 lines."""
+    """-> a folder with samples/ (12 pictures of 40x40 pixels), real/ (12 of other sizes), prompts.txt (12 lines)."""
     for name, wider, seed in ("samples", 0, 0), ("real", 1, 100):
         (tmp_path / name).mkdir()
         for i in range(12):
@@ -32,7 +33,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def measure(folder, monkeypatch, capsys):
-    """measure(words) of `python evaluate.py samples/` -> the results, from the JSON line at the end."""
+    """-> measure(*words): runs tools.evaluate on samples/ with these arguments -> its last line, which is JSON."""
     def run_command(*words):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (folder / "samples", "--device", "cpu", *words))])
         evaluate.main()
@@ -42,12 +43,12 @@ def measure(folder, monkeypatch, capsys):
 
 
 def quadrants(images):
-    """(N, 3, H, W) -> red in the quadrants of a picture (N, 4)."""
+    """images (N, 3, H, W) -> mean red of each quadrant (N, 4)."""
     return F.adaptive_avg_pool2d(images.float(), 2).flatten(1)[:, :4]
 
 
 class SmallNetwork(torch_fidelity.FeatureExtractorBase):
-    """Takes Inception's place: no weights to download."""
+    """Replaces Inception, so that no weights are downloaded."""
 
     def __init__(self, name, features_list, **_):
         super().__init__(name, features_list)
@@ -77,7 +78,7 @@ def test_fid_is_the_frechet_distance_between_the_samples_and_the_real_pictures_a
     assert measure("--real", folder / "samples")["fid"] == pytest.approx(0, abs=1e-3)
 
 
-def test_pictures_are_scaled_and_cropped_around_their_centre_to_the_size_given_or_the_first_ones(tmp_path):
+def test_pictures_are_centre_cropped_and_scaled_to_the_given_size_or_that_of_the_first_one(tmp_path):
     Image.new("RGB", (20, 10), "blue").save(tmp_path / "0.png")
     flag = np.zeros((40, 40, 3), np.uint8)
     flag[:10], flag[10:30], flag[30:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)       # the middle half is green
@@ -90,7 +91,7 @@ def test_pictures_are_scaled_and_cropped_around_their_centre_to_the_size_given_o
 
 @pytest.fixture
 def small_clip(folder):
-    """A random CLIP, called small-clip, with BatchNorm -> it, its transform; clip.pt and head.pt have the weights."""
+    """-> a random CLIP with BatchNorm, named small-clip, and its transform. Writes clip.pt and head.pt, the weights."""
     (folder / "configs").mkdir()
     (folder / "configs/small-clip.json").write_text(json.dumps({
         "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
@@ -108,29 +109,29 @@ def test_clip_score_and_aesthetics_are_means_over_pictures_of_open_clips_own_num
     network, transform = small_clip
     with torch.no_grad():
         pictures = [transform(Image.open(folder / f"samples/{i:02d}.png")) for i in range(12)]
-        seen = network.encode_image(torch.stack(pictures), normalize=True)
-        said = network.encode_text(open_clip.tokenize([f"picture {i}" for i in range(12)]), normalize=True)
-    scores = (seen @ rand(3, 16, seed=0).T + rand(3, seed=1)) @ rand(1, 3, seed=2).T + rand(1, seed=3)
+        images = network.encode_image(torch.stack(pictures), normalize=True)
+        texts = network.encode_text(open_clip.tokenize([f"picture {i}" for i in range(12)]), normalize=True)
+    scores = (images @ rand(3, 16, seed=0).T + rand(3, seed=1)) @ rand(1, 3, seed=2).T + rand(1, seed=3)
     both = measure("--clip", "small-clip", folder / "clip.pt", "--prompts", folder / "prompts.txt",
                    "--aesthetics", folder / "head.pt", "--batch", 5)
-    assert both["clip_score"] == pytest.approx((seen * said).sum(1).mean().item(), abs=1e-5)
+    assert both["clip_score"] == pytest.approx((images * texts).sum(1).mean().item(), abs=1e-5)
     assert both["aesthetics_score"] == pytest.approx(scores.mean().item(), abs=1e-5)
     alone = measure("--clip", "small-clip", folder / "clip.pt", "--aesthetics", folder / "head.pt")
     assert alone["aesthetics_score"] == pytest.approx(both["aesthetics_score"], abs=1e-5) and "clip_score" not in alone
 
 
-@pytest.mark.parametrize("words, says", [
+@pytest.mark.parametrize("words, error", [
     ("", "nothing to measure"), ("--real none", "none has 0 pictures"), ("--clip x w.pt", "goes with --prompts"),
     ("--prompts prompts.txt", "goes with"), ("--clip x none.pt --prompts prompts.txt", "none.pt: no such file"),
     ("--real real --inception none.pth", "none.pth: no such file"), ("--real real --batch 0", "--batch 0"),
     ("--clip x w.pt --prompts short.txt", "1 lines for 12 pictures")])
-def test_what_cannot_be_measured_is_refused_before_anything_is(folder, measure, monkeypatch, words, says):
+def test_wrong_arguments_are_refused_before_anything_is_measured(folder, measure, monkeypatch, words, error):
     monkeypatch.chdir(folder)
     (folder / "short.txt").write_text("one\n")
     (folder / "w.pt").write_bytes(b"")
     monkeypatch.setattr(evaluate, "clip_results", lambda *_: pytest.fail("loaded CLIP before it failed"))
     monkeypatch.setattr(torch_fidelity, "calculate_metrics", lambda **_: pytest.fail("measured before it failed"))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=error):
         measure(*words.split())
 
 
@@ -142,11 +143,11 @@ class Intruder:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_file_of_weights_that_holds_code_is_refused_and_its_code_does_not_run(folder, measure):
+def test_a_file_of_weights_that_contains_code_is_refused_and_the_code_does_not_run(folder, measure):
     for name, content in ("code", Intruder(folder / "made")), ("module", torch.nn.Linear(1, 1)), ("list", [1, 2]):
         torch.save(content, folder / f"{name}.pth")
         for words in (["--real", folder / "real", "--inception", folder / f"{name}.pth"],):
-            with pytest.raises(ValueError, match=f"{name}.pth: (no file of plain tensors|it holds other things)"):
+            with pytest.raises(ValueError, match=f"{name}.pth: (not a file of plain tensors|it contains more)"):
                 measure(*words)
         with pytest.raises(ValueError, match=f"{name}.pth: "):
             evaluate.aesthetics_predictor(folder / f"{name}.pth", 16)
@@ -155,34 +156,34 @@ def test_a_file_of_weights_that_holds_code_is_refused_and_its_code_does_not_run(
 
 def test_weights_that_are_not_finite_are_refused(folder):
     torch.save({"0.weight": torch.tensor([[float("nan")]])}, folder / "nan.pth")
-    with pytest.raises(ValueError, match="nan.pth: 0.weight holds NaN or infinity"):
+    with pytest.raises(ValueError, match="nan.pth: 0.weight has NaN or infinity"):
         evaluate.read_weights(folder / "nan.pth")
 
 
-def test_the_weights_of_another_network_than_inception_are_named(folder, measure):
+def test_weights_of_another_network_than_inception_are_refused_with_their_path(folder, measure):
     torch.save({"x": torch.ones(1)}, folder / "other.pth")
-    with pytest.raises(ValueError, match="--inception .*other.pth: the weights of another network"):
+    with pytest.raises(ValueError, match="--inception .*other.pth: not the weights of torch-fidelity's"):
         measure("--real", folder / "real", "--inception", folder / "other.pth")
 
 
-def test_weights_of_another_network_than_clip_or_its_head_are_named(folder, measure, small_clip):
+def test_weights_of_another_network_than_clip_or_its_predictor_are_refused_with_their_path(folder, measure, small_clip):
     words = "--clip", "small-clip", folder / "clip.pt", "--aesthetics"
     broken = {"deep": {"0.weight": torch.ones(1, 16, 1), "0.bias": torch.ones(1)}, "none": {"x": torch.ones(1)},
               "bare": {"0.weight": torch.ones(1, 16)}, "wide": {"0.weight": torch.ones(1, 9), "0.bias": torch.ones(1)},
               "two": {"0.weight": torch.ones(2, 16), "0.bias": torch.ones(2)}}
     for name, tensors in broken.items():
         torch.save(tensors, folder / f"{name}.pth")
-        with pytest.raises(ValueError, match=f"{name}.pth: no linear layers from CLIP's 16 numbers to one score"):
+        with pytest.raises(ValueError, match=f"{name}.pth: not linear layers from CLIP's 16 numbers to one score"):
             measure(*words, folder / f"{name}.pth")
     weights = torch.load(folder / "clip.pt", weights_only=True)
     weights.pop("ln_final.bias")
     torch.save(weights, folder / "part.pt")
     torch.jit.script(torch.nn.Linear(1, 1)).save(str(folder / "script.pt"))
     torch.save(Intruder(folder / "made"), folder / "code.pt")
-    for name, file, says in (
-            ("small-clip", "part.pt", "part.pt: not the weights of that network"), ("x", "clip.pt", "none of that na"),
-            ("small-clip", "script.pt", "script.pt: a TorchScript archive.*take open_clip's .safetensors"),
-            ("small-clip", "code.pt", "code.pt: no file of plain tensors"), ("hf-hub:a/b", "clip.pt", "downloaded")):
-        with pytest.raises(ValueError, match=says):
+    for name, file, error in (
+            ("small-clip", "part.pt", "part.pt: not the weights of that network"), ("x", "clip.pt", "has no network"),
+            ("small-clip", "script.pt", "script.pt: a TorchScript archive.*use open_clip's .safetensors"),
+            ("small-clip", "code.pt", "code.pt: not a file of plain tensors"), ("hf-hub:a/b", "clip.pt", "downloaded")):
+        with pytest.raises(ValueError, match=error):
             measure("--clip", name, folder / file, "--aesthetics", folder / "head.pt")
     assert not (folder / "made").exists()

@@ -1,4 +1,4 @@
-"""How fast is it, and beside whom? Ours and a peer's, with the same weights and shapes, measured in turn.
+"""Speed and memory of our code and of a peer's, with the same weights and shapes, measured in turns.
 
     python -m tools.bench unet --arch sd15 sd21 --size 256 512 --dtype fp32 autocast bf16 --where
     python -m tools.bench train --arch sd21 --weights base none --json rows.jsonl
@@ -9,15 +9,15 @@ what      ours                                         the peer
 unet      a forward pass of model.UNet                 diffusers' UNet2DConditionModel, on CUDA with fused q, k and v
 train     a step of train.py's loop, latents cached    diffusers' UNet in the loop of its text-to-image example; peft
 sample    Algorithm 2 with guidance 4, decoded         diffusers' StableDiffusionPipeline, as many Euler steps
-load      load_checkpoint, in the file's format      reading the file's bytes
+load      load_checkpoint, in the file's dtype         reading the file's bytes
 data      data.ImageFolder in a DataLoader             torchvision's transforms in a DataLoader of as many workers
 open      data.ImageFolder of --batch pictures         torchvision's ImageFolder, which opens no file
 
-A ratio is our time over the peer's: below 1, we are faster. A machine's speed drifts, so the two sides take turns, each
-time in a new process, --rounds times: the table has medians, and the smallest and largest ratio of a round. Memory is
-the peak of a process while it works. On CUDA, "of the chip" is the network's arithmetic over the time, as a share of
-what a large bf16 matrix product reaches there. --where adds a table of the kinds of operations that the time went to.
-Weights are random, in the real files' layout, 2 GB each in runs/bench/. Needs the packages of requirements-test.txt.
+A ratio is our time over the peer's: below 1, we are faster. Since a machine's speed drifts, the two sides take turns,
+each time in a new process, --rounds times. The table has medians, and the smallest and the largest ratio of all rounds.
+Memory is the peak of a process during the steps. On CUDA, "of peak" is the network's operations per second as a share
+of those of a large bf16 matrix product. --where adds a table of the time by kind of operation. The weights are random,
+in the layout of the real files, 2 GB each in runs/bench/. Needs the packages of requirements-test.txt.
 """
 import argparse
 import ctypes
@@ -57,7 +57,7 @@ FOLDER, PROMPT = Path("runs/bench"), "a red boat on a lake"
 
 
 class Case(NamedTuple):
-    """A row of the table. size is in pixels; weights are those that are trained: none for all, or a LoRA."""
+    """A row of the table. size is in pixels; weights: the LoRA preset to train, or none for all weights."""
     what: str
     arch: str = "-"
     size: int = 0
@@ -71,34 +71,34 @@ class Case(NamedTuple):
     where: bool = False
 
 
-KINDS = {  # of operations, and what their names look like; the first that fits counts
+KINDS = {  # of operations: patterns of their names, of which the first match counts
     "convolutions": "conv", "attention": "scaled_dot|softmax|bmm", "matrix products": "mm|linear|matmul",
     "norms": "norm", "SiLU and GELU": "silu|gelu", "copies": "copy|cat|clone|index", "sums, products, optimizer": "::",
 }
 
 
-# ------------------------------------------------------------------ what both sides work on
+# ------------------------------------------------------------------ inputs of both sides
 
 def weights_file(arch):
-    """-> the file of a random checkpoint in the real layout, in float16. It is made once."""
+    """-> the file of a random checkpoint in the real layout, in float16, which is written at the first call."""
     path, (config, prediction) = FOLDER / f"{arch}.safetensors", ARCHITECTURES[arch]
     if not path.exists():
-        print(f"writing {path}, 2 GB of random weights, once", file=sys.stderr)
+        print(f"writing {path}: 2 GB of random weights, for this and later runs", file=sys.stderr)
         torch.manual_seed(0)
         sd = StableDiffusion(config, prediction)
         for parameter in sd.parameters():
-            if not parameter.any():                         # as the last layers of residual branches are at the start
+            if not parameter.any():                         # the last layers of residual branches start at zero
                 torch.nn.init.normal_(parameter, std=0.02)
         save_checkpoint(sd, path, torch.float16)
     return path
 
 
 def photographs():
-    """-> a folder of 64 photographs of 1536x1024, made once of the two that scikit-learn brings."""
+    """-> a folder of 64 photographs of 1536x1024, written at the first call: copies of scikit-learn's two."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
     for i, pixels in enumerate(load_sample_images().images * 32):
-        path = FOLDER / f"photographs/all/{i:02d}.jpg"      # in a folder in a folder, as torchvision wants it
+        path = FOLDER / f"photographs/all/{i:02d}.jpg"      # torchvision needs a subfolder
         if not path.exists():
             with replacing(path) as temporary:
                 Image.fromarray(pixels).resize((1536, 1024), Image.LANCZOS).save(temporary, quality=92)
@@ -120,12 +120,12 @@ def prepare(case):
 
 
 def to_faster_format(network, case):
-    """channels_last for a peer, but not for float32 on a CPU, where it is 5 to 8 % slower."""
+    """-> the peer's network in channels_last, except for float32 on a CPU, where that is 5 to 8 % slower."""
     return network if case.device == "cpu" and case.dtype == "fp32" else network.to(memory_format=torch.channels_last)
 
 
 def peer_unet(case, sd):
-    """diffusers' UNet with the weights of ours, whose place it takes."""
+    """-> diffusers' UNet with our weights. Removes ours from `sd`, so that only one is in memory."""
     from tests.checkpoints import diffusers_copy
     unet = diffusers_copy(sd.unet.float(), sd.config)
     sd.model = None
@@ -133,7 +133,7 @@ def peer_unet(case, sd):
     return to_faster_format(unet.to(case.device, dtype), case)
 
 
-# ------------------------------------------------------------------ the work: each function returns a step
+# ------------------------------------------------------------------ the two sides: each function returns a step
 
 def unet_ours(case):
     sd, x, t, context, amp = prepare(case)
@@ -150,7 +150,7 @@ def unet_ours(case):
 def unet_peer(case):
     sd, x, t, context, amp = prepare(case)
     net = peer_unet(case, sd)
-    if case.device != "cpu":            # where it is no faster
+    if case.device != "cpu":            # on a CPU it is not faster
         net.fuse_qkv_projections()
     net = torch.compile(net) if case.compile else net
 
@@ -185,7 +185,7 @@ def train_ours(case):
 
 
 def train_peer(case):
-    """As examples/text_to_image of diffusers train: all weights with an average (EMA), a LoRA without."""
+    """As in diffusers' examples/text_to_image: training all weights keeps an EMA, training a LoRA does not."""
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
     sd, x1, _, context, amp = prepare(case)
@@ -221,7 +221,7 @@ def train_peer(case):
 
 
 def injected(unet, preset):
-    """-> the adapters of a LoRA, {path: LoRA}; the network itself is given back as it was."""
+    """-> the adapters that a preset adds, {path: LoRA}; they are removed from the UNet again."""
     lora.inject(unet, preset)
     adapters = lora.adapters(unet)
     for path, adapter in adapters.items():
@@ -290,7 +290,7 @@ def data_peer(case):
 
 
 def many_pictures(count):
-    """-> a folder of that many links to one picture, and as many captions."""
+    """-> a folder of `count` links to one picture, each with a caption."""
     folder = FOLDER / f"links-{count}/all"
     if not folder.exists():
         making, picture = folder.with_name("making"), next(photographs().rglob("*.jpg"))
@@ -318,10 +318,10 @@ SIDES = {"unet": (unet_ours, unet_peer), "train": (train_ours, train_peer), "sam
          "load": (load_ours, load_peer), "data": (data_ours, data_peer), "open": (open_ours, open_peer)}
 
 
-# ------------------------------------------------------------------ the measurement
+# ------------------------------------------------------------------ measurement
 
 def timed(step, device):
-    """-> seconds of a step, and its result."""
+    """Run a step -> its seconds and its result."""
     begin = time.perf_counter()
     result = step()
     if device.startswith("cuda"):
@@ -330,20 +330,20 @@ def timed(step, device):
 
 
 def peak_memory(device):
-    """-> bytes, since the last call."""
+    """-> the peak of this process's memory since the last call, in bytes."""
     gc.collect()
     if device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak
     peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    ctypes.CDLL(None).malloc_trim(0)                    # what was freed goes back to the system,
-    Path("/proc/self/clear_refs").write_text("5")       # and the peak begins again, at what is held now
+    ctypes.CDLL(None).malloc_trim(0)                    # return freed memory to the system,
+    Path("/proc/self/clear_refs").write_text("5")       # and reset the peak to the current memory
     return peak
 
 
 def arithmetic(step, device):
-    """-> on CUDA, the operations of a step, and those a second of a large bf16 product; elsewhere None, None."""
+    """-> on CUDA, the operations of a step, and the operations per second of a large bf16 product; else None, None."""
     if not device.startswith("cuda"):
         return None, None
     from torch.utils.flop_counter import FlopCounterMode
@@ -355,19 +355,19 @@ def arithmetic(step, device):
 
 
 def seconds_by_kind(step):
-    """-> {kind of operation: seconds} of a step, on CUDA those of the GPU."""
+    """-> {kind of operation: seconds} of a step, on CUDA on the GPU."""
     with torch.profiler.profile() as profile:
         step()
     seconds = dict.fromkeys(KINDS, 0.0)
     for event in profile.key_averages():
         kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), None)
-        if "::" in event.key:                           # an operation, and no kernel or node of autograd
+        if "::" in event.key:                           # an operation, not a kernel or a node of autograd
             seconds[kind] += (event.self_device_time_total or event.self_cpu_time_total) / 1e6
     return seconds
 
 
 def work(case, side, pipe):
-    """Run one side of a case in this process, and send what it took. The first step is a warm-up."""
+    """Measure one side of a case in this process, and send the results. The first step is a warm-up."""
     sys.stdout = open(os.devnull, "w")
     try:
         step = SIDES[case.what][side](case)
@@ -383,7 +383,7 @@ def work(case, side, pipe):
 
 
 def in_a_process(case, side):
-    """-> what `work` sends from a new process. ValueError if it fails."""
+    """Run `work` in a new process -> what it sends. ValueError if it fails."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(False)
     process = context.Process(target=work, args=(case, side, there))
@@ -400,7 +400,7 @@ def in_a_process(case, side):
 
 
 def measure(case, rounds):
-    """-> a row: medians, and the spread of the ratio over the rounds."""
+    """-> a row: medians, and the range of the ratio over the rounds."""
     turns = [[in_a_process(case, side) for side in (0, 1)] for _ in progress(range(rounds), " ".join(map(str, case)))]
     ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in turns]
     ours, theirs = ({name: median(turn[side][name] for turn in turns) for name in ("seconds", "memory", "warm_up")}
@@ -417,31 +417,31 @@ def measure(case, rounds):
         row["where_ms"] = {kind: [1000 * median(turn[side]["where"][kind] for turn in turns) for side in (0, 1)]
                            for kind in KINDS}
     if turns[-1][0]["rate"]:
-        row["of_the_chip"] = turns[-1][0]["operations"] / ours["seconds"] / turns[-1][0]["rate"]
+        row["of_peak"] = turns[-1][0]["operations"] / ours["seconds"] / turns[-1][0]["rate"]
     return row
 
 
 def table_row(row):
-    """A row of the Markdown table."""
+    """-> a row of the Markdown table."""
     what = " ".join(str(row[name]) for name in ("what", "arch", "weights", "dtype") if row[name] != "-")
     shape = f"{row['batch']} x {row['size']} px" if row["size"] else ""
     difference = f"{row['difference']:.0e}" if "difference" in row else ""
-    chip = f"{row['of_the_chip']:.0%}" if "of_the_chip" in row else ""
+    of_peak = f"{row['of_peak']:.0%}" if "of_peak" in row else ""
     what += " compiled" if row["compile"] else ""
     return (f"| {what} | {shape} | {row['ours_ms']:.0f} | {row['peer_ms']:.0f} | "
             f"**{row['ratio']:.2f}** ({row['ratio_low']:.2f} to {row['ratio_high']:.2f}) | {row['images_s']:.2f} | "
-            f"{row['ours_gib']:.2f} | {row['peer_gib']:.2f} | {difference} | {chip} |")
+            f"{row['ours_gib']:.2f} | {row['peer_gib']:.2f} | {difference} | {of_peak} |")
 
 
 def where_table(row):
-    """Of a row: what kind of operations the time went to."""
-    heading = f"| {row['what']} {row['arch']} {row['dtype']} {row['size']} px | ours (ms) | the peer (ms) |"
+    """-> a Markdown table of a row's time by kind of operation."""
+    heading = f"| {row['what']} {row['arch']} {row['dtype']} {row['size']} px | ours (ms) | peer (ms) |"
     lines = [f"| {kind} | {ours:.0f} | {theirs:.0f} |" for kind, (ours, theirs) in row["where_ms"].items()]
     return "\n".join(["", heading, "|---|---|---|", *lines, ""])
 
 
-HEADING = ("| what | batch and size | ours (ms) | the peer (ms) | ratio (of the rounds) | our images a second | "
-           "our peak memory (GiB) | the peer's | difference of the results | of the chip |\n" + "|---" * 10 + "|")
+HEADING = ("| what | batch and size | ours (ms) | peer (ms) | ratio (range over rounds) | our images per second | "
+           "our peak memory (GiB) | peer's | difference of the results | of peak |\n" + "|---" * 10 + "|")
 
 
 # ------------------------------------------------------------------ the command line
@@ -452,24 +452,24 @@ def arguments():
     add = parser.add_argument
     add("what", nargs="+", choices=list(SIDES), help="what to measure")
     add("--arch", nargs="+", choices=list(ARCHITECTURES), default=["sd21"], help="networks (default: sd21)")
-    add("--size", type=int, nargs="+", default=[256], help="pixels a side (default: 256)")
-    add("--batch", type=int, nargs="+", default=[1], help="pictures in a batch; of open, in the folder (default: 1)")
+    add("--size", type=int, nargs="+", default=[256], help="height and width in pixels (default: 256)")
+    add("--batch", type=int, nargs="+", default=[1], help="pictures per batch; for open, in the folder (default: 1)")
     add("--dtype", nargs="+", choices=["fp32", "autocast", "bf16"], default=["fp32"],
         help="float32, bf16 autocast of float32 weights, or bf16 weights (default: fp32)")
     add("--weights", nargs="+", choices=["none", *lora.PRESETS], default=["base"],
-        help="of train: a LoRA, or none for all weights (default: base)")
-    add("--steps", type=int, default=4, help="of sample: Euler steps (default: 4)")
-    add("--rounds", type=int, default=3, help="turns of each side (default: 3)")
-    add("--repeat", type=int, default=3, help="steps in a turn after the warm-up, whose median counts (default: 3)")
+        help="for train: a LoRA preset, or none for all weights (default: base)")
+    add("--steps", type=int, default=4, help="for sample: Euler steps (default: 4)")
+    add("--rounds", type=int, default=3, help="turns per side (default: 3)")
+    add("--repeat", type=int, default=3, help="steps per turn after the warm-up; their median counts (default: 3)")
     add("--compile", action="store_true", help="torch.compile both sides")
-    add("--where", action="store_true", help="also print what kinds of operations the time of unet and train went to")
+    add("--where", action="store_true", help="also print the time by kind of operation, for unet and train")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--json", help="append the rows to this file, as JSON lines")
     return parser.parse_args()
 
 
 def cases(args, device):
-    """-> the rows that the arguments ask for."""
+    """Yield the cases to measure, one per row of the table."""
     for what in args.what:
         shared = {"what": what, "device": device, "repeat": args.repeat}
         if what == "load":

@@ -1,17 +1,17 @@
-"""On paper: the memory and the GPU hours of finetuning. Computed; test_costs.py compares it with a GPU's own peaks.
+"""Compute the memory and the GPU hours of finetuning, without weights and without a GPU.
 
     python -m tools.costs                   SD 2.1 at 512 and 768 px, LoRA and all weights (two to five minutes)
-    python -m tools.costs sd15              the same of SD 1.5
-    python -m tools.costs --tflops 30       hours at a rate of your own: 10^12 floating-point operations a second
+    python -m tools.costs sd15              the same for SD 1.5
+    python -m tools.costs --tflops 30       hours at your GPU's rate, in 10^12 floating-point operations per second
 
-The code that train.py runs is run for one batch, on torch's fake tensors: they have shapes, types and owners, but no
-numbers. LiveBytes adds up the memory that they would take, FlopCounterMode the multiplications and additions. Fake
-tensors of the CPU are taken, since they can be compared with real ones, and what differs on CUDA is set as it is there:
-bf16 autocast, fused attention in the UNet (which keeps q, k, v, the result and a number a row, no N x N matrix), and no
-fast path in the text encoder.
+It runs train.py's own code for one batch on torch's fake tensors, which have a shape, a dtype and a lifetime but no
+numbers. LiveBytes adds up the memory that they would take, FlopCounterMode counts multiplications and additions. The
+fake tensors are on the CPU, so that tests/test_costs.py can compare them with real ones. What differs on CUDA is set as
+it is there: bf16 autocast, fused attention in the UNet (which keeps q, k, v, the result and one number per row, no
+N x N matrix), and no fast path in the text encoder.
 
-What is not counted: the CUDA context, cuDNN's workspaces, and memory lost between blocks. The hours take the rate for
-granted that a step of bench.py reached on an H100; reading pictures and previews are not in them.
+Not counted: the CUDA context, cuDNN's workspaces, and memory lost between blocks. The hours assume the rate that a step
+of tools.bench reached on an H100, and leave out the reading of pictures and the previews.
 """
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ from argparse import Namespace
 from types import SimpleNamespace
 from unittest import mock
 
-import open_clip  # noqa: F401  before fake tensors: some versions compute with numbers while they are imported
+import open_clip  # noqa: F401  before fake tensors: some versions compute while they are imported
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,8 +34,8 @@ from model import StableDiffusion
 from tests.checkpoints import CONFIGS
 
 GIB = 2**30
-PRESETS = {"small": "LoRA small", "base": "LoRA base", "none": "all weights"}
-MEASURED = 70.0         # 10^12 operations a second: LoRA base, 4 x 512 px, bf16 autocast, on an H100 (docs/speed.md)
+PRESETS = {"16": "LoRA 16", "small": "LoRA small", "base": "LoRA base", "none": "all weights"}
+MEASURED = 70.0         # 10^12 operations per second: LoRA base, 4 x 512 px, bf16 autocast, on an H100 (docs/speed.md)
 PAIRS, PAIR_STEPS, PAIR_CFG, PAIR_SIZE = 1_800_000, 40, 7.5, 512
 ATTENTION = {  # FlopCounterMode knows the fused attention of CUDA only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
@@ -44,11 +44,11 @@ ATTENTION = {  # FlopCounterMode knows the fused attention of CUDA only
         lambda gradient, q, k, v, *more, **options: sdpa_backward_flop_count(gradient, q, k, v)}
 
 
-# ------------------------------------------------------------------ what counts
+# ------------------------------------------------------------------ counters
 
 class LiveBytes(TorchDispatchMode):
-    """Inside `with`: .now, the bytes of all memory that operations made and that something still holds, and .peak.
-    Each piece counts once, however many tensors share it; that of the tensors `before` does not count."""
+    """Inside `with`, counts the memory of new tensors: .now, the bytes that are still referenced, and .peak. A storage
+    that several tensors share counts once. The storages of the tensors `before` do not count."""
 
     def __init__(self, before):
         super().__init__()
@@ -78,7 +78,7 @@ def count_flops():
 
 
 def size_of(tensors):
-    """-> bytes."""
+    """-> the tensors' size in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -86,33 +86,35 @@ def size_of(tensors):
 
 @contextlib.contextmanager
 def as_on_cuda(mode):
-    """Inside `with`, code for the CPU takes the ways that it takes on CUDA, and makes tensors of `mode`."""
+    """Inside `with`, code on the CPU takes the same branches as on CUDA, and new tensors are of `mode`. No caption is
+    dropped, since fake tensors have no random numbers."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)              # CUDA's autocast shuts it
+    torch.backends.mha.set_fastpath_enabled(False)              # CUDA's autocast disables it
     try:
-        with mode, mock.patch.object(model, "attend", F.scaled_dot_product_attention):
+        with (mode, mock.patch.object(model, "attend", F.scaled_dot_product_attention),
+              mock.patch.object(train, "drop_captions", lambda captions, share: captions)):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def without_file(config):
-    """-> a load_checkpoint that makes a model of `config` on the meta device, in place of a file's."""
-    def load_checkpoint(path, device, dtype, *options):
+    """-> a replacement for load_model that reads no file: it builds a model of `config` on the meta device."""
+    def load_model(path, lora_file, device, dtype, *options):
         with torch.device("meta"):
             sd = StableDiffusion(config, "v")
         sd.to(dtype).requires_grad_(False).eval()
         sd.unet.time_embed.float()
         return sd
-    return load_checkpoint
+    return load_model
 
 
 def build(config, preset, mode, checkpointing=False, precision="bf16"):
-    """-> sd, flow, {name: parameter} of what is trained, as train.load_trainable gives them, in tensors of `mode`:
-    FakeTensorMode() or, for real ones, contextlib.nullcontext()."""
+    """-> sd, flow, {name: parameter} to train, as train.load_trainable returns them. Their tensors are of `mode`:
+    FakeTensorMode(), or contextlib.nullcontext() for real ones."""
     args = Namespace(lora=preset, precision=precision, checkpointing=checkpointing, task="text-to-image",
-                     objective="diff2flow", ckpt=None, prediction=None, use_ema=False, zero_snr=False)
-    with mock.patch.object(train, "load_checkpoint", without_file(config)):
+                     objective="diff2flow", ckpt=None, init_lora=None, prediction=None, use_ema=False, zero_snr=False)
+    with mock.patch.object(train, "load_model", without_file(config)):
         sd, _, _ = train.load_trainable(args, "meta")
     shapes = sd.state_dict()
     with mode:
@@ -124,7 +126,8 @@ def build(config, preset, mode, checkpointing=False, precision="bf16"):
 
 
 def fill_memory(sd, flow, trained):
-    """Make what stays in memory beside the weights: gradients, Adam's averages, EMA -> their bytes, and all tensors."""
+    """Make what stays in memory besides the weights: gradients, Adam's averages, EMA -> {part: bytes}, weights
+    included, and a list of all these tensors."""
     for parameter in trained.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer, ema = torch.optim.Adam(trained.values(), fused=True), train.EMA(trained)
@@ -139,9 +142,9 @@ def fill_memory(sd, flow, trained):
 
 
 def one_pass(sd, flow, amp, images, read):
-    """A batch in the loop of train.train -> read() after the encoding, the forward and the backward pass."""
+    """One batch of the loop in train.train -> the results of read() after encoding, forward and backward pass."""
     with amp:
-        x1, x0, context, mask = train.text_to_image(sd, train.to_latents(sd, images))
+        x1, x0, context, mask = train.text_to_image(sd, train.encode_batch(sd, images))
         marks = [read()]
         loss = flow.loss(x1, context, x0, mask=mask)
     marks.append(read())
@@ -150,8 +153,9 @@ def one_pass(sd, flow, amp, images, read):
 
 
 def one_batch(config, preset, size, checkpointing=False, batch=4, precision="bf16", mode=None):
-    """-> what stays in memory, in bytes by part (.stays); what the forward pass leaves for the backward pass (.kept);
-    what encoding, forward and backward pass take at most (.peak); their operations by part (.flops)."""
+    """-> .stays, {part: bytes} of what stays in memory; .kept, the bytes that the forward pass keeps for the backward
+    pass; .peak, the most bytes that encoding, forward and backward pass need in addition to .stays; .flops, {part:
+    operations}."""
     mode = mode or FakeTensorMode()
     sd, flow, trained = build(config, preset, mode, checkpointing, precision)
     amp = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
@@ -160,14 +164,14 @@ def one_batch(config, preset, size, checkpointing=False, batch=4, precision="bf1
         images = {"image": torch.zeros(batch, 3, size, size), "caption": ["a red boat"] * batch}
         with LiveBytes([*tensors, images["image"]]) as live:
             before, after, _ = one_pass(sd, flow, amp, images, lambda: live.now)
-        with count_flops() as counter:                      # not at once: it holds tensors
+        with count_flops() as counter:                      # in a second pass: it keeps tensors alive
             encoding, forward, total = one_pass(sd, flow, amp, images, counter.get_total_flops)
     flops = {"encoding": encoding, "forward": forward - encoding, "backward": total - forward}
     return SimpleNamespace(stays=stays, kept=after - before, peak=live.peak, flops=flops)
 
 
 def pair_flops(config):
-    """-> operations for one of Reflow's pairs: PAIR_STEPS steps of two forward passes, for guidance."""
+    """-> operations for one of Reflow's pairs: PAIR_STEPS steps with guidance, which are two forward passes each."""
     mode = FakeTensorMode()
     sd, flow, _ = build(config, "none", mode)
     side = PAIR_SIZE // sd.factor
@@ -181,7 +185,7 @@ def pair_flops(config):
 # ------------------------------------------------------------------ tables
 
 def table(heading, rows):
-    """Print rows of words as Markdown."""
+    """Print rows of strings as a Markdown table."""
     print("\n| " + " | ".join(heading) + " |\n|" + "---|" * len(heading))
     for row in rows:
         print("| " + " | ".join(row) + " |")
@@ -189,32 +193,32 @@ def table(heading, rows):
 
 def memory_row(name, plain, checkpointed):
     stays = plain.stays
-    beside = sum(stays.values()) - stays["weights"]
-    numbers = [stays["weights"], beside, plain.peak, sum(stays.values()) + plain.peak, checkpointed.peak,
+    others = sum(stays.values()) - stays["weights"]
+    numbers = [stays["weights"], others, plain.peak, sum(stays.values()) + plain.peak, checkpointed.peak,
                sum(stays.values()) + checkpointed.peak]
     return [name, *(f"{number / GIB:.1f}" for number in numbers)]
 
 
 def hours(operations, rate):
-    """At a rate in 10^12 operations a second -> GPU hours in words."""
+    """-> GPU hours (str). rate: 10^12 operations per second."""
     return f"{operations / (rate * 1e12) / 3600:,.0f}"
 
 
 def flops_row(name, cost, passes, rate):
-    """passes: of a batch of 4, in the whole run."""
+    """passes: batches of 4 in the whole run."""
     tera = [f"{cost.flops[part] / 1e12:.1f}" for part in ("encoding", "forward", "backward")]
     total = passes * sum(cost.flops.values())
     return [name, *tera, f"{total / 1e18:,.0f}", hours(total, rate)]
 
 
 def print_memory(costs, names):
-    table(["GiB", "weights of all networks", "gradients, Adam, EMA", "batch of 4", "**together**",
-           "batch of 4 with `--checkpointing`", "**together**"],
+    table(["GiB", "weights of all networks", "gradients, Adam, EMA", "batch of 4", "**total**",
+           "batch of 4 with `--checkpointing`", "**total**"],
           [memory_row(names[key], *pair) for key, pair in costs.items()])
 
 
 def print_hours(costs, names, pairs, rate):
-    recipe = train.recipe("text-to-image", bundled=False)
+    recipe = train.PAPER["text-to-image"]
     rows = [flops_row(f"{names[key]}{with_flag}", cost, recipe["steps"] * recipe["grad_accum"], rate)
             for with_flag, which in (("", 0), (", `--checkpointing`", 1))
             for key, cost in ((key, pair[which]) for key, pair in costs.items())]
@@ -227,10 +231,11 @@ def print_hours(costs, names, pairs, rate):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m tools.costs", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=list(CONFIGS), default="sd21", help="the model (default: sd21)")
     parser.add_argument("--tflops", type=float, default=MEASURED,
-                        help=f"10^12 operations a second that your GPU reaches (default: {MEASURED:g})")
+                        help=f"10^12 operations per second that your GPU reaches (default: {MEASURED:g})")
     args = parser.parse_args()
     config = CONFIGS[args.name]
     print(f"{args.name}, bf16 autocast, batches of 4. Computed, not measured.")

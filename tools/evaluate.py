@@ -1,4 +1,4 @@
-"""Measure a folder of sampled pictures as the paper does (Tables 1 and 3, Figure 5): FID, CLIP score, aesthetics.
+"""Measure sampled pictures as in the paper (Tables 1 and 3, Figure 5): FID, CLIP score, aesthetics score.
 
     python -m tools.evaluate samples/ --real val2017/ --inception weights.pth
     python -m tools.evaluate samples/ --clip ViT-L-14-quickgelu clip.pt --prompts captions.txt --aesthetics head.pth
@@ -8,7 +8,7 @@ FID         |m - m'|^2 + tr(C + C' - 2 sqrt(C C')), where m, C and m', C' are th
 CLIP score  mean cosine between CLIP's embeddings of each picture and of its prompt (open_clip; higher is better)
 aesthetics  mean of LAION's predictor, a small network on CLIP's embedding of a picture (1 to 10; higher is better)
 
-Nothing is downloaded but Inception's weights, and these only without --inception. The last line printed is JSON.
+Only Inception's weights are downloaded, and only without --inception. The last line printed is JSON.
 """
 import argparse
 import json
@@ -32,9 +32,9 @@ FID_NETWORK = "inception-v3-compat"     # torch-fidelity's copy of the original 
 
 
 class CroppedPictures(torch.utils.data.Dataset):
-    """The pictures of a folder: uint8 (3, H, W), scaled and cropped around the centre to one size.
+    """The pictures of a folder: uint8 (3, H, W), centre-cropped and scaled to one size.
 
-    size: (width, height) in pixels; None takes the first picture's.
+    size: (width, height) in pixels (None: the first picture's).
     """
 
     def __init__(self, folder, size=None):
@@ -52,7 +52,7 @@ class CroppedPictures(torch.utils.data.Dataset):
 
 
 def read_weights(path):
-    """A file of weights -> {name: tensor}, all finite. No code in the file is run; ValueError if it holds more."""
+    """A file of weights -> {name: tensor}, all finite. Never runs code from the file: ValueError if it contains any."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
@@ -62,31 +62,31 @@ def read_weights(path):
             weights = torch.load(path, "cpu", weights_only=True)
     except Exception as error:                          # damaged bytes can raise anything in a parser
         if "TorchScript" in str(error):
-            raise ValueError(f"{path}: a TorchScript archive, as OpenAI's of CLIP, is code, which is not run: take "
-                             "open_clip's .safetensors or .bin of the network from the Hugging Face hub") from error
-        raise ValueError(f"{path}: no file of plain tensors, damaged, or with code in it, which is not run "
-                         f"({type(error).__name__}); take another copy, or save its state_dict anew") from error
+            raise ValueError(f"{path}: a TorchScript archive, like OpenAI's CLIP files: it has code, which is not run; "
+                             "use open_clip's .safetensors or .bin of the network from the Hugging Face hub") from error
+        raise ValueError(f"{path}: not a file of plain tensors, damaged, or with code in it, which is not run "
+                         f"({type(error).__name__}); get another copy, or save its state_dict again") from error
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not weights or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) and is_plain(tensor)
             for name, tensor in weights.items()):
-        raise ValueError(f"{path}: it holds other things than named tensors: save the network's state_dict alone")
+        raise ValueError(f"{path}: it contains more than named tensors: save only the network's state_dict")
     for name, tensor in weights.items():
         if not tensor.float().isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity: take another copy of the file")
+            raise ValueError(f"{path}: {name} has NaN or infinity: get another copy of the file")
     return weights
 
 
 def fid(samples, real, inception, batch, device):
-    """Two CroppedPictures -> their Frechet inception distance. inception: file of weights; None downloads them."""
+    """Two CroppedPictures -> their Frechet inception distance. inception: file of weights (None: download them)."""
     try:
         from torch_fidelity import calculate_metrics
     except ImportError:
         raise ValueError("--real: FID takes torch-fidelity: pip install torch-fidelity") from None
     with tempfile.TemporaryDirectory() as folder:
         safe = None
-        if inception is not None:       # torch-fidelity runs what it reads, so it reads a copy of the tensors alone
+        if inception is not None:       # torch-fidelity may run code in a file: give it a copy of the tensors alone
             safe = str(Path(folder) / "inception.pth")
             torch.save(read_weights(inception), safe)
         try:
@@ -96,8 +96,7 @@ def fid(samples, real, inception, batch, device):
         except RuntimeError as error:
             if "state_dict" not in str(error):
                 raise
-            raise ValueError(f"--inception {inception}: the weights of another network than torch-fidelity's "
-                             f"{FID_NETWORK}") from error
+            raise ValueError(f"--inception {inception}: not the weights of torch-fidelity's {FID_NETWORK}") from error
     return found["frechet_inception_distance"]
 
 
@@ -122,7 +121,7 @@ def embed_prompts(network, tokenizer, prompts, batch, device):
 
 
 def aesthetics_predictor(path, width):
-    """LAION's predictors are linear layers with nothing between -> network: embeddings (N, width) -> scores (N, 1)."""
+    """LAION's predictor, linear layers without activations -> network: embeddings (N, width) -> scores (N, 1)."""
     weights, layers = read_weights(path), []
     try:
         for name in weights:
@@ -134,29 +133,29 @@ def aesthetics_predictor(path, width):
         network = nn.Sequential(*layers).requires_grad_(False)
         assert network(torch.zeros(1, width)).shape == (1, 1)
     except (ValueError, KeyError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"{path}: no linear layers from CLIP's {width} numbers to one score: take LAION's predictor "
+        raise ValueError(f"{path}: not linear layers from CLIP's {width} numbers to one score: use LAION's predictor "
                          "for the network that --clip names") from error
     return network
 
 
 def load_clip(name, path, device):
-    """open_clip's name of a network, and the file of its weights -> the network, and its transform of a picture."""
+    """open_clip's name of a network, and the file of its weights -> the network, and its picture transform."""
     with tempfile.TemporaryDirectory() as folder:
-        safe = str(Path(folder) / "clip.pth")           # open_clip may run what it reads, so it reads the tensors alone
+        safe = str(Path(folder) / "clip.pth")           # open_clip may run code in a file: give it the tensors
         torch.save(read_weights(path), safe)
         try:
             network, _, transform = open_clip.create_model_and_transforms(name, pretrained=safe, device=device)
-        except Exception as error:                      # what weights of another network raise depends on the network
-            raise ValueError(f"--clip {name} {path}: not the weights of that network, or open_clip knows none of that "
-                             f"name ({str(error)[:200]})") from error
+        except Exception as error:                      # the error for wrong weights depends on the network
+            raise ValueError(f"--clip {name} {path}: not the weights of that network, or open_clip has no network of "
+                             f"that name ({str(error)[:200]})") from error
     return network.eval(), transform
 
 
 def clip_results(samples, clip, prompts, aesthetics, batch, device):
     """-> {"clip_score"} if there are prompts, {"aesthetics_score"} if there is a predictor, or both.
 
-    clip: open_clip's name of a network, and the file of its weights; prompts: one for each picture, or none;
-    aesthetics: the file of the predictor's weights, or None.
+    clip: open_clip's name of a network, and the file of its weights; prompts: one per picture, or []; aesthetics: the
+    file of the predictor's weights, or None.
     """
     name, weights = clip
     network, transform = load_clip(name, weights, device)
@@ -171,15 +170,16 @@ def clip_results(samples, clip, prompts, aesthetics, batch, device):
 
 
 def check(args):
-    """ValueError for options that do not go together, and for files of weights that are missing."""
+    """ValueError for options that do not fit together, and for missing files of weights."""
     check_range(args, 1, 1e9, "batch")
     measures_clip = args.prompts is not None or args.aesthetics is not None
     if measures_clip != (args.clip is not None):
         raise ValueError("--clip MODEL WEIGHTS goes with --prompts FILE, --aesthetics WEIGHTS, or both")
     if args.real is None and args.clip is None:
-        raise ValueError("nothing to measure: give --real FOLDER for FID, --clip MODEL WEIGHTS for CLIP and aesthetics")
+        raise ValueError("nothing to measure: pass --real FOLDER for FID, --clip MODEL WEIGHTS for CLIP and aesthetics")
     if args.clip is not None and ":" in args.clip[0]:
-        raise ValueError(f"--clip {args.clip[0]}: it would be downloaded; give a name of open_clip's own, as ViT-L-14")
+        raise ValueError(f"--clip {args.clip[0]}: it would be downloaded; pass a name of open_clip's own, such as "
+                         "ViT-L-14")
     clip_weights = None if args.clip is None else args.clip[1]
     for flag, path in ("--inception", args.inception), ("--clip", clip_weights), ("--aesthetics", args.aesthetics):
         if path is not None and not Path(path).is_file():
@@ -190,14 +190,14 @@ def arguments():
     parser = argparse.ArgumentParser(prog="python -m tools.evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("samples", help="folder of pictures, such as sample.py --singles writes")
-    add("--real", help="folder of real pictures; measure FID against them, scaled and cropped to the samples' size")
+    add("samples", help="folder of pictures, for example from sample.py --singles")
+    add("--real", help="folder of real pictures, which are cropped and scaled to the samples' size: measures FID")
     add("--inception", help="file of torch-fidelity's Inception weights (default: torch-fidelity downloads it)")
-    add("--clip", nargs=2, metavar=("MODEL", "WEIGHTS"), help="open_clip's name of a network, and its weights' file")
-    add("--prompts", help="text file, line i for the i-th picture in the order of their names; measure the CLIP score")
-    add("--aesthetics", help="file of the weights of LAION's predictor, which is made for ViT-L-14-quickgelu; measure "
-        "aesthetics")
-    add("--batch", type=int, default=32, help="number of pictures that a network sees at a time (default: 32)")
+    add("--clip", nargs=2, metavar=("MODEL", "WEIGHTS"), help="open_clip's name of a network, and its file of weights")
+    add("--prompts", help="text file, line i for the i-th picture in the order of file names: measures the CLIP score")
+    add("--aesthetics", help="file of the weights of LAION's predictor, which needs ViT-L-14-quickgelu: measures the "
+        "aesthetics score")
+    add("--batch", type=int, default=32, help="pictures per forward pass (default: 32)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     return parser.parse_args()
 
@@ -208,7 +208,7 @@ def main():
     samples, device, results = CroppedPictures(args.samples), pick_device(args.device), {}
     prompts = [] if args.prompts is None else read_text(args.prompts).splitlines()
     if args.prompts is not None and len(prompts) != len(samples):
-        raise ValueError(f"--prompts {args.prompts}: {len(prompts)} lines for {len(samples)} pictures, where line i is "
+        raise ValueError(f"--prompts {args.prompts}: {len(prompts)} lines for {len(samples)} pictures: line i must be "
                          "the prompt of picture i")
     if args.real is not None:
         results["fid"] = fid(samples, CroppedPictures(args.real, samples.size), args.inception, args.batch, device)

@@ -1,12 +1,12 @@
-"""Full-size files, by hand: does a 4 GB checkpoint load, in how much memory, and do the commands train on it?
+"""Try full-size files: load a 4 GB checkpoint, measure the memory, compare with diffusers, train on it.
 
     python -m tools.full_size sd15 sd21            read: peak memory, seconds, float32 parity with diffusers, folders
     python -m tools.full_size sd15 sd21 --train    train two steps on photographs by each task, LoRA in diffusers
-    python -m tools.full_size sd21 --cache         seconds of a step with --cache and without, in turns
+    python -m tools.full_size sd21 --cache         seconds of a training batch with --cache and without, in turns
 
-Each file is random, in the real layout, written for the purpose (5 GB in the temporary folder), and deleted. Peak
-memory is VmHWM after loading less VmHWM after the imports. float32 weights stay views of the mapped file, so every
-weight is read once before the figure is taken.
+The files are random, in the real layout, written to the temporary folder (5 GB) and deleted at the end. Peak memory is
+VmHWM after loading minus VmHWM after the imports. float32 weights are views of the mapped file, so every weight is read
+once before the measurement.
 """
 import argparse
 import contextlib
@@ -42,7 +42,7 @@ FEW = "--steps 2 --batch 1 --grad-accum 1 --validation 2 --previews 2 --lr 1e-3 
 
 
 def write_random_checkpoint(name, path):
-    """A .safetensors file written tensor by tensor, so that the whole is never in memory."""
+    """Write a .safetensors file tensor by tensor, so that it is never in memory as a whole."""
     names = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64"}
     header, offset = {}, 0
     for key, (shape, dtype) in manifest(name).items():
@@ -58,16 +58,16 @@ def write_random_checkpoint(name, path):
             checkpoints.random_tensor(key, shape, dtype).numpy().tofile(file)
 
 
-# ------------------------------------------------------------------ measurements, each in a process of its own
+# ------------------------------------------------------------------ measurements, each in its own process
 
 def peak():
-    """Highest resident memory of this process so far, in MiB."""
+    """-> the highest resident memory of this process so far, in MiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 
 
 def measure_reading(path, dtype):
-    import open_clip  # noqa: F401  before the baseline: load_checkpoint imports it late
+    import open_clip  # noqa: F401  before the baseline, since load_checkpoint imports it
     before, start = peak(), time.time()
     sd = load_checkpoint(path, dtype=dtype)
     for parameter in sd.parameters():
@@ -107,13 +107,13 @@ def compare_lora(path, adapter):
     ours = sd.unet(x, t_dm, context)
     checkpoints.diffusers_pipeline(theirs).load_lora_weights(adapter)
     print(f"  diffusers with the LoRA against ours: {relative(theirs(x, t_dm, context).sample, ours):.1e}; "
-          f"the LoRA's own change: {relative(plain, ours):.2f}")
+          f"with the LoRA against without: {relative(plain, ours):.2f}")
 
 
 @torch.no_grad()
 def compare_folder(name, path):
-    """The same weights as a diffusers folder: read to the same parameters, bit for bit; then of a LoRA merged into the
-    single file, diffusers' from_single_file against our base and LoRA."""
+    """Compare a diffusers folder of the same weights with the single file, bit for bit. Then merge a LoRA into the
+    single file, and compare diffusers' from_single_file of it with our base and LoRA."""
     from diffusers import StableDiffusionPipeline
     folder, merged, sd = Path(path).with_suffix(""), Path(path).with_name("merged.safetensors"), load_checkpoint(path)
     prediction = sd.prediction
@@ -123,7 +123,7 @@ def compare_folder(name, path):
     seconds, theirs = time.time() - start, read.state_dict()
     ours = {key: value for key, value in sd.state_dict().items() if key in theirs}
     print(f"  diffusers folder: read in {seconds:.1f} s, {len(theirs)} parameters, "
-          f"{'the same as of the file' if checkpoints.same(ours, theirs) else 'OTHERS'}")
+          f"{'equal to those of the file' if checkpoints.same(ours, theirs) else 'DIFFERENT'}")
     del read, theirs, ours
     torch.manual_seed(1)
     for parameter in lora.inject(sd.unet, 16):
@@ -135,14 +135,15 @@ def compare_folder(name, path):
     ours = sd.unet(x, t_dm, context)
     del sd
     pipeline = StableDiffusionPipeline.from_single_file(str(merged), config=str(folder), local_files_only=True)
-    print(f"  merged, in diffusers against ours: {relative(pipeline.unet(x, t_dm, context).sample, ours):.1e}")
+    print("  merged file in diffusers against our base and LoRA: "
+          f"{relative(pipeline.unet(x, t_dm, context).sample, ours):.1e}")
     merged.unlink()
     shutil.rmtree(folder)
 
 
 def measure_cache(path, sizes=(64, 128, 256), turns=5):
-    """Seconds of a processor, which other jobs hardly change, that batches of two photographs take with --cache and
-    without, by turns. The first turn, which is slower, does not count."""
+    """Print the process time, which other jobs hardly change, of a batch of two photographs with --cache and without,
+    in turns. The first turn is slower and does not count."""
     folder, cpu = Path(path).parent, torch.device("cpu")
     sys.argv = f"train.py --ckpt {path} --data {folder}/photos --cache {folder}/cache --lora 16".split()
     args, amp = train.arguments(), contextlib.nullcontext()
@@ -161,7 +162,7 @@ def measure_cache(path, sizes=(64, 128, 256), turns=5):
                 seconds.setdefault(what, []).append(time.process_time() - begin)
         without, cached = (statistics.median(seconds[what][1:]) for what in ("without", "with"))
         print(f"  {size} px: a batch of 2 takes {without:.2f} s without --cache, {cached:.2f} s with it, "
-              f"which is {without / cached:.2f} times the images a second", flush=True)
+              f"{without / cached:.2f} times as many images per second", flush=True)
 
 
 def measure(what, name, path):
@@ -194,7 +195,7 @@ def read(name, path):
 
 
 def write_photographs(folder):
-    """NAME.jpg, NAME.txt and NAME.npy of three photographs; any smooth depth will do."""
+    """Write NAME.jpg, NAME.txt and NAME.npy (a smooth depth) of three photographs."""
     import matplotlib
     import sklearn.datasets
     photos = Path(sklearn.datasets.__file__).parent / "images"
@@ -237,10 +238,11 @@ def cache(name, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m tools.full_size", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="sd15, sd21, or both")
-    parser.add_argument("--train", action="store_true", help="train instead of read")
-    parser.add_argument("--cache", action="store_true", help="measure --cache instead")
+    parser.add_argument("--train", action="store_true", help="train on the files instead")
+    parser.add_argument("--cache", action="store_true", help="measure training with --cache instead")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -1,4 +1,4 @@
-"""Merge a LoRA into its base checkpoint: one file in the base's layout, for tools that do not read the LoRA.
+"""Merge a LoRA into its base checkpoint, for tools that do not read the LoRA.
 
     python -m tools.merge runs/NAME/lora.safetensors --ckpt sd21.safetensors --out merged.safetensors --dtype fp16
 
@@ -22,7 +22,7 @@ def main():
     add("lora", help="LoRA file to merge")
     add("--ckpt", required=True, help="the checkpoint that the LoRA was trained on")
     add("--out", required=True, help="the .safetensors file to write")
-    add("--dtype", choices=["fp16", "bf16", "fp32"], help="of the networks' tensors (default: as in the checkpoint)")
+    add("--dtype", choices=["fp16", "bf16", "fp32"], help="of the networks (default: as in the checkpoint)")
     args = parser.parse_args()
     if not args.out.endswith(".safetensors"):
         raise ValueError(f"--out {args.out}: it must end in .safetensors")

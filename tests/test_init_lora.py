@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sample
 import train
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.load import load_flow
 from support.lora_file import save_lora
 from tests import runs
 from tests.checkpoints import same as same_tensors
-from tests.runs import SHORT, metadata, refusal, same, working_in, works
+from tests.runs import FEW, SHORT, metadata, refusal, same, working_in, works
 from tests.test_sample import write_lora
 from tests.test_train import kill, settings
 
@@ -140,6 +141,14 @@ def test_a_lora_of_a_base_with_another_prediction_is_refused_and_one_of_another_
     line = refusal(train, words + "eps.safetensors")
     assert f"{first}: made with {tiny.name}, whose UNet predicts v; " in line and "eps.safetensors predicts eps" in line
     assert f"warning: {first} was made with {tiny.name} (UNet " in works(train, words + "other.safetensors")
+
+
+def test_pairs_that_a_lora_made_warn_if_reflow_starts_without_it(tiny, first):
+    works(sample, f"{FEW} --pairs 4 --lora {first} --ckpt {tiny} --prompt x --out pairs")
+    words = f"{RUN.replace('--size 32', '')} --steps 1 --task reflow --data pairs"
+    warning = f"warning: {Path.cwd()}/pairs: made with the LoRA {first}: pass it as --init-lora"
+    assert warning in works(train, f"{words} --lora 2 --out one")
+    assert "warning" not in works(train, f"{words} --init-lora {first} --out two")
 
 
 def test_a_run_from_a_model_of_naive_flow_matching_warns_about_another_objective(tiny):

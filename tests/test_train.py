@@ -39,6 +39,7 @@ from tests.runs import (
     same,
     save_photo,
     save_photos,
+    trained_captions,
     working_in,
     works,
 )
@@ -428,6 +429,50 @@ def test_the_velocity_error_is_the_mean_over_held_out_scenes_for_every_batch_siz
         u = flow(t_fm * x1 + (1 - t_fm) * x0, t_fm.flatten(), context)
         expected = (u - (x1 - x0)).square().mean().item()
     assert errors == pytest.approx([expected, expected], rel=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["", "--cache cache"])
+def test_held_out_photographs_are_measured_and_never_trained_on(cache):
+    for i in range(30):
+        save_photo(f"photos/{i}.png", 32, 32, seed=i)
+        Path(f"photos/{i}.txt").write_text(f"picture {i}")
+    words = f"--steps 15 --batch 4 --validation 4 --lora 2 --data photos {cache} --save-every 8 --out run"
+    out, seen = trained_captions(SHORT + words)
+    held_out = json.loads(Path("run/result.json").read_text())["captions"]
+    assert len(held_out) == 3 and len(set(seen)) == 27 and set(seen).isdisjoint(held_out)
+    assert f"data: 27 pictures in {Path.cwd()}/photos, 32x32; validation: 3 held-out pictures\n" in out
+    assert "velocity error |u - (x1 - x0)|^2 of 3 held-out pictures: " in out
+    _, seen = trained_captions("--resume run --steps 24")
+    assert set(seen).isdisjoint(held_out)
+
+
+def test_the_output_of_a_run_on_fewer_than_ten_photographs_says_training_pictures():
+    save_photos("photos")
+    out = works(train, SHORT + "--steps 1 --lora 2 --data photos --out run")
+    assert f"data: 3 pictures in {Path.cwd()}/photos, 32x32; validation: training pictures, " in out
+    assert "before training: velocity error of training pictures, " in out and "held-out pictures" not in out
+    assert "velocity error |u - (x1 - x0)|^2 of training pictures, " in out
+
+
+@pytest.mark.parametrize("words, rows", [
+    ("", ["before, 25 steps", "after 2 steps of training, 25 steps", "after, 4 steps"]),
+    ("--task reflow --data pairs", ["before, 4 steps", "after 2 steps of training, 4 steps"]),
+    ("--task depth", ["picture", "log depth", "before, 4 steps", "after 2 steps of training, 4 steps"])])
+def test_before_after_has_a_row_of_pictures_for_each_number_of_steps(words, rows, monkeypatch):
+    make_pairs()
+    steps, drawn, grids, sampled, decode = [], [], [], Diff2Flow.sample, StableDiffusion.decode
+    monkeypatch.setattr(Diff2Flow, "sample", lambda flow, x0, context, n, *rest: (
+        steps.append(n) or sampled(flow, x0, context, n, *rest)))
+    monkeypatch.setattr(StableDiffusion, "decode", lambda sd, x1: drawn.append(decode(sd, x1)) or drawn[-1])
+    monkeypatch.setattr("support.validation.save_grid", lambda path, images, *rest: grids.append((images, *rest)))
+    size = "" if "reflow" in words else "--size 32"
+    works(train, f"{SHORT.replace('--size 32', size)} --steps 2 --lora 2 {words} --out run")
+    (images, columns, making, labels, captions), = grids
+    assert labels == rows and columns == 2 and len(images) == len(captions) == 2 * len(rows)
+    assert making == "run, before training and after 2 steps, from the same noise"
+    assert steps == ([25, 4, 25, 4] if not words else [4, 4])           # before training, then after it
+    before, *after = [drawn[0], *drawn[len(drawn) // 2:]]
+    assert torch.equal(images[-2 * len(after) - 2:], torch.cat([before, *after])) and not torch.equal(before, after[0])
 
 
 def test_a_run_that_would_take_days_prints_a_warning_with_its_time(monkeypatch, capsys, whole):

@@ -1,11 +1,11 @@
-"""Kill runs at random moments, let them go on, and see whether anything is lost.
+"""Kill runs at random moments, resume them, and check that nothing is lost.
 
     python -m tests.kills                      24 kills of train.py, and 24 of sample.py --pairs
-    python -m tests.kills --n 4 --seed 1       4 of each, at other moments
+    python -m tests.kills --n 4 --seed 1       4 of each, at other times
 
-A process is started, and gets a random signal after a random time: SIGKILL as often as all others together. Whatever
-happened, each of its files must be whole. Then the same command goes on, until it is finished; its result must be that
-of a process that was never killed, bit for bit. Ends with exit code 1 if it is not.
+A process gets a random signal after a random time; half of the signals are SIGKILL. After that none of its files may be
+damaged. Then it is resumed, until it ends; its result must equal that of a run that was never killed, bit for bit. The
+exit code is 1 if a check fails.
 """
 import argparse
 import collections
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {  # a run's name: how it begins, how it goes on if the file exists, and the files that are its result
+COMMANDS = {  # name: the first command, the command if a state file exists, that file, the files of the result
     "train": ("train.py --steps 40 --batch 2 --size 32 --scenes 16 --validation 2 --previews 2 --lora 2 --save-every 3 "
               "--preview-every 7 --warmup 0 --device cpu --out train", "train.py --resume train",
               "train/state.safetensors",
@@ -36,15 +36,15 @@ SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, 
 
 
 def start(name, folder):
-    """Begin the run `name` in `folder`, or go on with it -> the process."""
-    begin, go_on, state, _ = COMMANDS[name]
-    script, *words = shlex.split(go_on if state and (folder / state).exists() else begin)
+    """Start or resume the run `name` in `folder` -> the process."""
+    begin, resume, state, _ = COMMANDS[name]
+    script, *words = shlex.split(resume if state and (folder / state).exists() else begin)
     with open(folder / "log.txt", "a") as log:
         return subprocess.Popen([sys.executable, ROOT / script, *words], cwd=folder, stdout=log, stderr=log)
 
 
 def damaged(folder):
-    """-> the files below `folder` that are not whole. A log may have one torn line, its last."""
+    """-> descriptions of the damaged files under `folder`. The last line of a log may be half-written."""
     found = []
     for path in folder.rglob("*"):
         try:
@@ -56,13 +56,13 @@ def damaged(folder):
                 lines = path.read_text().split("\n")
                 for line in lines[:-1]:
                     json.loads(line)
-        except Exception as error:              # whatever it is, the file could not be read
+        except Exception as error:              # any error means that the file is damaged
             found.append(f"{path}: {error}")
     return found
 
 
 def contents(path):
-    """What must be the same in both results: numbers, and not the order in which a file lists its tensors."""
+    """-> a file's content for comparison, independent of the order of its tensors."""
     if path.suffix == ".safetensors":
         return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
     return path.read_bytes()
@@ -73,7 +73,7 @@ def finish(name, folder):
 
 
 def kill_often(name, n, rng, base):
-    """Kill the run `name` n times, in as many runs as it takes -> Counter of signals and exit codes, list of faults."""
+    """Kill runs of `name` n times in all -> Counter of signals and exit codes, list of faults."""
     whole, counts, faults, run = base / "whole", collections.Counter(), [], 0
     whole.mkdir(parents=True)
     begin = time.time()
@@ -86,7 +86,7 @@ def kill_often(name, n, rng, base):
             process, number = start(name, folder), rng.choice(SIGNALS)
             try:
                 process.wait(rng.uniform(0.1, 1.1) * seconds)
-                alive = False                   # it was faster, and has finished
+                alive = False                   # it ended before the signal
             except subprocess.TimeoutExpired:
                 process.send_signal(number)
                 counts[f"{number.name}, exit code {process.wait()}"] += 1
@@ -104,8 +104,8 @@ def kill_often(name, n, rng, base):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=24, help="kills of each command (default: 24)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the signals (default: 0)")
+    parser.add_argument("--n", type=int, default=24, help="kills per command (default: 24)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times and the signals (default: 0)")
     args = parser.parse_args()
     base, faults = Path(tempfile.mkdtemp(prefix="kills-")), []
     for name in COMMANDS:

@@ -158,8 +158,8 @@ def check(args):
     check_range(args, 0, 1, "caption_dropout", "ema")
     if args.init_lora and args.lora not in ("init", "none"):
         raise ValueError(f"--lora {args.lora}: --init-lora has its own layers and ranks: leave --lora out or pass none")
-    if args.lora not in ("init" if args.init_lora else "none", "none", *lora.PRESETS) and not (
-            args.lora.isdecimal() and int(args.lora) > 0):
+    is_rank = args.lora.isdecimal() and int(args.lora) > 0
+    if not is_rank and args.lora not in ("none", *lora.PRESETS) and not args.init_lora:
         raise ValueError(f"--lora {args.lora}: it is base, small, none, or a rank such as 16")
     tars = [path for path in args.data or [] if path.endswith(".tar")]
     if tars and (args.task != "text-to-image" or len(tars) < len(args.data)):
@@ -259,8 +259,9 @@ def encode_item(sd, item):
     return {name: value[0] for name, value in encode_batch(sd, default_collate([item])).items()}
 
 
-def load_batches(args, sd, dataset, run):
-    """-> DataLoader of this process's batches from step run.start on. Pictures are read ahead by worker processes."""
+def load_batches(args, sd, dataset, run, autocast):
+    """-> DataLoader of this process's batches from step run.start on. Pictures are read ahead by worker processes;
+    scenes are encoded here, once, under `autocast`."""
     options = {"num_workers": min(8, os.cpu_count()), "pin_memory": sd.device.type == "cuda",
                "worker_init_fn": ignore_interrupts}
     if isinstance(dataset, Tars):
@@ -271,7 +272,7 @@ def load_batches(args, sd, dataset, run):
     keys = Keys(len(dataset), args.seed, run.start * images_per_step, args.steps * images_per_step, args.batch,
                 run.ranks.rank, run.ranks.count)
     if not args.data:
-        return DataLoader(Memoised(dataset, partial(encode_item, sd)), args.batch, sampler=keys)
+        return DataLoader(Memoised(dataset, autocast(partial(encode_item, sd))), args.batch, sampler=keys)
     return DataLoader(dataset, args.batch, sampler=keys, **options)
 
 
@@ -395,7 +396,8 @@ def main():
             validation = Validation(args, out, sd, flow, example, latents, held_out, autocast)
             before = measure_before(validation, dataset.settings["cfg"] if args.task == "reflow" else None)
             run.preview = validation.preview
-        ema = train(args, run, sd, flow, trained, load_batches(args, sd, dataset, run), example, autocast)
+        loader = load_batches(args, sd, dataset, run, autocast)
+        ema = train(args, run, sd, flow, trained, loader, example, autocast)
         if ranks.is_main:
             with ema.in_place():
                 after = measure(validation)

@@ -369,6 +369,16 @@ def test_each_scene_is_encoded_once():
     assert len(images) == 8 and all(any(torch.equal(image, scene) for image in images) for scene in scenes)
 
 
+def test_scenes_are_encoded_in_the_precision_of_the_run(tiny):
+    words = SHORT + "--steps 1 --lora none --precision bf16 --out run"
+    latents = torch.cat([call.x1 for call in loss_calls(words)])
+    sd = load_checkpoint(tiny)
+    scenes = torch.stack([Scenes(8, 32, 32, "outline", 0)[i]["image"] for i in range(8)])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.cat([sd.encode(scene[None]).float() for scene in scenes])
+    assert all(any(torch.equal(x1, scene) for scene in expected) for x1 in latents)
+
+
 def test_photographs_are_encoded_again_with_new_crops_and_trained_with_their_captions():
     save_photos("photos")
     images, prompts = encoded(SHORT + "--steps 6 --size 32 48 --caption-dropout 0 --lora 2 --data photos --out run")

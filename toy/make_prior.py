@@ -230,11 +230,12 @@ def make_prior(args, out, device, autocast):
     print(f"prior: {sum(p.numel() for p in trained.values()):,} trainable parameters, {sd.prediction}-prediction\n"
           f"{describe(args, out)}")
     with open_run(args, out, Ranks(device), resume_command(args, out), sd.unet_hash) as run:
-        latents = [train.encode_item(sd, item) for item in progress(items, "encoding held-out items")]
+        with autocast:
+            latents = [train.encode_item(sd, item) for item in progress(items, "encoding held-out items")]
         validation = Validation(args, out, sd, flow, train.text_to_image, latents, "other scenes", autocast)
         before = measure_before(validation)
         run.preview, run.save_weights = validation.preview, partial(save_weights, args, out, sd, metadata)
-        loader = train.load_batches(args, sd, dataset, run)
+        loader = train.load_batches(args, sd, dataset, run, autocast)
         ema = train.train(args, run, sd, flow, trained, loader, train.text_to_image, autocast)
         with ema.in_place():
             after = measure(validation)

@@ -1,16 +1,16 @@
-"""Broken input of every kind: is it a result or one line that names the file, and never a traceback or a lost file?
+"""Broken input of every kind must give a result or a one-line error that names the file: no traceback, no lost file.
 
     python -m tests.fuzz                1,100 cases, two to seven minutes on one core; exit code 1 if there is a fault
-    python -m tests.fuzz --cases 100    the first hundred, which are spread over all kinds
-    python -m tests.fuzz 417            case 417 alone, with all that it prints
+    python -m tests.fuzz --cases 100    the first hundred cases, which include all kinds
+    python -m tests.fuzz 417            case 417 alone, with all of its output
 
-A case is made from its number alone: good files are copied, one of them is broken, and a command is run on it in this
-process, with a time limit. What came of it is
-    result      exit code 0, of input that may be good enough
-    said        exit code 0 with a warning that names the file, of input that may be left out
-    refused     exit code 2 and one line that names what is wrong
-or a fault: traceback, silent (a result of input that is known to be bad), unnamed (the line does not name the file),
-hang, executed (code in a file was run), half-written (a *.partial.* file is left), lost (a file has changed).
+A case depends on its number alone. It copies good files, breaks one of them, and runs a command on it in this process,
+with a time limit. Its outcome is
+    result      exit code 0, for input that may be good enough
+    warned      exit code 0 and a warning that names the file, for input that may be skipped
+    refused     exit code 2 and a one-line error that names the file or the flag
+or a fault: traceback, silent (a result from input that is known to be bad), unnamed (the error does not name the file),
+hang, executed (code in a file ran), half-written (a *.partial.* file remains), lost (a file was changed or deleted).
 """
 import argparse
 import collections
@@ -33,7 +33,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import evaluate
 import numpy as np
 import open_clip
 import torch
@@ -41,17 +40,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import depth
-import lora
 import sample
 import train
-from model import TINY, UNET, VAE, StableDiffusion, folder_names
+from model import TINY, StableDiffusion
+from support.checkpoint import save_checkpoint
+from support.names import UNET, VAE, folder_names
 from tests.runs import call, metadata, save_photo, save_photos, working_in, works
+from tools import evaluate, measure_depth, merge
 
 CASES = 1100
-SECONDS = 60                    # that a command may take, before it counts as hanging
-MORE_MEMORY = 6 * 2**30         # bytes of addresses that a case may ask for beside what the process has
+SECONDS = 60                    # time limit of a command
+MORE_MEMORY = 6 * 2**30         # bytes of address space that a case may add to those of the process
 DRAW = "--n 1 --steps 1 --cfg 1 --size 32 --device cpu "
-LEARN = ("--batch 1 --grad-accum 1 --lora 2 --validation 1 --previews 1 --scenes 2 --preview-every 0 --device cpu ")
+LEARN = "--batch 1 --grad-accum 1 --validation 1 --previews 1 --scenes 2 --preview-every 0 --device cpu "
+LORA = "--lora 2 "
 DEEP = '{"a":' * 50_000
 ODD = ["", " ", "nan", "inf", "-1", "0", "1e999", "9" * 30, "64 64 64", "[]", "{}", "null", "abc", "é\u200b🦊", "../x",
        "x" * 3000, "v", "fm", "\x00", DEEP]
@@ -63,14 +65,13 @@ PROMPTS = ["a" * 20_000, "東" * 5_000, "🦊" * 3_000, "&amp;" * 4_000, "a\tb\u
 
 @dataclass
 class Case:
-    """A command on broken input. known_bad: it must be refused; may_be_left_out: or be said, in a warning; names: a
-    word that the line must have."""
-    what: str
-    module: object
-    words: str
-    names: str = ""
-    known_bad: bool = False
-    may_be_left_out: bool = False
+    """A command on broken input."""
+    what: str                       # what is broken, and how
+    module: object                  # the script
+    words: str                      # its command line
+    names: str = ""                 # text that the error must contain
+    known_bad: bool = False         # the input must be refused
+    may_be_skipped: bool = False    # or skipped with a warning
 
 
 # ------------------------------------------------------------------ good files
@@ -87,7 +88,7 @@ def tiny_model(open_clip_text):
 
 
 def save_folder(sd, path):
-    """A diffusers folder of `sd`."""
+    """Write `sd` as a diffusers folder."""
     parts, config = collections.defaultdict(dict), sd.config
     for parameter, value in sd.state_dict().items():
         names = folder_names(parameter, config)
@@ -114,7 +115,7 @@ def save_folder(sd, path):
 
 
 def save_clip(good):
-    """A random CLIP of open_clip's, called small-clip, and a head for aesthetics."""
+    """Write the weights of a random CLIP, named small-clip in open_clip, and of an aesthetics predictor."""
     (good / "configs").mkdir()
     (good / "configs/small-clip.json").write_text(json.dumps({
         "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16},
@@ -126,7 +127,7 @@ def save_clip(good):
 
 
 def save_depth_folder(folder):
-    """Pictures with depth, one as .npy and one as a 16-bit .png, and predictions for them."""
+    """Write two pictures with depth, one as .npy and one as a 16-bit .png, and predictions for them."""
     for name in "ab":
         save_photo(folder / f"depth/{name}.jpg", 32, 48)
         metres = np.random.default_rng(0).uniform(1, 9, (32, 48))
@@ -141,11 +142,11 @@ def save_depth_folder(folder):
 
 
 def make_good(folder):
-    """-> the folder of the good files."""
+    """Write the good files -> their folder."""
     good = folder / "good"
     good.mkdir()
     sd = tiny_model(True)
-    sd.save(good / "tiny.safetensors", torch.float16, resolution="64", style="solid", cfg="2")
+    save_checkpoint(sd, good / "tiny.safetensors", torch.float16, resolution="64", style="solid", cfg="2")
     torch.save({"state_dict": load_file(good / "tiny.safetensors")}, good / "tiny.ckpt")
     save_folder(tiny_model(False), good / "folder")
     save_photos(good / "photos")
@@ -153,16 +154,16 @@ def make_good(folder):
     save_clip(good)
     (good / "prompts.txt").write_text("a red boat\na tree\n")
     with working_in(good, good / "tiny.safetensors"):
-        works(train, LEARN + f"--size 32 --steps 1 --ckpt {good}/tiny.safetensors --out runs/one")
+        works(train, LEARN + LORA + f"--size 32 --steps 1 --data photos --ckpt {good}/tiny.safetensors --out runs/one")
         works(sample, DRAW + "--pairs 3 --prompt a --prompt b --out pairs")
         shutil.copy("runs/one/lora.safetensors", "lora.safetensors")
     return good
 
 
-# ------------------------------------------------------------------ how a file is broken
+# ------------------------------------------------------------------ ways to break a file
 
 def break_bytes(rng, path):
-    """Any file -> what was done, and whether nobody can read it now."""
+    """Break any file -> what was done, and whether the file cannot be readable now."""
     content = path.read_bytes()
     how = rng.choice(["cut", "empty", "bits", "zeros", "text", "noise", "folder", "gone", "doubled"])
     if how in ("folder", "gone"):
@@ -172,7 +173,7 @@ def break_bytes(rng, path):
         return how, True
     changed = bytearray(content)
     if how == "bits":
-        for _ in range(rng.choice([1, 8, 64])):         # anywhere, or in the header
+        for _ in range(rng.choice([1, 8, 64])):         # anywhere, or only in the header
             place = rng.randrange(min(len(content), rng.choice([64, 4096, len(content)])))
             changed[place] ^= 1 << rng.randrange(8)
     elif how == "zeros":
@@ -187,7 +188,7 @@ def break_bytes(rng, path):
 
 
 def break_header(rng, path):
-    """The JSON in front of a .safetensors file."""
+    """Break the JSON header of a .safetensors file."""
     content = path.read_bytes()
     size, = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8:8 + size]), content[8 + size:]
@@ -211,8 +212,8 @@ def break_header(rng, path):
 
 
 def break_tensor(rng, path, key=""):
-    """A tensor whose name contains `key`."""
-    tensors, told = load_file(path), metadata(path)
+    """Break a tensor whose name contains `key`."""
+    tensors, written = load_file(path), metadata(path)
     name = rng.choice(sorted(name for name in tensors if key in name))
     tensor = tensors[name]
     how = rng.choice(["NaN", "inf", "shape", "one number", "missing", "ints", "empty", "complex"])
@@ -223,23 +224,23 @@ def break_tensor(rng, path, key=""):
                      "complex": lambda: tensor.float() + 1j, "missing": lambda: None}[how]()
     if how == "missing":
         del tensors[name]
-    save_file(tensors, path, told)
+    save_file(tensors, path, written)
     return f"{how} in {name}", True
 
 
 def break_metadata(rng, path, names):
-    """What a .safetensors file says of itself, which may be good enough."""
-    told = metadata(path) or {}
+    """Change an entry of a .safetensors file's metadata, which may still be good enough."""
+    written = metadata(path) or {}
     name = rng.choice(names)
-    told[name] = rng.choice(ODD)
+    written[name] = rng.choice(ODD)
     if rng.random() < 0.1:
-        told.pop(name)
-    save_file(load_file(path), path, told)
-    return f"metadata {name} = {told.get(name)!r:.40}", False
+        written.pop(name)
+    save_file(load_file(path), path, written)
+    return f"metadata {name} = {written.get(name)!r:.40}", False
 
 
 def break_value(rng, value):
-    """JSON -> the same with an odd value somewhere, or without one."""
+    """JSON -> the same with one value replaced or removed."""
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
         return rng.choice(ODD_JSON)
     places = list(value) if isinstance(value, dict) else range(len(value))
@@ -261,14 +262,14 @@ def break_json(rng, path):
 
 
 class Intruder:
-    """What makes a file when it is unpickled."""
+    """An object that writes a file when it is unpickled."""
 
     def __reduce__(self):
         return open, ("executed", "w")
 
 
 def hide_code(rng, path):
-    """A pickle with code in it, in place of tensors."""
+    """Replace a file by a pickle that contains code."""
     content = {"state_dict": {"x": Intruder(), "y": torch.ones(1)}, "z": Intruder()}
     if rng.random() < 0.5:
         torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.5)
@@ -278,7 +279,7 @@ def hide_code(rng, path):
 
 
 def break_pickle(rng, path):
-    """A file of torch.save: other things in it than plain tensors, or code."""
+    """Replace a file by a pickle of something else than plain tensors, or one that contains code."""
     if rng.random() < 0.3:
         return hide_code(rng, path)
     content = rng.choice([[], {}, 5, None, {"state_dict": 3}, {"state_dict": {}}, {1: torch.ones(1)}, {"x": [1]},
@@ -296,7 +297,7 @@ def odd_text(rng):
 # ------------------------------------------------------------------ the cases, by kind
 
 def copied(good, name):
-    """-> the path of a copy of a good file or folder, in the folder where the case is at work."""
+    """-> the path of a copy of a good file or folder, in the case's own folder."""
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     (shutil.copytree if (good / name).is_dir() else shutil.copy)(good / name, path)
@@ -304,17 +305,17 @@ def copied(good, name):
 
 
 def of_safetensors(rng, path, names, key=""):
-    """Break a .safetensors file in one of four ways."""
+    """Break a .safetensors file in one of four ways. names: of metadata; key: part of a tensor's name."""
     return rng.choice([break_bytes, break_header, lambda r, p: break_tensor(r, p, key),
                        lambda r, p: break_metadata(r, p, names)])(rng, path)
 
 
-TOLD = ["resolution", "prediction", "modelspec.prediction_type", "cfg", "style", "objective", "task", "zero_snr"]
+METADATA = ["resolution", "prediction", "modelspec.prediction_type", "cfg", "style", "objective", "task", "zero_snr"]
 
 
 def checkpoint(rng, good):
     path = copied(good, "tiny.safetensors")
-    what, bad = of_safetensors(rng, path, TOLD, rng.choice([UNET, VAE]))
+    what, bad = of_safetensors(rng, path, METADATA, rng.choice([UNET, VAE]))
     size = rng.choice(["", "--size 32 "])
     return Case(what, sample, f"--n 1 --steps 1 --device cpu {size}--ckpt {path}", path.name, bad)
 
@@ -337,30 +338,35 @@ def diffusers_folder(rng, good):
 
 def lora_file(rng, good):
     path = copied(good, "lora.safetensors")
-    tensors, told = load_file(path), metadata(path)
+    tensors, written = load_file(path), metadata(path)
     if rng.random() < 0.3:
         name = min(tensors).partition(".")[0]
         alpha = torch.tensor(rng.choice([float("nan"), float("inf"), [1.0, 1.0], [], 1j]))
-        save_file(tensors | {f"{name}.alpha": alpha}, path, told)
+        save_file(tensors | {f"{name}.alpha": alpha}, path, written)
         what, bad = f"alpha {alpha}", True
     else:
-        what, bad = of_safetensors(rng, path, [*TOLD, "base", "base_hash"])
-    if rng.random() < 0.2:
-        words = f"--merge {path} --ckpt {good}/tiny.safetensors --out merged.safetensors"
-        return Case(what, lora, words, path.name, bad)
+        what, bad = of_safetensors(rng, path, [*METADATA, "base", "base_hash"])
+    use = rng.choice(["merge", "train", "sample", "sample", "sample"])
+    if use == "merge":
+        words = f"{path} --ckpt {good}/tiny.safetensors --out merged.safetensors"
+        return Case(what, merge, words, path.name, bad)
+    if use == "train":
+        words = LEARN + f"--init-lora {path} --ckpt {good}/tiny.safetensors --size 32 --steps 1 --out run"
+        return Case(what, train, words, path.name, bad)
     base = rng.choice(["", f"--ckpt {good}/tiny.safetensors "])
     return Case(what, sample, f"--n 1 --steps 1 --device cpu --lora {path} {base}", path.name, bad)
 
 
 def run_state(rng, good):
+    os.cpu_count = lambda: 0                                    # the DataLoader stays in this process
     path = copied(good, "runs/one") / "state.safetensors"
     if rng.random() < 0.4:
-        told = metadata(path)
-        before, settings = json.loads(told["args"]), break_value(rng, json.loads(told["args"]))
-        told["args"] = json.dumps(settings)
-        save_file(load_file(path), path, told)
+        written = metadata(path)
+        before, settings = json.loads(written["args"]), break_value(rng, json.loads(written["args"]))
+        written["args"] = json.dumps(settings)
+        save_file(load_file(path), path, written)
         if isinstance(settings, dict):
-            settings = {name: settings.get(name, "no more") for name in before if settings.get(name) != before[name]}
+            settings = {name: settings.get(name, "removed") for name in before if settings.get(name) != before[name]}
         return Case(f"args {settings!r:.60}", train, f"--resume {path.parent} --steps 2")
     what, bad = of_safetensors(rng, path, ["args", "step", "base_hash", "data", "version"])
     return Case(what, train, f"--resume {path.parent} --steps 2", "runs/one", bad)
@@ -370,35 +376,36 @@ def finished_run(rng, good):
     path = copied(good, "runs/one") / "result.json"
     what, bad = rng.choice([break_bytes, break_json])(rng, path)
     bad = bad and what != "gone"
-    return Case(what, sample, DRAW, "result.json" if bad else "", bad, may_be_left_out=True)
+    return Case(what, sample, DRAW, "result.json" if bad else "", bad, may_be_skipped=True)
 
 
 def pairs(rng, good):
     path = copied(good, "pairs") / "pairs-000000.safetensors"
     if rng.random() < 0.3:
-        told = metadata(path)
+        written = metadata(path)
         name = rng.choice(["prompts", "about"])
-        told[name] = json.dumps(break_value(rng, json.loads(told[name])))
-        save_file(load_file(path), path, told)
-        what, bad = f"{name} {told[name]:.60}", False
+        written[name] = json.dumps(break_value(rng, json.loads(written[name])))
+        save_file(load_file(path), path, written)
+        what, bad = f"{name} {written[name]:.60}", False
     else:
         what, bad = of_safetensors(rng, path, ["prompts", "about"])
     if rng.random() < 0.5:
-        bad = bad and not what.startswith(("NaN", "inf", "ints", "complex", "gone"))    # whole files are not read again
+        bad = bad and not what.startswith(("NaN", "inf", "ints", "complex", "gone"))    # complete files are not reread
         return Case(what, sample, DRAW + "--pairs 3 --prompt a --prompt b --out pairs", "pairs", bad)
-    return Case(what, train, LEARN + f"--task reflow --data {path.parent} --steps 2 --batch 2 --out run", "pairs", bad)
+    words = LEARN + LORA + f"--task reflow --data {path.parent} --steps 2 --batch 2 --out run"
+    return Case(what, train, words, "pairs", bad)
 
 
 def picture(rng, good):
-    """All pictures are seen: the first three items are held out."""
-    os.cpu_count = lambda: 0                                    # the DataLoader stays in this process
+    """Validation reads all pictures: they are too few to hold any out."""
+    os.cpu_count = lambda: 0
     path = rng.choice(sorted(copied(good, "photos").glob("*.jpg")))
     if rng.random() < 0.4:
         image, suffix = Image.open(path), rng.choice([".png", ".webp", ".bmp", ".jpg"])
         mode = rng.choice(["1", "L", "P", "LA", "RGBA", "I;16", "CMYK", "HSV", "F", "I"])
         kind = {"F": "TIFF", "I": "TIFF", "HSV": "TIFF", "CMYK": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
         path = path.with_name(f"new{suffix}")
-        with contextlib.suppress(OSError, ValueError):          # a mode that this kind of file cannot have
+        with contextlib.suppress(OSError, ValueError):          # a format without this mode
             image.convert("L").convert(mode).save(path, kind.get(mode, kind.get(suffix, "PNG")))
         what, bad = f"mode {mode} in {path.name}", False
     elif rng.random() < 0.2:
@@ -408,8 +415,8 @@ def picture(rng, good):
     else:
         what, bad = break_bytes(rng, path)
         bad = bad and what not in ("gone", "folder")
-    words = LEARN + "--data photos --size 32 --steps 1 --validation 4 --out run"
-    return Case(f"{path.name}: {what}", train, words, path.name, bad, may_be_left_out=True)
+    words = LEARN + LORA + "--data photos --size 32 --steps 1 --validation 4 --out run"
+    return Case(f"{path.name}: {what}", train, words, path.name, bad, may_be_skipped=True)
 
 
 def caption(rng, good):
@@ -426,7 +433,7 @@ def caption(rng, good):
         path.write_text(line)
         what, bad = f"jsonl {line!r:.60}", '"text": "' not in line or '": 5' in line
     return Case(what, sample, "--steps 1 --cfg 1 --size 32 --device cpu --data photos", path.name, bad,
-                may_be_left_out=path.suffix == ".txt")
+                may_be_skipped=path.suffix == ".txt")
 
 
 def prompt(rng, good):
@@ -442,7 +449,7 @@ def prompt(rng, good):
 
 
 def depth_data(rng, good):
-    """Training sees both pictures: they are held out."""
+    """Validation reads both pictures: they are too few to hold any out."""
     os.cpu_count = lambda: 0
     path = copied(good, "depth") / rng.choice(["a.npy", "b.png"])
     how, bad = rng.choice(["bytes", "numbers"]), True
@@ -461,12 +468,12 @@ def depth_data(rng, good):
         pixels = {"zeros": np.zeros((32, 48), np.uint16), "colours": np.zeros((32, 48, 3), np.uint8),
                   "8 bits": np.ones((32, 48), np.uint8)}[how]
         Image.fromarray(pixels).save(path)
-    words = LEARN + "--task depth --data depth --size 32 --steps 1 --validation 8 --out run"
-    return Case(f"{path.name}: {how}", train, words, path.name, bad, may_be_left_out=True)
+    words = LEARN + LORA + "--task depth --data depth --size 32 --steps 1 --validation 8 --out run"
+    return Case(f"{path.name}: {how}", train, words, path.name, bad, may_be_skipped=True)
 
 
 def depth_errors(rng, good):
-    """What is measured: truth, predictions, the list, a mask."""
+    """Break a true depth, a prediction, the list of files or its mask."""
     for name in "depth", "predicted", "list.txt":
         copied(good, name)
     words = "predicted --truth depth --list list.txt "
@@ -474,23 +481,23 @@ def depth_errors(rng, good):
         flags = [f"--scale {number}" for number in (0, -1, "nan", "1e300", "1e-30")]
         flags += [f"--dataset {name}" for name in ("nyu", "kitti", "diode", "eth3d")]
         flag = rng.choice(flags)
-        return Case(flag, depth, words + flag, known_bad=True)
+        return Case(flag, measure_depth, words + flag, known_bad=True)
     path = Path(rng.choice(["depth/a.npy", "predicted/a.npy", "list.txt"]))
     if path.suffix == ".txt" and rng.random() < 0.7:
         text = rng.choice([odd_text(rng), "a.jpg a.npy none\n", "a.jpg ../x\n", "a.jpg\n", "a.jpg a.npy a.npy\n", ""])
         path.write_text(text)
-        return Case(f"list {text!r:.40}", depth, words + rng.choice(["", "--dataset diode "]))
+        return Case(f"list {text!r:.40}", measure_depth, words + rng.choice(["", "--dataset diode "]))
     if path.parent.name == "predicted" and rng.random() < 0.4:
         np.save(path, np.load(path) * rng.choice([np.nan, np.inf]))
-        return Case("NaN or inf predicted", depth, words, path.name, True)
+        return Case("NaN or inf predicted", measure_depth, words, path.name, True)
     what, bad = break_bytes(rng, path)
     if path.suffix == ".txt":
-        return Case(f"{path}: {what}", depth, words)
-    return Case(f"{path}: {what}", depth, words, path.name, bad)
+        return Case(f"{path}: {what}", measure_depth, words)
+    return Case(f"{path}: {what}", measure_depth, words, path.name, bad)
 
 
 def weights(rng, good):
-    """Of CLIP and of the aesthetics head."""
+    """Break the weights of CLIP or of the aesthetics predictor."""
     copied(good, "photos")
     name, other = rng.choice([("clip.pth", "head.pth"), ("head.pth", "clip.pth")])
     path, bad = copied(good, name), True
@@ -514,20 +521,21 @@ def weights(rng, good):
 
 
 WHOLE, REAL = ["-1", "x", "1.5", "9" * 20, "nan", ""], ["nan", "inf", "-inf", "x", "1e999", ""]
-FLAGS = [  # script, words that are good without the flag, {flag: values that must be refused}
+FLAGS = [  # (script, good command line without the flag, {flag: values that must be refused})
     (sample, DRAW, {
         **dict.fromkeys(["--n", "--steps", "--batch", "--seed", "--pairs", "--size"], WHOLE), "--cfg": REAL,
         "--objective": ["x"], "--device": ["cuda:77", "x"], "--out": ["x.txt", ".", "/dev/null/x.png"],
         "--prompts": ["none", "."], "--data": ["none"], "--ckpt": ["none", ".", "a/b"], "--lora": ["none", "."],
         "--size ": ["99968", "99968 99968", "0", "33", "64 64 64"]}),
-    (train, LEARN + "--steps 1 --size 32 --out run ", {
+    (train, LEARN + LORA + "--steps 1 --size 32 --out run ", {
         **dict.fromkeys(["--steps", "--batch", "--grad-accum", "--seed", "--scenes", "--validation", "--previews",
                          "--save-every", "--preview-every", "--warmup"], WHOLE),
         **dict.fromkeys(["--lr", "--caption-dropout", "--ema"], REAL), "--clip": ["nan", "-1", "0", "x"],
         "--lora": ["x", "0", "-3", "²"], "--resume": ["none", "."], "--data": ["none"], "--weights": REAL,
-        "--task": ["reflow", "x"]}),
+        "--task": ["reflow", "x"], "--init-lora": ["none", "."]}),
     (depth, "photo.jpg --device cpu ", {
-        **dict.fromkeys(["--steps", "--ensemble", "--seed"], WHOLE), "--ckpt": ["none"],
+        **dict.fromkeys(["--steps", "--ensemble", "--seed"], WHOLE), "--ckpt": ["none"]}),
+    (measure_depth, "predicted --truth depth ", {
         "--truth": ["none", "/dev/null"], "--list": ["none"], "--scale": REAL}),
     (evaluate, "photos --device cpu ", {"--batch": WHOLE, "--clip": ["hf-hub:a/b x", "x y"], "--real": ["none"]}),
 ]
@@ -538,9 +546,9 @@ def flag(rng, good):
     module, words, flags = rng.choice(FLAGS)
     name = rng.choice(sorted(flags))
     value = rng.choice(flags[name])
-    told = name.strip(" -") if flags[name] in (WHOLE, REAL) else ""
+    names = name.strip(" -") if flags[name] in (WHOLE, REAL) else ""
     words += f"{name} {value}" if " " in name + value else shlex.join([f"{name}={value}"])
-    return Case(f"{module.__name__} {name} {value!r:.30}", module, words, told, known_bad=True)
+    return Case(f"{module.__name__} {name} {value!r:.30}", module, words, names, known_bad=True)
 
 
 KINDS = [checkpoint, lora_file, prompt, diffusers_folder, flag, run_state, pickled_checkpoint, caption, pairs, picture,
@@ -558,13 +566,13 @@ def on_alarm(number, frame):
 
 
 def contents(folder):
-    """{path: bytes} of the files that no command may change. Logs are cut and written again."""
+    """-> {path: bytes} of the files that no command may change. Logs are not among them: they are trimmed on resume."""
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file() and path.suffix in
             (".safetensors", ".ckpt", ".json", ".npy", ".txt", ".jpg", ".pth")}
 
 
 def outcome(case):
-    """Run a case where it was made -> what came of it, and what it printed."""
+    """Run a case in its folder -> its outcome, and what it printed."""
     before = contents(".")
     signal.alarm(SECONDS)
     try:
@@ -588,31 +596,31 @@ def outcome(case):
         return "refused" if case.names in last else "unnamed", printed
     if result.code != 0:
         return f"exit code {result.code}", printed
-    said = any("warning: " in line and case.names in line for line in printed.splitlines())
-    if case.known_bad and not (case.may_be_left_out and said):
+    warned = any("warning: " in line and case.names in line for line in printed.splitlines())
+    if case.known_bad and not (case.may_be_skipped and warned):
         return "silent", printed
-    return "said" if said else "result", printed
+    return "warned" if warned else "result", printed
 
 
 def run_case(number, good):
-    """-> its kind, its Case, what came of it, what was printed. It works in an empty folder of its own."""
+    """Run case `number` in a new folder -> its .kind, .case, .outcome, and what it .printed."""
     kind, rng = KINDS[number % len(KINDS)], random.Random(number)
     cpu_count, before = os.cpu_count, signal.signal(signal.SIGALRM, on_alarm)
     try:
         with tempfile.TemporaryDirectory() as folder, working_in(folder, good / "tiny.safetensors"):
             case = kind(rng, good)
-            return SimpleNamespace(kind=kind.__name__, case=case, **dict(zip(("what", "printed"), outcome(case))))
+            return SimpleNamespace(kind=kind.__name__, case=case, **dict(zip(("outcome", "printed"), outcome(case))))
     finally:
         os.cpu_count = cpu_count
         signal.signal(signal.SIGALRM, before)
 
 
-FINE = ("result", "said", "refused")
+FINE = ("result", "warned", "refused")
 
 
 @contextlib.contextmanager
 def limited_memory():
-    """Inside `with`, an allocation of many gigabytes fails, as on a small machine."""
+    """Inside `with`, an allocation of many gigabytes fails, as on a machine with little memory."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + MORE_MEMORY, before[1]))
@@ -623,30 +631,33 @@ def limited_memory():
 
 
 def run_cases(numbers, folder):
-    """Run the cases in an empty folder -> {kind: Counter of what came of them}, and the lines of the faults."""
+    """Run the cases in an empty folder -> {kind: Counter of outcomes}, and one line per fault."""
     counts, faults, good = collections.defaultdict(collections.Counter), [], make_good(folder)
     with limited_memory(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number in numbers:
             ran = run_case(number, good)
-            counts[ran.kind][ran.what] += 1
-            if ran.what not in FINE:
+            counts[ran.kind][ran.outcome] += 1
+            if ran.outcome not in FINE:
                 last = (ran.printed.strip().splitlines() or [""])[-1]
-                faults.append(f"{ran.what}: python -m tests.fuzz {number}    {ran.kind}, {ran.case.what}: {last:.300}")
+                faults.append(f"{ran.outcome}: python -m tests.fuzz {number}    {ran.kind}, {ran.case.what}: "
+                              f"{last:.300}")
     return counts, faults
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("number", nargs="?", type=int, help="run this case alone")
-    parser.add_argument("--cases", type=int, default=CASES, help=f"run as many, from the first on (default: {CASES})")
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("number", nargs="?", type=int, help="run only this case")
+    parser.add_argument("--cases", type=int, default=CASES, metavar="N",
+                        help=f"run the first N cases (default: {CASES})")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.number is not None:
             ran = run_case(args.number, make_good(Path(folder)))
             command = f"{ran.case.module.__name__} {ran.case.words:.300}"
-            print(f"{ran.kind}, {ran.case.what}", command, ran.printed[-6000:], ran.what, sep="\n")
-            sys.exit(ran.what not in FINE)
+            print(f"{ran.kind}, {ran.case.what}", command, ran.printed[-6000:], ran.outcome, sep="\n")
+            sys.exit(ran.outcome not in FINE)
         start = time.time()
         counts, faults = run_cases(range(args.cases), Path(folder))
     total = sum(counts.values(), collections.Counter())

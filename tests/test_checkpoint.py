@@ -173,11 +173,11 @@ def test_a_missing_file_a_folder_and_another_suffix_are_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "before torch 1.6"])
 def test_a_truncated_file_and_a_failed_download_are_refused(files, tmp_path, kind):
-    whole, damaged = files["sd15"], tmp_path / ("damaged.safetensors" if kind == "safetensors" else "damaged.ckpt")
+    intact, damaged = files["sd15"], tmp_path / ("damaged.safetensors" if kind == "safetensors" else "damaged.ckpt")
     if kind != "safetensors":
-        whole = tmp_path / "whole.ckpt"
-        torch.save({"state_dict": load_file(files["sd15"])}, whole, _use_new_zipfile_serialization=kind == "zip")
-    content = whole.read_bytes()
+        intact = tmp_path / "intact.ckpt"
+        torch.save({"state_dict": load_file(files["sd15"])}, intact, _use_new_zipfile_serialization=kind == "zip")
+    content = intact.read_bytes()
     for damage in (b"", content[:100], content[:200_000], content[:-1], b"<!DOCTYPE html>\n<html>\n", bytes(1000)):
         damaged.write_bytes(damage)
         assert "truncated" in refusal(damaged)

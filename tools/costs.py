@@ -37,7 +37,7 @@ GIB = 2**30
 PRESETS = {"16": "LoRA 16", "small": "LoRA small", "base": "LoRA base", "none": "all weights"}
 MEASURED = 70.0         # 10^12 operations per second: LoRA base, 4 x 512 px, bf16 autocast, on an H100 (docs/speed.md)
 PAIRS, PAIR_STEPS, PAIR_CFG, PAIR_SIZE = 1_800_000, 40, 7.5, 512
-ATTENTION = {  # FlopCounterMode knows the fused attention of CUDA only
+ATTENTION = {  # FlopCounterMode counts fused attention on CUDA only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, *more, **options: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:

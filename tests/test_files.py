@@ -50,8 +50,8 @@ def test_a_damaged_file_of_tensors_is_an_error_of_one_line_that_names_the_file(t
             pass
     with pytest.raises(ValueError, match="whole: cannot be read"), open_tensors(tmp_path / "whole") as file:
         file.get_tensor("bias")
-    for name, says in ("none", "no such file$"), ("", "it is a folder"):
-        with pytest.raises(ValueError, match=says), open_tensors(tmp_path / name):
+    for name, message in ("none", "no such file$"), ("", "it is a folder"):
+        with pytest.raises(ValueError, match=message), open_tensors(tmp_path / name):
             pass
 
 
@@ -67,8 +67,8 @@ def test_text_is_read_as_utf8_with_or_without_a_byte_order_mark(tmp_path):
 def test_a_number_outside_its_range_is_an_error_that_names_its_flag_and_both_ends_are_inside():
     args = Namespace(grad_accum=0, ema=1.0, lr=math.nan, steps=None, steps_list=[1, 4, 0])
     check_range(args, 0, 1, "grad_accum", "ema", "steps")
-    for name, says in ("grad_accum", "--grad-accum 0: "), ("steps_list", "--steps-list 0: "), ("lr", "--lr nan: "):
-        with pytest.raises(ValueError, match=f"^{says}it must be between 1 and inf$"):
+    for name, message in ("grad_accum", "--grad-accum 0: "), ("steps_list", "--steps-list 0: "), ("lr", "--lr nan: "):
+        with pytest.raises(ValueError, match=f"^{message}it must be between 1 and inf$"):
             check_range(args, 1, math.inf, name)
     with pytest.raises(ValueError, match="--ema 1: it must be between 0 and 0.5"):
         check_range(args, 0, 0.5, "ema")
@@ -94,10 +94,10 @@ def test_a_users_error_is_one_line_and_exit_code_2(capsys):
 
 
 def test_an_error_in_a_data_loader_worker_is_one_line_without_its_traceback(capsys):
-    for error, says in ((ValueError("a.png cannot be read:\n it is damaged"), "a.png cannot be read: it is damaged"),
+    for error, message in ((ValueError("a.png cannot be read:\n it is damaged"), "a.png cannot be read: it is damaged"),
                         (FileNotFoundError(2, "No such file", "a.png"), "[Errno 2] No such file: 'a.png'")):
         loader = DataLoader(Damaged([error]), num_workers=1)
-        assert exit_of(partial(list, loader), capsys) == (2, f"error: {says}\n")
+        assert exit_of(partial(list, loader), capsys) == (2, f"error: {message}\n")
 
 
 def test_an_interrupt_is_one_word_and_exit_code_130_and_a_bug_keeps_its_traceback(capsys):

@@ -3,8 +3,8 @@
     python -m pytest test_diff2flow.py
 
 Every network here is synthetic, so that the truth is known. The schedule that these networks use is computed by numpy
-(`level`, `timestep`), never by diff2flow.py. Unless a line says otherwise, a tolerance is a few float32 roundings (2^-24
-= 6e-8 each), times 1/alpha = 15.6 for an eps-network's worst level. Everything else is tested in tests/.
+(`level`, `timestep`), never by diff2flow.py. Unless a line says otherwise, a tolerance is a few float32 roundings
+(2^-24 = 6e-8 each), times 1/alpha = 15.6 for an eps-network's worst level. Everything else is tested in tests/.
 """
 import numpy as np
 import pytest

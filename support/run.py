@@ -51,12 +51,18 @@ def check_new(folder):
             check_replaceable(path)
 
 
+def remove_partial(folder):
+    for path in folder.glob("*.partial.*"):
+        path.unlink()
+
+
 @contextlib.contextmanager
 def owned(folder):
     """Inside `with`, no other process runs in `folder`: ValueError that names the process which does. Removes
     half-written files of killed processes."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
+        remove_partial(folder)
         yield
         return
     with open(folder / ".lock", "a+") as lock:
@@ -70,8 +76,7 @@ def owned(folder):
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        for path in folder.glob("*.partial.*"):
-            path.unlink()
+        remove_partial(folder)
         try:
             yield
         finally:

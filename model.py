@@ -473,7 +473,8 @@ def tokenize(prompts, pad_token):
     """prompts (B strings) -> token ids (B, 77): 49406, at most 75 tokens of content, 49407, pad_token."""
     ids = torch.full((len(prompts), 77), pad_token)
     for row, prompt in zip(ids, prompts):
-        tokens = [tokenizer().sot_token_id, *tokenizer().encode(prompt)[:75], tokenizer().eot_token_id]
+        content = tokenizer().encode(prompt[:5000])[:75]        # 75 tokens are shorter; long words take quadratic time
+        tokens = [tokenizer().sot_token_id, *content, tokenizer().eot_token_id]
         row[:len(tokens)] = torch.tensor(tokens)
     return ids
 

@@ -47,7 +47,7 @@ PAPER = {
                   caption_dropout=0.0, size=[384, 512], style="room", scenes=4096, validation=16, previews=4),
 }
 BUNDLED = {     # on a bundled prior: minutes on a CPU
-    "text-to-image": dict(steps=480, batch=16, grad_accum=1, lr=2e-3, decay="cosine", warmup=20, lora="small",
+    "text-to-image": dict(steps=540, batch=16, grad_accum=1, lr=2e-3, decay="cosine", warmup=20, lora="small",
                           caption_dropout=0.02, size=None, style="outline", scenes=1024, validation=64, previews=8),
     "reflow": dict(steps=400, batch=32, grad_accum=1, lr=1e-3, decay="cosine", warmup=20, lora="small",
                    caption_dropout=0.0, size=None, style=None, scenes=None, validation=64, previews=8),

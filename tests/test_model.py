@@ -97,6 +97,14 @@ def test_token_ids_equal_open_clip_for_odd_and_for_long_words():
         assert torch.equal(tokenize([text], 0), open_clip.get_tokenizer("ViT-H-14")([text])), text[:100]
 
 
+def test_one_word_of_200_000_letters_is_tokenized_in_seconds():
+    """open_clip's time for a word is quadratic in its length: minutes for this one."""
+    word, start = "".join(random.Random(0).choices("abcdefghij", k=200_000)), time.time()
+    ids = tokenize([word], 0)[0]
+    assert time.time() - start < 5
+    assert ids.tolist() == [49406, *tokenizer().encode(word[:8000])[:75], 49407]
+
+
 def test_a_caption_of_200_000_letters_is_tokenized_in_seconds():
     rng, clip = random.Random(0), tokenizer()
     words = [token.removesuffix("</w>") for token in clip.encoder if token.endswith("</w>")]

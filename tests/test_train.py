@@ -605,7 +605,7 @@ def test_the_defaults_for_a_users_checkpoint_are_the_papers_with_a_lora(words):
 def test_a_bundled_prior_has_defaults_of_its_own_and_every_flag_overrides_them_even_with_zero(tiny):
     for words in "", f"--ckpt {tiny.parent}/other.safetensors":
         args = settings(words)
-        assert (args.steps, args.batch, args.grad_accum, args.lora, args.style) == (480, 16, 1, "small", "outline")
+        assert (args.steps, args.batch, args.grad_accum, args.lora, args.style) == (540, 16, 1, "small", "outline")
     assert settings("--task depth").lora == "none" and settings("--task depth").style == "room"
     args = settings("--warmup 0 --caption-dropout 0 --lora none --steps 7")
     assert (args.warmup, args.caption_dropout, args.lora, args.steps, args.batch) == (0, 0, "none", 7, 16)

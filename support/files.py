@@ -22,9 +22,29 @@ SOFTWARE = "Diff2Flow"      # the maker that our pictures and results name in th
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|Unable to allocate|_ALLOC_FAILED")
 
 
+class Stream:
+    """A text stream that ignores that its reader has gone: a closed terminal, or a pipe into a program that ended."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def cli(main):
     """Run main(). A user's error becomes one line and exit code 2, Ctrl-C one line and 130. Bugs keep their
     traceback."""
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

@@ -1,4 +1,5 @@
 """The processes that torchrun starts, and the signals that end a run."""
+import contextlib
 import os
 import signal
 import sys
@@ -75,21 +76,24 @@ class Ranks:
 
 class StopSignal:
     """Inside `with`, Ctrl-C, kill, a closed terminal and SIGUSR1 raise KeyboardInterrupt. With .deferred set they only
-    set .received, so that the loop can finish its step and save; a second Ctrl-C still raises."""
+    set .received, so that the loop can finish its step and save; a second Ctrl-C still raises. Signals that are ignored
+    at the start, as by nohup, stay ignored."""
 
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
                     if hasattr(signal, name))       # Windows lacks the last two
 
     def __enter__(self):
         self.deferred, self.received = False, False
-        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+        heeded = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.receive) for number in heeded}
         return self
 
     def receive(self, number, frame):
         if not self.deferred or (self.received and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.received = True
-        print(f"\n{signal.Signals(number).name}: the run saves after this step and stops", file=sys.stderr)
+        with contextlib.suppress(RuntimeError):         # the signal came while the loop was printing
+            print(f"\n{signal.Signals(number).name}: the run saves after this step and stops", file=sys.stderr)
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -97,5 +101,7 @@ class StopSignal:
 
 
 def ignore_interrupts(worker):
-    """For DataLoader workers: the terminal sends them Ctrl-C too, but they are needed until the step is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """For DataLoader workers: signals to the whole process group reach them too, but they are needed until the step is
+    done."""
+    for number in StopSignal.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -219,6 +219,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("files: any error of torch is the user's", "elif isinstance(error, RuntimeError):", "elif False:"),
         ("files: out of memory is a fault of ours", "isinstance(error, MemoryError) or NO_M", "False and NO_M"),
         ("files: temporary left behind", "        temporary.unlink(missing_ok=True)", "        pass"),
+        ("files: a closed terminal ends the run",
+         "sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)", "pass"),
     ]),
     "support/load.py": ("tests/test_sample.py tests/test_written.py tests/test_pairs.py tests/test_train.py", [
         ("load: bf16 on AMX not seen", 'capabilities.get("amx_bf16", False) or ', ""),
@@ -278,6 +280,9 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("processes: loss of one process", "x /= self.count", "pass"),
         ("processes: gradients of one process", "DistributedDataParallel(net, broadcast_buffers=False)", "net"),
         ("processes: signals that Windows lacks", "if hasattr(signal, name))", ")"),
+        ("processes: workers die of signals to the group", "for number in StopSignal.SIGNALS:\n",
+         "for number in ():\n"),
+        ("processes: nohup overruled", "if signal.getsignal(number) != signal.SIG_IGN]", "]"),
     ]),
     "support/run.py": ("tests/test_train.py tests/test_run.py tests/test_written.py", [
         ("run: the same noise every step", "seed_of(self.args.seed, step * self.args.grad_accum + i)",

@@ -22,6 +22,7 @@ from data import ImageFolder, pictures_in
 from support import run
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.files import save_tensors
+from support.processes import StopSignal
 from support.state import saved_settings
 from tests import runs
 from tests.runs import FEW, SHORT, call, metadata, refusal, rows_of, same, save_photos, save_shards, working_in, works
@@ -82,6 +83,45 @@ def test_a_second_ctrl_c_ends_the_run_without_saving(monkeypatch):
 def test_a_signal_before_the_first_step_ends_the_run_without_saving(monkeypatch):
     monkeypatch.setattr(train.Validation, "velocity_error", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     assert call(train, RUN + "--out run").code == 130 and not Path("run/state.safetensors").exists()
+
+
+def start_on_photographs(tiny, **options):
+    """-> the process of a long run on photographs, with workers, in a process group of its own, after ten steps."""
+    save_photos("photos")
+    words = RUN + f"--ckpt {tiny} --data photos --steps 100000 --out run"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words.split()], start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    deadline = time.time() + 120
+    while not Path("run/metrics.jsonl").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_to_the_whole_process_group_saves_a_run_with_workers(tiny, name):
+    process = start_on_photographs(tiny, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    os.killpg(process.pid, getattr(signal, name))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and Path("run/state.safetensors").exists() and "Traceback" not in output, output
+
+
+def test_a_run_whose_terminal_or_reader_has_gone_saves(tiny):
+    process = start_on_photographs(tiny, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.close()
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=60) == 75 and Path("run/state.safetensors").exists()
+
+
+def test_a_signal_that_is_ignored_at_the_start_as_by_nohup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.received and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ------------------------------------------------------------------ Windows, and random streams

@@ -124,7 +124,7 @@ class DiffusersFolder:
                 self.read_names(part, file)
         try:
             self.config, scheduler = self.read_config(), self.json("scheduler/scheduler_config.json")
-            self.metadata = {"prediction_type": str(scheduler["prediction_type"]),
+            self.metadata = {"prediction_type": str(scheduler.get("prediction_type", "epsilon")),  # diffusers' default
                              "zero_snr": str(scheduler.get("rescale_betas_zero_snr", False)).lower()}
             betas = scheduler["beta_schedule"], scheduler["beta_start"], scheduler["beta_end"]
         except (KeyError, TypeError) as error:

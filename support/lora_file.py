@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import lora
 from support.files import open_tensors, save_tensors
@@ -80,6 +81,13 @@ def read_tensors(path):
     return tensors
 
 
+def as_matrix(tensor, linear):
+    """kohya's LoRAs of SD 2.x store Linears as 1x1 convs: (r, in, 1, 1) -> (r, in) if `linear`, else the other way."""
+    if linear and tensor.shape[2:] == (1, 1):
+        return tensor[:, :, 0, 0]
+    return tensor if linear or tensor.ndim == 4 else tensor[:, :, None, None]
+
+
 @torch.no_grad()
 def load_lora(path, unet):
     """Add the adapters of the LoRA file at `path` to `unet` -> the file's metadata. `.alpha` / rank is folded into up.
@@ -93,7 +101,8 @@ def load_lora(path, unet):
         sides = f"{name}.lora_down.weight", f"{name}.lora_up.weight"
         if not tensors.keys() >= set(sides):
             continue
-        down, up = map(tensors.pop, sides)
+        linear = isinstance(layers[layer], nn.Linear)
+        down, up = (as_matrix(tensors.pop(side), linear) for side in sides)
         loras[layer] = adapter = lora.LoRA(layers[layer], rank := len(down))
         if (down.shape, up.shape) != (adapter.down.shape, adapter.up.shape):
             raise ValueError(f"{path}: made for another base ({base}): {name} adapts {[len(up), *down.shape[1:]]}, "

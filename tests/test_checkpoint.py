@@ -436,6 +436,15 @@ def test_prediction_and_zero_snr_are_read_from_a_folders_scheduler(folder, tmp_p
     assert "prediction 'sample'" in refusal(tmp_path / "folder")
 
 
+def test_a_scheduler_without_prediction_type_as_in_sd_1_5s_official_folder_means_eps(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "folder")
+    path = tmp_path / "folder/scheduler/scheduler_config.json"
+    content = json.loads(path.read_text())
+    del content["prediction_type"]
+    path.write_text(json.dumps(content))
+    assert load_checkpoint(tmp_path / "folder").prediction == "eps"
+
+
 DAMAGED_FOLDERS = {
     "a folder of StableDiffusionXLPipeline": lambda folder: edit_json(
         folder, "model_index.json", _class_name="StableDiffusionXLPipeline"),

@@ -235,6 +235,20 @@ def test_alpha_over_rank_is_folded_into_the_weights_of_the_layer(tmp_path):
         assert torch.equal(adapter.up, unet.get_submodule(layer).up * scale)
 
 
+@pytest.mark.parametrize("config", [SMALL_SD1, SMALL_SD2])
+def test_projections_load_as_matrices_and_as_1x1_convs_whatever_the_base_has(tmp_path, config):
+    """kohya's scripts write (r, in, 1, 1) for the Linears of SD 2.x; others write matrices for the convs of SD 1.x."""
+    unet, path = adapted_unet(config, 6), tmp_path / "a.safetensors"
+    save_lora(unet, path, {})
+
+    def other(tensor):
+        return tensor[..., None, None] if tensor.ndim == 2 else tensor.flatten(1)
+
+    save_file({key: other(value) if "proj_" in key else value for key, value in load_file(path).items()}, path)
+    load_lora(path, again := random_unet(config))
+    assert same(again.state_dict(), unet.state_dict())
+
+
 def test_a_rank_above_the_layers_full_rank_loads(tmp_path):
     unet, path = random_unet(TINY), tmp_path / "a.safetensors"
     down, up = torch.randn(50, 4, 3, 3), torch.randn(TINY.unet_widths[0], 50, 1, 1)

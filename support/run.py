@@ -195,6 +195,8 @@ class Run:
     def __init__(self, args, out, ranks, stop, about):
         self.args, self.out, self.ranks, self.stop, self.about = args, out, ranks, stop, about
         self.start = saved_step(args.resume) if args.resume else 0
+        if self.start > args.steps:
+            raise ValueError(f"--steps {args.steps}: {out} has done {self.start} steps already")
         self.grad_accum = args.grad_accum // ranks.count
 
     def steps(self, loader, optimizer, ema, flow=None):

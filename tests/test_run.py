@@ -69,6 +69,12 @@ def test_a_signal_stops_a_run_after_its_step_and_it_resumes_to_the_same_result(w
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_fewer_steps_than_are_done_are_refused(whole):
+    shutil.copytree(whole, "run")
+    assert "--steps 3: run has done 4 steps already" in refusal(train, "--resume run --steps 3")
+    assert same("run/lora.safetensors", whole / "lora.safetensors")
+
+
 def test_a_second_ctrl_c_ends_the_run_without_saving(monkeypatch):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)

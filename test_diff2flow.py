@@ -651,8 +651,9 @@ def test_naive_fm_samples_by_plain_euler_on_the_raw_output(name, sign):
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_the_schedule_follows_the_data_to_its_device(name):
     """The schedule is made on the CPU; everything else is on the meta device, which refuses to mix the two."""
-    flow = OBJECTIVES[name](lambda x_dm, t_dm, context: x_dm, ALPHA, SIGMA)
-    x = torch.zeros(SHAPE, device="meta")
-    context = torch.zeros(SHAPE[0], 2, 3, device="meta")
-    assert flow.loss(x, context).device.type == "meta"
-    assert flow.sample(x, context, 2, context[:1], 3.0).device.type == "meta"
+    def flow():
+        return OBJECTIVES[name](lambda x_dm, t_dm, context: x_dm * t_dm.view(-1, 1, 1, 1), ALPHA, SIGMA)
+
+    x, context = torch.zeros(SHAPE, device="meta"), torch.zeros(SHAPE[0], 2, 3, device="meta")
+    assert flow().loss(x, context).device.type == "meta"
+    assert flow().sample(x, context, 2, context[:1], 3.0).device.type == "meta"

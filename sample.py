@@ -28,6 +28,7 @@ from support.load import (
     pick_precision,
     picture_size,
     read_result,
+    unconditional,
 )
 from support.packed import pack
 from support.pairs import make_pairs, pair_settings, reflow_command
@@ -160,12 +161,14 @@ def make_pictures(args, sd, flow, prompts, size, files, making, ranks, autocast)
     """Draw a picture for each prompt -> the pictures of the grid, in the main process. files: paths of --singles, or
     []; making: settings_text of a prompt. Processes of torchrun take the batches in turn."""
     shape, pictures = sd.latent_shape(size), {}
+    with autocast:
+        uncond = unconditional(sd, args.cfg, args.negative)
     for start in range(ranks.rank * args.batch, len(prompts), ranks.count * args.batch):
         batch = range(len(prompts))[start:start + args.batch]
         title = f"pictures {batch[0] + 1} to {batch[-1] + 1}"
         with tqdm(desc=title, total=args.steps, unit="step", leave=False, disable=not ranks.is_main) as bar, autocast:
             x0 = noises(batch, shape, args.seed).to(sd.device)
-            context, uncond = sd.encode_text([prompts[i] for i in batch]), sd.encode_text([args.negative])
+            context = sd.encode_text([prompts[i] for i in batch])
             x1 = flow.sample(x0, context, args.steps, uncond, args.cfg, callback=lambda x_fm: bar.update())
             drawn = sd.decode(x1).float().cpu()
         for i, picture in zip(batch, drawn):

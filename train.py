@@ -13,7 +13,6 @@ import contextlib
 import math
 import os
 import shlex
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from support.files import check_range, cli
 from support.load import BUNDLED_PRIOR, check_base, load_model, make_flow, pick_device, pick_precision, picture_size
 from support.pairs import Pairs
 from support.processes import Ranks, ignore_interrupts
-from support.run import check_new, open_run, save_weights, training_metadata
+from support.run import open_run, run_folder, save_weights, training_metadata
 from support.tars import Tars
 from support.validation import VALIDATION_SEED, Validation, finish, measure, measure_before
 from toy.scenes import Scenes
@@ -369,9 +368,7 @@ def main():
     args = arguments()
     device = pick_device(args.device)
     args.precision, autocast = pick_precision(args.precision, device)
-    out = Path(args.resume or args.out or f"runs/{args.task}-{datetime.now():%Y%m%d-%H%M%S}")
-    if not args.resume:
-        check_new(out)
+    out = run_folder(args)
     ranks, example = Ranks(device), EXAMPLES[args.task]
     if args.grad_accum % ranks.count:
         raise ValueError(f"--grad-accum {args.grad_accum}: {ranks.count} processes share the batches of a step, so it "

@@ -196,6 +196,11 @@ def guidance(sd, cfg=None, for_pairs=False):
     raise ValueError(f"{sd.source.path}: its metadata has cfg {value!r}, which is not a guidance scale: pass --cfg")
 
 
+def unconditional(sd, cfg, negative=""):
+    """-> the text embedding (1, L, D) that guidance leads away from; None without guidance (cfg 1)."""
+    return sd.encode_text([negative]) if cfg != 1 else None
+
+
 def picture_size(sd, size=None):
     """[side] or [height, width] in pixels (None: from the metadata, else 512) -> height, width. ValueError if it does
     not fit the networks."""

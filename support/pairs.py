@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import noises, progress
 from support.files import from_json, open_tensors, save_tensors
-from support.load import BUNDLED_PRIOR, objective_of
+from support.load import BUNDLED_PRIOR, objective_of, unconditional
 
 PAIRS_PER_FILE = 256
 
@@ -165,6 +165,8 @@ def make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast):
               for number in range(ranks.rank, math.ceil(args.pairs / PAIRS_PER_FILE), ranks.count)}
     total = sum(map(len, shards.values()))
     print(f"{total:,} pairs of {2 * 2 * math.prod(shape):,} bytes, {args.steps} steps, cfg {args.cfg:g}, into {out}/")
+    with autocast:
+        uncond = unconditional(sd, args.cfg, args.negative)
     with tqdm(total=total, unit="pair", dynamic_ncols=True) as bar:
         for number, wanted in shards.items():
             shard = out / f"pairs-{number:06d}.safetensors"
@@ -175,8 +177,7 @@ def make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast):
                 texts = [prompts[i % len(prompts)] for i in batch]
                 x0 = noises(batch, shape, args.seed).half()
                 with autocast:
-                    context, uncond = sd.encode_text(texts), sd.encode_text([args.negative])
-                    x1 = flow.sample(x0.to(sd.device), context, args.steps, uncond, args.cfg)
+                    x1 = flow.sample(x0.to(sd.device), sd.encode_text(texts), args.steps, uncond, args.cfg)
                 save_pairs(batch_file(shard, start), x0, x1.half().cpu(), texts, settings)
                 bar.update(len(batch))
             join_batches(shard, settings)

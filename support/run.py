@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -49,6 +50,14 @@ def check_new(folder):
             raise ValueError(f"--out {folder}: it contains {path.name}, which is not a file of a run: choose another")
         if path.suffix in (".png", ".safetensors") and ".partial." not in path.name:
             check_replaceable(path)
+
+
+def run_folder(args):
+    """-> the folder of the run, checked if it is a new one."""
+    out = Path(args.resume or args.out or f"runs/{args.task}-{datetime.now():%Y%m%d-%H%M%S}")
+    if not args.resume:
+        check_new(out)
+    return out
 
 
 def remove_partial(folder):
@@ -243,10 +252,12 @@ class Run:
             self.ranks.sync_gradients(net, last=i == mine[-1])
             yield batch
 
-    def log(self, loss=0, norm=None):
+    def log(self, loss=None, norm=None):
         """Add the loss of a micro-batch, or note the norm of the step's gradient: scalars on the device."""
-        self.loss = self.loss + (loss.detach() if torch.is_tensor(loss) else loss)
-        self.norm = norm if norm is not None else self.norm
+        if loss is not None:
+            self.loss = self.loss + loss.detach()
+        if norm is not None:
+            self.norm = norm
 
 
 @contextlib.contextmanager
@@ -294,9 +305,13 @@ def training_metadata(args, title, sd, size):
         "ss_base_model_version": version, "ss_v2": str(sd.config.version == 2)}
 
 
+def weights_name(args):
+    return "model" if args.lora == "none" else "lora"
+
+
 def save_weights(args, out, sd, metadata, step):
     """Write the file that other tools load: the LoRA, or the whole checkpoint. With --keep, also one named by step."""
-    name = "model" if args.lora == "none" else "lora"
+    name = weights_name(args)
     paths = [out / f"{name}.safetensors"]
     if args.keep:
         paths.append(out / f"{name}-{step:06d}.safetensors")

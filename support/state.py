@@ -122,8 +122,8 @@ def fitting(path, file, key, parameter):
 
 
 def restore(path, ema, optimizer, **about):
-    """Load a state into the parameters, their EMA and Adam -> the next step. ValueError for the state of another model
-    or another base than in `about`; prints a warning if the data changed."""
+    """Load a state into the parameters, their EMA and Adam. ValueError for the state of another model or another base
+    than in `about`; prints a warning if the data changed."""
     with open_tensors(path) as file, torch.no_grad():
         stored, metadata = set(file.keys()), file.metadata()
         if metadata.get("base_hash", about.get("base_hash")) != about.get("base_hash"):
@@ -146,4 +146,3 @@ def restore(path, ema, optimizer, **about):
                     average = fitting(path, file, f"adam/{key}/{name}", parameter)
                     state[key] = torch.empty_like(parameter).copy_(average)    # in the parameter's memory format
                 optimizer.state[parameter] = state
-        return int(metadata["step"])

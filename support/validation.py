@@ -10,11 +10,13 @@ from tqdm import tqdm
 from data import progress
 from diff2flow import velocity_error
 from support.files import SOFTWARE, replacing
+from support.load import unconditional
 from support.pictures import save_grid
-from support.run import append_log, guidance_after_training, trim_log
+from support.run import append_log, guidance_after_training, trim_log, weights_name
 
 VALIDATION_SEED = 30_000_000  # of held-out scenes and their noise, the same for every run
-STEPS = {"text-to-image": (25, 4), "reflow": (4,), "depth": (4,)}     # Euler steps of samples before and after training
+STEPS = {  # of toy.make_prior too: Euler steps of samples before and after training
+    "text-to-image": (25, 4), "prior": (25, 4), "reflow": (4,), "depth": (4,)}
 
 
 def spread_times(n, device):
@@ -68,7 +70,7 @@ class Validation:
         for _, x0, batch in self.batches(self.args.previews, f"samples of {steps} steps"):
             with self.autocast:
                 _, _, context, _ = self.example(self.sd, batch)
-                uncond = self.sd.encode_text([""]) if cfg != 1 else None
+                uncond = unconditional(self.sd, cfg)
                 pictures.append(self.sd.decode(self.flow.sample(x0, context, steps, uncond, cfg)).float())
         return torch.cat(pictures)
 
@@ -88,10 +90,10 @@ class Validation:
 
 # ------------------------------------------------------------------ the start and the end of a run
 
-def measure(validation, cfg=None):
+def measure(validation):
     """-> the model's velocity error, and {Euler steps: samples}."""
     error = validation.velocity_error()
-    return error, {steps: validation.draw(steps, cfg) for steps in STEPS.get(validation.args.task, (25, 4))}
+    return error, {steps: validation.draw(steps) for steps in STEPS[validation.args.task]}
 
 
 def measure_before(validation, cfg=None):
@@ -99,7 +101,7 @@ def measure_before(validation, cfg=None):
     after training."""
     print(f"before training: velocity error of {validation.source}, and samples")
     args = validation.args
-    error, most = validation.velocity_error(), STEPS.get(args.task, (25, 4))[0]
+    error, most = validation.velocity_error(), STEPS[args.task][0]
     warn_if_slow(args, validation.seconds_per_item)
     if not args.resume:
         validation.log(0, error)
@@ -158,7 +160,7 @@ def finish(validation, items, size, before, after):
         result["captions"] = list(dict.fromkeys(captions))[:8]
     with replacing(out / "result.json") as temporary:
         temporary.write_text(json.dumps(result) + "\n")
-    weights = out / f"{'model' if args.lora == 'none' else 'lora'}.safetensors"
+    weights = out / f"{weights_name(args)}.safetensors"
     print(f"velocity error |u - (x1 - x0)|^2 of {validation.source}: {before[0]:.4f} before, {after[0]:.4f} after\n"
           f"same noise before and after: {out}/before_after.png\n"
           f"weights: {weights}\nnext: {next_command(args, weights)}")

@@ -161,7 +161,6 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("sample.py: other pictures beside single ones", "set(pictures_in(folder)) - set(files)", "set()"),
         ("sample.py: single pictures replace others", "        check_replaceable(path)\n    return files",
          "        pass\n    return files"),
-        ("sample.py: negative prompt ignored", "sd.encode_text([args.negative])", 'sd.encode_text([""])'),
         ("sample.py: sigma grid start", "flow.f_table[-1].item()", "flow.f_table[-2].item()"),
         ("sample.py: sigmas printed too short", "{sigma:.4f}", "{sigma:.3f}"),
         ("sample.py: sigmas of naive models printed", 'if objective_of(flow) in ("fm", "fm-flip"):', "if False:"),
@@ -239,6 +238,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
          "except TypeError as error:"),
         ("load: dm models sampled by DDIM", '("fm", "fm-flip") else', '("fm", "fm-flip", "dm") else'),
         ("load: bf16 on every CUDA device", ">= (8, 0)", ">= (0, 0)"),
+        ("load: negative prompt ignored", "sd.encode_text([negative])", 'sd.encode_text([""])'),
     ]),
     "support/lora_file.py": ("tests/test_lora.py tests/test_tools.py", [
         ("lora: alpha over rank upside down", '(float(tensors.pop(f"{name}.alpha", rank)) / rank)',

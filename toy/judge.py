@@ -47,6 +47,7 @@ from support.load import (
     pick_precision,
     picture_size,
     read_result,
+    unconditional,
 )
 from support.lora_file import is_lora_file, read_metadata
 from support.pictures import save_grid
@@ -272,7 +273,7 @@ def sample_pictures(sd, flow, captions, noise, steps, cfg, batch):
         x0 = noise[start:start + batch].to(grid.device)
         points = [x0 / (alpha + sigma)]             # the path's first x_fm, where x_dm = x0 (Eq. 13)
         context = sd.encode_text(captions[start:start + batch])
-        uncond = sd.encode_text([""])
+        uncond = unconditional(sd, cfg)
         x1 = flow.sample(x0, context, steps, uncond, cfg, points.append)
         pictures.append(sd.decode(x1).float().clamp(-1, 1))
         straight += straightness(points, grid) * len(x0) / len(captions)

@@ -14,7 +14,6 @@ A run is a folder like those of train.py. toy/README.md lists the commands that 
 import argparse
 import copy
 import shlex
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from support.files import check_range, cli
 from support.load import BUNDLED_PRIOR, make_flow, pick_device, pick_precision, picture_size
 from support.pictures import save_grid
 from support.processes import Ranks
-from support.run import check_new, open_run, save_weights
+from support.run import open_run, run_folder, save_weights
 from support.validation import VALIDATION_SEED, Validation, finish, measure, measure_before
 from toy.scenes import Scenes
 
@@ -257,9 +256,7 @@ def main():
     args = arguments()
     device = pick_device(args.device)
     args.precision, autocast = pick_precision(args.precision, device)
-    out = Path(args.resume or args.out or f"runs/{args.task}-{datetime.now():%Y%m%d-%H%M%S}")
-    if not args.resume:
-        check_new(out)
+    out = run_folder(args)
     torch.manual_seed(args.seed)
     (make_prior if args.task == "prior" else make_autoencoder)(args, out, device, autocast)
 

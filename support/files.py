@@ -5,6 +5,8 @@
     with open_tensors("lora.safetensors") as file:      ValueError for a damaged file
         tensor = file.get_tensor(name)
     check_replaceable("grid.png")                       ValueError for a file that another program wrote
+    with reading("a.jpg", "a picture"):                 any error inside becomes a ValueError that names the file
+        ...
 """
 import contextlib
 import json
@@ -132,6 +134,21 @@ def open_tensors(path):
     except SafetensorError as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: cannot be read; truncated, or not a .safetensors file? ({reason})") from error
+
+
+@contextlib.contextmanager
+def reading(name, kind):
+    """Inside `with`, any error becomes a ValueError that names the file or flag and the kind of thing expected: on
+    broken bytes, parsers raise nearly everything. A ValueError that names it already passes."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(name)):
+            raise
+        reason = error if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name}: not {kind}, or damaged ({reason})") from error
 
 
 def from_json(text):

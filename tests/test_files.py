@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from support.files import check_range, cli, from_json, open_tensors, read_text, replacing, save_tensors
+from support.files import check_range, cli, from_json, open_tensors, read_text, reading, replacing, save_tensors
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -53,6 +53,22 @@ def test_a_damaged_file_of_tensors_is_an_error_of_one_line_that_names_the_file(t
     for name, message in ("none", "no such file$"), ("", "it is a folder"):
         with pytest.raises(ValueError, match=message), open_tensors(tmp_path / name):
             pass
+
+
+@pytest.mark.parametrize("error, reason", [
+    (KeyError("a"), "KeyError: 'a'"), (RecursionError("deep"), "RecursionError: deep"),
+    (ValueError("b.json: c"), "b.json: c"), (FileNotFoundError(2, "gone"), "[Errno 2] gone")])
+def test_any_error_in_a_parser_names_the_file_and_the_kind_that_was_expected(error, reason):
+    with pytest.raises(ValueError) as raised, reading("a.json", "metadata"):
+        raise error
+    assert str(raised.value) == f"a.json: not metadata, or damaged ({reason})"
+
+
+def test_an_error_that_names_the_file_already_passes_and_so_does_one_that_is_not_of_the_file():
+    for error in ValueError("a.json: no caption"), MemoryError(), KeyboardInterrupt():
+        with pytest.raises(type(error)) as raised, reading("a.json", "metadata"):
+            raise error
+        assert raised.value is error
 
 
 def test_text_is_read_as_utf8_with_or_without_a_byte_order_mark(tmp_path):

@@ -26,7 +26,7 @@ from depth import DepthFolders, DepthScenes
 from diff2flow import OBJECTIVES
 from support import state
 from support.cache import fill_cache
-from support.files import check_range, cli
+from support.files import check_range, cli, parse
 from support.load import BUNDLED_PRIOR, check_base, load_model, make_flow, pick_device, pick_precision, picture_size
 from support.pairs import Pairs
 from support.processes import Ranks, ignore_interrupts
@@ -74,6 +74,8 @@ def add_data_flags(add):
         "the size in the checkpoint's metadata; depth: 384 512)")
     add("--cache", help="folder for the latents of the pictures in --data and the embeddings of their captions, so "
         "that each is encoded once, for this run and others; pictures are then centre-cropped and never flipped")
+    add("--workers", type=int, help="processes that read pictures ahead, 0 to read them in this one (default: one per "
+        "core, at most 8)")
     add("--caption-dropout", type=float, help=f"share of captions that become empty {defaults('caption_dropout')}")
     add("--weights", type=float, nargs="+", help="how often each folder of depth is drawn from (default: by its size)")
     add("--style", choices=["solid", "outline", "room"], help=f"style of the scenes {defaults('style')}")
@@ -112,8 +114,8 @@ def add_optimizer_flags(add):
 
 def add_output_flags(add):
     add("--out", help="folder of the run (default: runs/, the task and the time)")
-    add("--resume", help="folder of a run to resume with its own settings; --steps, --lr, --save-every, "
-        "--preview-every and --device may change")
+    add("--resume", help="folder of a run to resume with its own settings; --steps, --lr, --save-every, --workers, "
+        "--preview-every and --device may change, and --out, --data, --ckpt, --init-lora and --cache may have moved")
     add("--save-every", type=int, default=1000, help="save every N steps, and on Ctrl-C or SIGTERM (default: 1000)")
     add("--keep", action="store_true", help="keep the weights of every save, named by step")
     add("--preview-every", type=int, default=1000, help="steps between previews, 0 for none (default: 1000)")
@@ -128,7 +130,7 @@ def arguments():
     for title, add_flags in (("data", add_data_flags), ("model", add_model_flags), ("optimizer", add_optimizer_flags),
                              ("output", add_output_flags)):
         add_flags(parser.add_argument_group(title).add_argument)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.resume:
         args = state.resumed_arguments(parser, args, tasks=PAPER)
     if args.init_lora and args.lora is None:
@@ -151,6 +153,7 @@ def check(args):
     """ValueError for a setting that cannot work."""
     check_range(args, 1, 1e9, "steps", "batch", "grad_accum", "scenes", "validation", "previews", "save_every")
     check_range(args, 0, 1e9, "preview_every", "warmup")
+    check_range(args, 0, 1000, "workers")
     check_range(args, 0, 2**32 - 1, "seed")
     check_range(args, 1e-12, 1, "lr")
     check_range(args, 1e-12, math.inf, "clip")
@@ -261,7 +264,8 @@ def encode_item(sd, item):
 def load_batches(args, sd, dataset, run, autocast):
     """-> DataLoader of this process's batches from step run.start on. Pictures are read ahead by worker processes;
     scenes are encoded here, once, under `autocast`."""
-    options = {"num_workers": min(8, os.cpu_count()), "pin_memory": sd.device.type == "cuda",
+    workers = getattr(args, "workers", None)
+    options = {"num_workers": min(8, os.cpu_count()) if workers is None else workers, "pin_memory": sd.device.type == "cuda",
                "worker_init_fn": ignore_interrupts}
     if isinstance(dataset, Tars):
         dataset.start = run.start
@@ -385,7 +389,7 @@ def main():
     command = shlex.join(["python", "train.py", "--resume", str(out)])
     with open_run(args, out, ranks, command, sd.unet_hash) as run:
         if args.cache:
-            dataset = fill_cache(args.cache, sd, dataset, args.precision, autocast, ranks)
+            dataset = fill_cache(args, sd, dataset, autocast, ranks)
         run.save_weights = partial(save_weights, args, out, sd, training_metadata(args, out.name, sd, size))
         if ranks.is_main:
             with autocast:

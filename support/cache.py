@@ -1,5 +1,6 @@
 """train.py --cache FOLDER: latents of pictures and text embeddings of captions, each encoded once for all steps and
 runs."""
+import contextlib
 import hashlib
 import sys
 import zlib
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from data import centre_crop, progress
 from support.checkpoint import hash_of
 from support.files import open_tensors, save_tensors
+from support.lock import shared
 
 
 def checksum(tensor):
@@ -67,13 +69,16 @@ class EncodedFolder(Dataset):
             content = Path(images.items[i][0]).read_bytes()
             self.items.append((hashlib.sha256(content).hexdigest(), images.caption(i)))
 
-    def fill(self, encode, encode_text, ranks):
+    def fill(self, encode, encode_text, ranks, only_read=False):
         """Encode this rank's share of what is not cached yet, and wait for the other ranks. encode: image (3, H, W) ->
-        latents; encode_text: caption -> text embedding."""
+        latents; encode_text: caption -> text embedding. only_read: a ValueError if anything is to be encoded."""
         pictures = range(ranks.rank, len(self.items), ranks.count)
         pictures = [i for i in progress(pictures, "looking for latents") if self.latents.lacks(self.items[i][0])]
         captions = sorted({"", *(caption for _, caption in self.items)})[ranks.rank::ranks.count]
         captions = [text for text in progress(captions, "looking for text embeddings") if self.embeddings.lacks(text)]
+        if only_read and pictures + captions:
+            raise ValueError(f"{self.latents.folder}: {len(pictures):,} pictures and {len(captions):,} captions are not "
+                             "in this cache; it is only read, unless --cache is passed again with --resume")
         print(f"{self.latents.folder}: encoding {len(pictures):,} of {len(self.items):,} pictures (centre crops, never "
               f"flipped) and {len(captions):,} captions"
               + (f" in the first of {ranks.count} processes" if ranks.count > 1 else ""))
@@ -99,13 +104,16 @@ class EncodedFolder(Dataset):
 
 
 @torch.no_grad()
-def fill_cache(folder, sd, images, precision, autocast, ranks):
-    """-> EncodedFolder of the ImageFolder `images`, after encoding what the cache in `folder` lacks."""
+def fill_cache(args, sd, images, autocast, ranks):
+    """-> EncodedFolder of the ImageFolder `images`, after encoding what the cache lacks. A cache that only the state of
+    a resumed run names is not written to: the run may be somebody else's."""
+    folder, precision = Path(args.cache), args.precision
+    only_read = args.resume is not None and "cache" not in args.given
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32        # as computed in a training step
     size, made = (images.height, images.width), f"{precision}, version 1"   # raise the version if encoding changes
-    latents = TensorFiles(Path(folder), f"latents {size} {hash_of(sd.first_stage_model)} {made}",
+    latents = TensorFiles(folder, f"latents {size} {hash_of(sd.first_stage_model)} {made}",
                           sd.latent_shape(size))
-    embeddings = TensorFiles(Path(folder), f"text {hash_of(sd.text_encoder)} {made}", (77, sd.config.context_width))
+    embeddings = TensorFiles(folder, f"text {hash_of(sd.text_encoder)} {made}", (77, sd.config.context_width))
 
     def encode(image):
         return sd.encode(image[None].to(sd.device))[0].to(dtype)
@@ -114,6 +122,6 @@ def fill_cache(folder, sd, images, precision, autocast, ranks):
         return sd.encode_text([caption])[0].to(dtype)
 
     encoded = EncodedFolder(images, latents, embeddings)
-    with autocast:
-        encoded.fill(encode, encode_text, ranks)
+    with contextlib.nullcontext() if only_read else shared(folder, "*.safetensors"), autocast:
+        encoded.fill(encode, encode_text, ranks, only_read)
     return encoded

@@ -7,12 +7,16 @@
     check_replaceable("grid.png")                       ValueError for a file that another program wrote
     with reading("a.jpg", "a picture"):                 any error inside becomes a ValueError that names the file
         ...
+    args = parse(parser)                                parser.parse_args(), which refuses empty values
+    try_writing("pairs.safetensors", 10**9)             an error now, not later, where so much cannot be written
 """
 import contextlib
+import errno
 import json
 import os
 import re
 import secrets
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 SOFTWARE = "Diff2Flow"      # the maker that our pictures and results name in their metadata
+PARTIAL = re.compile(r"\.partial\.[0-9a-f]{8}(?=\.|$)")        # in the names of half-written files of ours
+UNSUPPORTED = {getattr(errno, name) for name in ("EPERM", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL", "ENOLCK")}
+MAY_BE_EMPTY = "prompt", "negative", "caption"                  # flags whose value may be ""
+IN_METADATA = "out", "resume", "ckpt", "lora", "init_lora"      # flags whose value gets into files, which are UTF-8
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|Unable to allocate|_ALLOC_FAILED")
 
 
@@ -46,7 +54,12 @@ class Stream:
 def cli(main):
     """Run main(). A user's error becomes one line and exit code 2, Ctrl-C one line and 130. Bugs keep their
     traceback."""
-    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    for number in range(3):         # a closed stream's number would go to the next file, and its messages into that
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = (Stream(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -73,20 +86,109 @@ def check_range(args, low, high, *names):
                 raise ValueError(f"--{name.replace('_', '-')} {given}: it must be between {low:g} and {high:g}")
 
 
+def parse(parser):
+    """parser.parse_args(). ValueError for a flag whose value is empty, as of an unset variable of a shell, or no UTF-8
+    where it gets into a file's metadata."""
+    for word in sys.argv[1:]:
+        if re.fullmatch("--[a-z][a-z-]*=--", word):         # argparse takes the value away
+            raise ValueError(f"{word}: -- is not a value")
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        for text in value if isinstance(value, list) else [value]:
+            if text == "" and name not in MAY_BE_EMPTY:
+                raise ValueError(f"{flag} '': the value is empty: give one, or leave {flag} out")
+            if name in IN_METADATA and isinstance(text, str) and text != text.encode(errors="replace").decode():
+                raise ValueError(f"{flag} {ascii(text)}: the name is not UTF-8, and so cannot be written to metadata: "
+                                 "rename it")
+    return args
+
+
+def partial_name(path):
+    """-> a random name for a file that is being written. Several processes may write the same file."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.partial.{secrets.token_hex(4)}{path.suffix}")
+
+
+def remove_partial(folder, *patterns):
+    """Delete the half-written files of killed processes in a folder: those of names that match one of the patterns."""
+    for path in sorted(Path(folder).glob("*.partial.*")):
+        whole = PARTIAL.sub("", path.name)
+        if whole != path.name and any(Path(whole).match(pattern) for pattern in patterns):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def where_supported(path, what):
+    """Inside `with`, an operation that the file system of `path` does not have is a warning, once."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once(f"the file system of {Path(path).parent} does not support {what} ({error.strerror}): it is left out")
+
+
+WARNED = set()
+
+
+def warn_once(text):
+    if text not in WARNED:
+        print(f"warning: {text}", file=sys.stderr)
+    WARNED.add(text)
+
+
+def replace(temporary, path):
+    """os.replace, also where a file system cannot rename over an existing file."""
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in {*UNSUPPORTED, errno.EEXIST} or not os.path.lexists(path):
+            raise
+        old = partial_name(path)
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+        old.unlink()
+        warn_once(f"the file system of {path.parent} cannot replace a file in one step ({error.strerror}): a process "
+                  "that is killed at that moment loses the file")
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary path to write to, which replaces `path` at the end, after fsync. On an error it is deleted.
-    The name is random, since several processes may write the same file."""
+    A link at `path` is replaced, not followed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.partial.{secrets.token_hex(4)}{path.suffix}")
+    temporary = partial_name(path)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
+        with where_supported(path, "fsync"), open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def try_writing(path, size, copies=1):
+    """OSError if `copies` files of `size` bytes cannot be written beside `path`: writes one of zeros and deletes it."""
+    path = Path(path)
+    trial = partial_name(path)
+    try:
+        with replacing(trial) as temporary, open(temporary, "wb") as file:
+            for start in range(0, size, 2**24):
+                file.write(bytes(min(2**24, size - start)))
+        disk = shutil.disk_usage(path.parent)
+        if disk.total > 0 and disk.free < size * (copies - 1):          # some file systems report 0 of 0
+            raise OSError(errno.ENOSPC, f"{disk.free / 1e9:.1f} GB are left on the disk")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error}); it takes {copies * size / 1e6:,.1f} MB: free some space, "
+                      "or choose another folder") from error
+    finally:
+        trial.unlink(missing_ok=True)
 
 
 def maker_of(path):
@@ -120,7 +222,8 @@ def save_tensors(path, tensors, metadata=None):
             save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {}), "software": SOFTWARE})
         except SafetensorError as error:        # a full disk, above all
             raise OSError(f"{path}: could not be written, and is unchanged ({error})") from error
-        temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
+        with where_supported(path, "chmod"):
+            temporary.chmod(0o644)      # safetensors makes it readable by its owner alone
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The processes that torchrun starts, and the signals that end a run."""
 import contextlib
 import os
+import re
 import signal
 import sys
 from datetime import timedelta
@@ -8,10 +9,19 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from support.files import reading
+
+
+WORKER_LOST = re.compile(r"DataLoader worker \(pid|shared memory|unable to \w+ .*</torch_|Pin memory thread exited")
+
 
 def rank_and_count():
     """-> this process's number among those of torchrun, and their count; 0 and 1 without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={count}, variables that torchrun sets: they must be numbers, RANK "
+                         "from 0 to WORLD_SIZE - 1; unset both to run one process")
+    return int(rank), int(count)
 
 
 class Ranks:
@@ -20,11 +30,17 @@ class Ranks:
     def __init__(self, device):
         self.rank, self.count = rank_and_count()
         self.is_main = self.rank == 0
+        self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         if self.count > 1:
             backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backends, timeout=timedelta(hours=2))       # the others wait while rank 0 saves
+            with reading("MASTER_ADDR and MASTER_PORT", "an address where the processes of torchrun meet"):
+                dist.init_process_group(backends, timeout=timedelta(hours=2))   # the others wait while rank 0 saves
         if not self.is_main:
             sys.stdout = open(os.devnull, "w")
+
+    def is_orphan(self):
+        """Whether the torchrun that started this process has ended, as by SIGKILL or SIGUSR1."""
+        return self.torchrun not in (None, os.getppid())
 
     def wrap(self, net):
         """-> net, or with several processes DistributedDataParallel of it, which averages gradients."""
@@ -89,15 +105,36 @@ class StopSignal:
         return self
 
     def receive(self, number, frame):
-        if not self.deferred or (self.received and number == signal.SIGINT):
+        again, self.received = self.received, True      # first, since Python drops what is raised in a hook of fork
+        if not self.deferred or (again and number == signal.SIGINT):
             raise KeyboardInterrupt
-        self.received = True
         with contextlib.suppress(RuntimeError):         # the signal came while the loop was printing
             print(f"\n{signal.Signals(number).name}: the run saves after this step and stops", file=sys.stderr)
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def read_ahead(loader):
+    """-> an iterator over a DataLoader's batches. A worker that was killed is an OSError here, where the next batch is
+    due; torch's handler of SIGCHLD would raise anywhere, as in the middle of a step."""
+    batches = iter(loader)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not WORKER_LOST.search(str(error)):
+                raise
+            reason = str(error).strip().split("\n")[-1]
+            raise OSError("a process that reads pictures ahead was killed, or had too little shared memory: try fewer, "
+                          "such as --workers 0 for none; in Docker also --shm-size 8g "
+                          f"({reason})") from error
+        yield batch
 
 
 def ignore_interrupts(worker):

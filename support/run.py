@@ -11,8 +11,7 @@ step s draws its batch, noise and times from (seed, s) alone.
 import contextlib
 import json
 import math
-import os
-import socket
+import shutil
 import sys
 import time
 from datetime import datetime
@@ -21,95 +20,87 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from support import lock
 from support.checkpoint import modelspec, save_checkpoint
-from support.files import check_replaceable, from_json
+from support.files import PARTIAL, SOFTWARE, check_replaceable, from_json, replacing, try_writing
 from support.load import BUNDLED_PRIOR
 from support.lora_file import save_lora
-from support.processes import StopSignal
-from support.state import names_hash, restore, save_state, saved_step, state_file
-
-try:
-    import fcntl
-except ImportError:     # Windows: no lock, two runs in one folder are not noticed
-    fcntl = None
+from support.processes import StopSignal, read_ahead
+from support.state import names_hash, restore, save_state, saved_step, state_file, state_size
 
 RESUMABLE = 75      # exit code of a run that was stopped and has saved: sysexits' EX_TEMPFAIL, try again
-FILES = ("lora*.safetensors", "model*.safetensors", "metrics.jsonl", "validation.jsonl", "result.json", "step_*.png",
-         "before_after.png", "*.partial.*", ".lock")      # of a run, beside its state
+LOGS = "metrics.jsonl", "validation.jsonl"
+FILES = ("state.safetensors", "lora*.safetensors", "model*.safetensors", *LOGS, "metrics.png", "result.json",
+         "step_*.png", "before_after.png")
 
 
 # ------------------------------------------------------------------ the folder
 
 def check_new(folder):
-    """ValueError if a new run cannot use `folder`: it has a saved run, or files that are not a run's. Files of a run
-    that was killed before its first save are fine."""
+    """ValueError if a new run cannot use `folder`: it has a saved run, or files that no run made. Files of a run that
+    was killed before its first save are fine."""
     if (folder / "state.safetensors").exists():
         raise ValueError(f"{folder} has a run already: continue it with --resume {folder}, or choose another --out")
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not any(map(path.match, FILES)):
+        name = PARTIAL.sub("", path.name)           # of a half-written file: its whole name
+        if path.name != lock.NAME and not any(map(Path(name).match, FILES)):
             raise ValueError(f"--out {folder}: it contains {path.name}, which is not a file of a run: choose another")
-        if path.suffix in (".png", ".safetensors") and ".partial." not in path.name:
+        is_log = name in LOGS and path.is_file() and path.stat().st_size == 0       # created, and killed
+        if name == path.name != lock.NAME and not is_log:
             check_replaceable(path)
 
 
 def run_folder(args):
     """-> the folder of the run, checked if it is a new one."""
-    out = Path(args.resume or args.out or f"runs/{args.task}-{datetime.now():%Y%m%d-%H%M%S}")
-    if not args.resume:
+    out = Path(args.out or args.resume or f"runs/{args.task}-{datetime.now():%Y%m%d-%H%M%S}")
+    if moves(args, out):
         check_new(out)
     return out
 
 
-def remove_partial(folder):
-    for path in folder.glob("*.partial.*"):
-        path.unlink()
+def moves(args, out):
+    """Whether nothing of the run is in `out` yet: a new run, or one that resumes in another folder than its own."""
+    return not args.resume or out.resolve() != Path(args.resume).resolve()
 
 
 @contextlib.contextmanager
-def owned(folder):
-    """Inside `with`, no other process runs in `folder`: ValueError that names the process which does. Removes
-    half-written files of killed processes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        remove_partial(folder)
+def owned(args, out):
+    """Inside `with`, `out` belongs to this process, and has the logs of the run so far."""
+    with lock.owned(out, *FILES):
+        if moves(args, out):
+            check_new(out)                  # again: another run may have been there until now
+            for log in LOGS:
+                if args.resume and Path(args.resume, log).is_file():
+                    with replacing(out / log) as temporary:
+                        shutil.copyfile(Path(args.resume, log), temporary)
         yield
-        return
-    with open(folder / ".lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise ValueError(f"{folder}: process {lock.read()} runs there: wait, or choose another --out") from None
-        if os.fstat(lock.fileno()).st_nlink == 0:               # its owner has just removed it
-            raise ValueError(f"{folder}: another process has just ended there: try again")
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        remove_partial(folder)
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------ the log
 
 def trim_log(path, last_step):
-    """Remove the rows of a .jsonl after `last_step`, which a resumed run writes again, and a half-written last row."""
-    if not path.exists():
+    """Remove the rows of a .jsonl after `last_step`, which a resumed run writes again, and a half-written last row. The
+    file is written again, so that a link at its place leads nowhere afterwards."""
+    if not path.is_file():
+        path.unlink(missing_ok=True)        # a link to nowhere
         return
-    with open(path, "rb+") as file:
-        while line := file.readline():
-            try:
-                kept = line.endswith(b"\n") and from_json(line)["step"] <= last_step
-            except (ValueError, KeyError, TypeError):
-                kept = False
-            if not kept:
-                file.truncate(file.tell() - len(line))
-                return
+    rows = []
+    for row in path.read_bytes().splitlines(keepends=True):
+        try:
+            kept = row.endswith(b"\n") and from_json(row)["step"] <= last_step
+        except (ValueError, KeyError, TypeError):
+            kept = False
+        if not kept:
+            break
+        rows.append(row)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(rows))
 
 
 def append_log(path, row):
+    """The first row of a log names its maker."""
+    if not path.exists() or path.stat().st_size == 0:
+        row = {**row, "software": SOFTWARE}
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -155,7 +146,7 @@ class Metrics:
         if not math.isfinite(loss + norm):
             bad = (~values.isfinite()).any(1).tolist().index(True)
             self.fail(step - len(values) + bad, *values[bad].tolist(), *self.rows[bad][1:])
-        images, seconds = len(values) * self.args.batch * self.args.grad_accum, time.time() - self.clock
+        images, seconds = len(values) * self.args.batch * self.args.grad_accum, max(time.time() - self.clock, 1e-3)
         memory = torch.cuda.max_memory_allocated() / 2**30 if values.is_cuda else 0.0
         row = {"step": step, "loss": loss, "grad": norm, "lr": lr, "img_s": round(images / seconds, 2),
                "waiting": round(self.waited / seconds, 3), "mem_gb": round(memory, 2)}
@@ -171,15 +162,19 @@ class Metrics:
         if timesteps:
             t = torch.cat(timesteps)
             times = f"network timesteps {t.min():g} to {t.max():g}, "
-        resumable = self.out and (self.out / "state.safetensors").exists()
+        saved = self.out and (self.out if (self.out / "state.safetensors").exists() else self.args.resume)
         lower = f"--lr {self.args.lr / 3:.1g}"
-        way_out = f"resume from the last save: python train.py --resume {self.out} {lower}" if resumable else (
+        way_out = f"resume from the last save: python train.py --resume {saved} {lower}" if saved else (
             f"start again with {lower}")
-        raise ValueError(f"the loss is {loss:g} and the gradient's norm {norm:g} at step {step + 1} ({times}learning "
+        raise Diverged(f"the loss is {loss:g} and the gradient's norm {norm:g} at step {step + 1} ({times}learning "
                          f"rate {lr:g}): stopped, and the step is not saved; {way_out}")
 
 
 # ------------------------------------------------------------------ a run
+
+class Diverged(ValueError):
+    """The loss or the gradient is not finite."""
+
 
 class Stopped(Exception):
     """A run got a stop signal and has saved after `done` of its steps."""
@@ -207,6 +202,8 @@ class Run:
         if self.start > args.steps:
             raise ValueError(f"--steps {args.steps}: {out} has done {self.start} steps already")
         self.grad_accum = args.grad_accum // ranks.count
+        self.done = self.saved = self.start         # steps
+        self.optimizer = self.ema = None
 
     def steps(self, loader, optimizer, ema, flow=None):
         """Yield (step, batches) for every step that is left, `batches` being this process's micro-batches. After each
@@ -214,20 +211,26 @@ class Run:
         processes."""
         args, is_main, net = self.args, self.ranks.is_main, None
         if args.resume:
-            restore(state_file(args.resume), ema, optimizer, **self.about)
+            restore(state_file(args.resume), ema, optimizer, getattr(args, "given", ()), **self.about)
+        if is_main and moves(args, self.out):
+            try_writing(self.out / "state.safetensors", state_size(ema), copies=2)      # at a save, the last one is there
+        self.optimizer, self.ema = optimizer, ema
         metrics = Metrics(args, self.out if is_main else None, self.start)
         if flow is not None:
             net = flow.net = self.ranks.wrap(flow.net)
             net.register_forward_pre_hook(metrics.remember_timesteps)
-        batches = metrics.timed(iter(loader))
+        batches = metrics.timed(read_ahead(loader))
         bar = tqdm(range(self.start, args.steps), initial=self.start, total=args.steps, unit="step", dynamic_ncols=True,
                    disable=not is_main)
         self.stop.deferred = True
+        if self.stop.received:                      # Python has dropped its KeyboardInterrupt
+            raise KeyboardInterrupt
         for step in bar:
             self.loss, self.norm = 0, None
             yield step, self.micro_batches(step, batches, net)
 
-            done, stopping = step + 1, self.ranks.any(self.stop.received)
+            done = self.done = step + 1
+            stopping = self.ranks.any(self.stop.received or self.ranks.is_orphan())
             saving = done % args.save_every == 0 or done == args.steps or stopping
             previewing = args.preview_every > 0 and done % args.preview_every == 0
             metrics.add(done, self.ranks.mean(self.loss), self.norm, optimizer.param_groups[0]["lr"], bar, now=saving)
@@ -238,10 +241,30 @@ class Run:
                     if previewing:
                         self.preview(done)
             if is_main and saving:      # last: a run that is killed before it redoes the step and its files
-                save_state(self.out, args, done, ema, optimizer, **self.about)
+                self.save_state()
             if stopping and done < args.steps:
                 raise Stopped(done, args.steps)
         self.stop.deferred = False
+
+    def save_state(self):
+        save_state(self.out, self.args, self.done, self.ema, self.optimizer, **self.about)
+        self.saved = self.done
+
+    def save_after_error(self):
+        """After an error of data or disk: save the steps that were finished before it. Weights that a step has changed
+        in part, or that are not finite, are not saved."""
+        if not self.ranks.is_main or self.done == self.saved:
+            return
+        changed = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+        tensors = [*self.ema.trained.values(), *self.ema.average.values()]
+        if changed != self.done or not all(tensor.isfinite().all() for tensor in tensors):
+            return
+        try:
+            self.save_state()
+            with self.ema.in_place():
+                self.save_weights(self.done)
+        except OSError as error:
+            print(f"step {self.done} could not be saved: {error}", file=sys.stderr)
 
     def micro_batches(self, step, batches, net):
         """Yield this process's batches of a step, each with its own random stream."""
@@ -262,17 +285,26 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(args, out, ranks, command, base_hash=None):
-    """Inside `with`, a Run in the folder `out`. When a signal stops it, prints `command`, which resumes it."""
+    """Inside `with`, a Run in the folder `out`. When a signal or an error stops it, prints `command`, which resumes it.
+    """
     about = {"base_hash": str(base_hash), "data": names_hash(args.data)}
-    with owned(out) if ranks.is_main else contextlib.nullcontext(), StopSignal() as stop:
+    with owned(args, out) if ranks.is_main else contextlib.nullcontext(), StopSignal() as stop:
+        run = Run(args, out, ranks, stop, about)
         try:
-            yield Run(args, out, ranks, stop, about)
+            yield run
         except Stopped as stopped:
             print(f"{stopped}; resume with: {command}")
             sys.exit(RESUMABLE)
         except KeyboardInterrupt:
             if (out / "state.safetensors").exists():
                 print(f"interrupted; resume from the last save with: {command}")
+            raise
+        except Exception as error:
+            if not isinstance(error, Diverged):
+                run.save_after_error()
+            if ranks.is_main and (out / "state.safetensors").exists():
+                print(f"an error after step {run.done} of {args.steps}, see below; step {run.saved} is saved: resume "
+                      f"with: {command}", file=sys.stderr)
             raise
         ranks.leave()
 

@@ -3,6 +3,7 @@ step."""
 import argparse
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ import torch
 from data import files_in
 from support.files import from_json, open_tensors, save_tensors
 
-STEERABLE = ("steps", "lr", "save_every", "preview_every", "device")    # flags that may change with --resume
+STEERABLE = ("steps", "lr", "save_every", "preview_every", "device", "workers")     # flags that may change with --resume
+MOVABLE = ("out", "data", "ckpt", "init_lora", "cache")     # paths that may, to the same files at another place
 
 
 # ------------------------------------------------------------------ settings
@@ -43,16 +45,21 @@ def saved_settings(folder):
         raise ValueError(f"{path}: not written by train.py ({error})") from error
 
 
-def parsed_again(parser, settings, path):
-    """-> saved settings, parsed again as a command line. ValueError for values that the parser refuses."""
+def parsed_again(parser, settings, known, path, positional=()):
+    """-> saved settings, parsed again as a command line, after the positional words. ValueError for settings that are
+    not `known`, and for values that the parser refuses."""
     def refuse(message):
         raise ValueError(f"{path}: not written by train.py ({message})")
 
-    words = []
+    words = list(positional)
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
+        if name not in known:
+            refuse(f"unknown setting {name}")
         if isinstance(value, list):
             words += [flag, *map(str, value)]
+            if any(word.startswith("-") for word in map(str, value)):
+                refuse(f"{name} {value}")
         elif value is True:
             words.append(flag)
         elif value is not None and value is not False:
@@ -63,24 +70,34 @@ def parsed_again(parser, settings, path):
 
 def resumed_arguments(parser, args, tasks):
     """-> the arguments of the run in args.resume, with the flags that may change. ValueError for a run of another
-    task."""
-    settings = resumed_settings(args.resume, given_flags(parser, args))
+    task, and for files of it that are gone."""
+    given = given_flags(parser, args)
+    settings = resumed_settings(args.resume, given, (*STEERABLE, *MOVABLE))
     if settings["task"] not in tasks:
         raise ValueError(f"--resume {args.resume}: a run of toy.make_prior; resume it with that program")
-    return parsed_again(parser, settings, state_file(args.resume))
+    resumed = parsed_again(parser, settings, vars(args), state_file(args.resume))
+    for name in set(MOVABLE) - {"out", *given}:
+        paths = getattr(resumed, name) or []
+        for path in paths if isinstance(paths, list) else [paths]:
+            if not os.path.exists(os.path.dirname(path) if path.endswith(".tar") else path):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{path}: no such file or folder; if the run's {flag} is at another place now, pass "
+                                 f"{flag} with --resume")
+    resumed.given = sorted(given)
+    return resumed
 
 
-def resumed_settings(folder, given):
-    """-> the settings of the run in `folder`, updated by the `given` flags. ValueError for a flag not in STEERABLE."""
-    settings = saved_settings(folder)
+def resumed_settings(folder, given, may_change):
+    """-> the settings of the run in `folder`, updated by the `given` flags. ValueError for a flag not in may_change."""
+    settings = {**saved_settings(folder), "out": None}      # the folder that it had at its start, which may have moved
     for name, value in given.items():
         if name in ("resume", "task") and settings.get(name) in (None, value):
             continue
         flag = "--" + name.replace("_", "-")
-        if name not in STEERABLE:
+        if name not in may_change:
             raise ValueError(f"{flag}: a resumed run keeps its settings; with --resume you can change "
-                             f"{', '.join('--' + word.replace('_', '-') for word in STEERABLE)}")
-        if settings.get(name) != value:
+                             f"{', '.join('--' + word.replace('_', '-') for word in may_change)}")
+        if settings.get(name) != value and name not in MOVABLE:
             print(f"{flag} {value} instead of {settings.get(name)}")
     return {**settings, **given}
 
@@ -94,11 +111,18 @@ def saved_step(folder):
 # ------------------------------------------------------------------ tensors
 
 def names_hash(folders):
-    """-> hash of all file names in the folders, to detect changed data on resume. Tars are named by the settings."""
+    """-> hash of all file names in the folders, to detect changed data on resume; of tars, the hash of their names."""
     names = hashlib.sha256()
     for folder in folders or []:
+        if folder.endswith(".tar"):
+            names.update(os.path.basename(folder).encode(errors="surrogateescape"))
         names.update("\n".join(path.removeprefix(folder) for path in files_in(folder)).encode())
     return names.hexdigest()
+
+
+def state_size(ema):
+    """-> about how many bytes a state will have: parameters, their EMA, and Adam's two averages."""
+    return 4 * sum(parameter.numel() * parameter.element_size() for parameter in ema.trained.values())
 
 
 def save_state(out, args, step, ema, optimizer, **about):
@@ -108,7 +132,8 @@ def save_state(out, args, step, ema, optimizer, **about):
         tensors[f"parameter/{name}"], tensors[f"average/{name}"] = parameter, ema.average[name]
         for key, value in optimizer.state[parameter].items():
             tensors[f"adam/{key}/{name}"] = value
-    metadata = {"args": json.dumps(vars(args)), "step": str(step), "version": "1", **about}
+    settings = {name: value for name, value in vars(args).items() if name != "given"}
+    metadata = {"args": json.dumps(settings), "step": str(step), "version": "1", **about}
     save_tensors(out / "state.safetensors", tensors, metadata)
 
 
@@ -121,9 +146,9 @@ def fitting(path, file, key, parameter):
     return tensor
 
 
-def restore(path, ema, optimizer, **about):
+def restore(path, ema, optimizer, moved=(), **about):
     """Load a state into the parameters, their EMA and Adam. ValueError for the state of another model or another base
-    than in `about`; prints a warning if the data changed."""
+    than in `about`. If the data changed: a ValueError if "data" is in `moved`, else a warning."""
     with open_tensors(path) as file, torch.no_grad():
         stored, metadata = set(file.keys()), file.metadata()
         if metadata.get("base_hash", about.get("base_hash")) != about.get("base_hash"):
@@ -136,6 +161,9 @@ def restore(path, ema, optimizer, **about):
         if not of_adam[0] == of_adam[1] == of_adam[2] != set():
             raise ValueError(f"{path}: a part of Adam's state is missing: start the run again in another --out")
         if metadata.get("data", about.get("data")) != about.get("data"):
+            if "data" in moved:
+                raise ValueError(f"--data: its files have other names than those of the run in {path.parent}; pass the "
+                                 "same files at another place, or start a new run with --init-lora")
             print("warning: files were added to --data or removed since the run began: the order of the rest changes")
         for name, parameter in ema.trained.items():
             parameter.copy_(fitting(path, file, f"parameter/{name}", parameter))

@@ -12,6 +12,7 @@ from diff2flow import velocity_error
 from support.files import SOFTWARE, replacing
 from support.load import unconditional
 from support.pictures import save_grid
+from support.plot import save_plot
 from support.run import append_log, guidance_after_training, trim_log, weights_name
 
 VALIDATION_SEED = 30_000_000  # of held-out scenes and their noise, the same for every run
@@ -75,11 +76,12 @@ class Validation:
         return torch.cat(pictures)
 
     def preview(self, step):
-        """Write a grid of samples of 25 steps, and a row of validation.jsonl."""
+        """Write a grid of samples of 25 steps, a row of validation.jsonl, and metrics.png."""
         error, path = self.velocity_error(), self.out / f"step_{step:06d}.png"
         captions = [self.captions[i % len(self.captions)] for i in range(self.args.previews)]
         save_grid(path, self.draw(25), 4, f"{self.out}, step {step}: 25 Euler steps", captions=captions)
         self.log(step, error)
+        save_plot(self.out)
         tqdm.write(f"step {step}: velocity error {error:.4f}, {path}")
 
     def log(self, step, error):
@@ -144,10 +146,11 @@ def next_command(args, weights):
 
 
 def finish(validation, items, size, before, after):
-    """Write before_after.png and result.json, and print the next command. before, after: results of `measure`; items:
+    """Write before_after.png, metrics.png and result.json, and print the next command. before, after: results of `measure`; items:
     the held-out items, as pictures."""
     args, out, captions = validation.args, validation.out, validation.captions
     validation.log(args.steps, after[0])
+    save_plot(out)
     rows = grid_rows(args, before[1], after[1], items)
     making = f"{out}, before training and after {args.steps} steps, from the same noise"
     save_grid(out / "before_after.png", torch.cat(list(rows.values())), args.previews, making, list(rows),

@@ -28,7 +28,7 @@ from depth import normalise_depth
 from model import LATENT_SCALE, TINY, StableDiffusion
 from support import state
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.files import check_range, cli
+from support.files import check_range, cli, parse
 from support.load import BUNDLED_PRIOR, make_flow, pick_device, pick_precision, picture_size
 from support.pictures import save_grid
 from support.processes import Ranks
@@ -73,12 +73,13 @@ def arguments():
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", help="folder of the run (default: runs/, the task and the time)")
     add("--resume", help="folder of a run to resume with its own settings")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.resume:
-        saved = state.saved_settings(args.resume)
+        saved = state.resumed_settings(args.resume, state.given_flags(parser, args), (*state.STEERABLE, "out"))
         if saved["task"] != args.task:
             raise ValueError(f"--resume {args.resume}: a run of the task {saved['task']}, not {args.task}")
-        return argparse.Namespace(**state.resumed_settings(args.resume, state.given_flags(parser, args)))
+        own = {name: value for name, value in saved.items() if name not in ("task", *FIXED)}
+        args = state.parsed_again(parser, own, vars(args), state.state_file(args.resume), [args.task])
     for name, value in RECIPES[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

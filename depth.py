@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import SUFFIXES, crop_box, hash_of_name, noises, open_rgb, pictures_in, to_tensor
 from diff2flow import OBJECTIVES
 from support.depth_files import find_depth, read_depth
-from support.files import check_range, check_replaceable, cli, replacing
+from support.files import check_range, check_replaceable, cli, parse, remove_partial, replacing, try_writing
 from support.load import find_files, load_flow, pick_device, pick_precision, picture_size
 from support.packed import pack
 from support.pictures import save_picture, settings_text
@@ -203,8 +203,10 @@ def predict_pictures(args):
                          prediction=args.prediction, use_ema=args.use_ema)
     pack(sd)
     picture_size(sd, args.size)     # a wrong size is an error before anything is written
-    out.mkdir(parents=True, exist_ok=True)
     making = settings_text(args, sd, flow, "depth", Ensemble=args.ensemble)
+    for name in {name.parent: name for name in pictures}.values():
+        remove_partial((out / name).parent, "*.npy", "*_16bit.png", "*_colour.png")
+        try_writing(f"{out / name}.npy", 10**6)         # an error now, not after the work
     print(f"depth of {len(pictures)} pictures, {args.steps} steps, mean of {args.ensemble} samples, seed {args.seed}")
     for name, path in tqdm(pictures.items(), "depth", unit="picture", dynamic_ncols=True):
         with autocast:
@@ -233,7 +235,7 @@ def arguments():
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--out", default="depth", help="folder for NAME.npy (log depth, -1 near to 1 far), NAME_16bit.png (0 near to "
         "65535 far) and NAME_colour.png, each of its picture's size (default: depth)")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main():

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import ImageFolder, noises, pictures_in, progress
 from diff2flow import OBJECTIVES
-from support.files import check_range, check_replaceable, cli, read_text
+from support.files import check_range, check_replaceable, cli, parse, read_text, remove_partial
 from support.load import (
     BUNDLED_PRIOR,
     find_files,
@@ -32,7 +32,7 @@ from support.load import (
 )
 from support.packed import pack
 from support.pairs import make_pairs, pair_settings, reflow_command
-from support.pictures import GridPlan, check_picture_file, save_grid, save_picture, settings_text, to_pil
+from support.pictures import GridPlan, check_picture_file, save_grid, save_picture, settings_text, to_pil, try_picture
 from support.processes import Ranks
 from toy.scenes import PLAIN, Scenes
 
@@ -76,7 +76,7 @@ def arguments():
     add("--singles", action="store_true", help="also write each picture to a folder named like the grid, which then "
         f"shows the first {PICTURES_IN_GRID}")
     add("--pairs", type=int, help="instead of pictures, write this many (noise, latent, prompt) for Reflow to --out")
-    args = parser.parse_args()
+    args = parse(parser)
     pictures, pairs = {"steps": 25, "out": "samples.png"}, {"steps": 40, "out": "pairs"}
     for name, value in (pictures if args.pairs is None else pairs).items():
         if getattr(args, name) is None:
@@ -205,13 +205,18 @@ def main():
     files = single_files(args, n) if args.singles else []
     in_grid = prompts[:PICTURES_IN_GRID] if files else prompts
     columns = min(len(in_grid), 8)
-    check_picture_file(args.out, GridPlan(len(in_grid), *size, columns, captions=in_grid).size)
-    for path in [Path(args.out), *files[:1]]:
-        path.parent.mkdir(parents=True, exist_ok=True)      # an unwritable folder is an error before the work
+    grid_size = GridPlan(len(in_grid), *size, columns, captions=in_grid).size
+    check_picture_file(args.out, grid_size)
     print(f"{n} pictures of {size[0]}x{size[1]}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
           f"seed {args.seed}, {precision} on {device}")
     making = partial(settings_text, args, sd, flow, negative=args.negative,
                      **{"CFG scale": f"{args.cfg:g}", "Size": f"{size[1]}x{size[0]}"})
+    if ranks.is_main:       # what cannot be written is an error now, not after the work
+        try_picture(args.out, grid_size, making("\n".join(in_grid)))
+        for path in files[:1]:
+            remove_partial(path.parent, *(file.name for file in files))
+            try_picture(path, size[::-1], making(max(prompts, key=len)))
+    ranks.wait()
     pictures = make_pictures(args, sd, flow, prompts, size, files, making, ranks, autocast)
     ranks.leave()
     if ranks.is_main:

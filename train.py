@@ -264,19 +264,17 @@ def encode_item(sd, item):
 def load_batches(args, sd, dataset, run, autocast):
     """-> DataLoader of this process's batches from step run.start on. Pictures are read ahead by worker processes;
     scenes are encoded here, once, under `autocast`."""
-    workers = getattr(args, "workers", None)
-    options = {"num_workers": min(8, os.cpu_count()) if workers is None else workers, "pin_memory": sd.device.type == "cuda",
-               "worker_init_fn": ignore_interrupts}
-    if isinstance(dataset, Tars):
-        dataset.start = run.start
-        options["num_workers"] = min(options["num_workers"], len(dataset.tars) // run.ranks.count)
-        return DataLoader(dataset, args.batch, **options)
     images_per_step = args.batch * args.grad_accum
-    keys = Keys(len(dataset), args.seed, run.start * images_per_step, args.steps * images_per_step, args.batch,
-                run.ranks.rank, run.ranks.count)
+    keys = None if isinstance(dataset, Tars) else Keys(
+        len(dataset), args.seed, run.start * images_per_step, args.steps * images_per_step, args.batch,
+        run.ranks.rank, run.ranks.count)
     if not args.data:
         return DataLoader(Memoised(dataset, autocast(partial(encode_item, sd))), args.batch, sampler=keys)
-    return DataLoader(dataset, args.batch, sampler=keys, **options)
+    workers = min(8, os.cpu_count()) if args.workers is None else args.workers
+    if isinstance(dataset, Tars):
+        dataset.start, workers = run.start, min(workers, len(dataset.tars) // run.ranks.count)
+    return DataLoader(dataset, args.batch, sampler=keys, num_workers=workers, worker_init_fn=ignore_interrupts,
+                      pin_memory=sd.device.type == "cuda")
 
 
 # ------------------------------------------------------------------ by task: a batch -> x1, x0, context, mask

@@ -22,9 +22,10 @@ from claims.report import (
     paired_values,
     read_rows,
     save_figure,
+    values_of_one_kind,
 )
 from claims.weights import weights
-from support.files import check_replaceable, cli
+from support.files import check_replaceable, cli, parse
 from support.validation import spread_times
 
 BOUNDS = np.linspace(0, 1, 9)                       # of t_fm: eight bins
@@ -77,12 +78,16 @@ def draw(panels):
     return figure
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(prog="python -m claims.levels", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="results of toy.judge velocity, or a folder of them")
     parser.add_argument("--out", help="file for the figure (default: none)")
-    args = parser.parse_args()
+    return parse(parser)
+
+
+def compare(args):
+    """Print the table, and with --out draw the figure."""
     if args.out:
         check_replaceable(args.out)
     rows, panels = read_rows(args.files, [("run.objective", "|".join(["dm", *SHIFTS]))]), {}
@@ -105,6 +110,12 @@ def main():
         raise ValueError(f"no results of dm and of another objective in {' '.join(args.files)}")
     if args.out:
         save_figure(draw(panels), args.out)
+
+
+def main():
+    args = arguments()
+    with values_of_one_kind(args.files):
+        compare(args)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ result.json; a line without "run" gets it from the result.json beside its file. 
 seed. NAME="HEADING" prints HEADING in place of NAME.
 """
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -34,7 +35,7 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
-from support.files import SOFTWARE, check_replaceable, cli, read_text, replacing
+from support.files import SOFTWARE, check_replaceable, cli, from_json, parse, read_text, reading, replacing
 from support.load import read_result
 
 Column = namedtuple("Column", "name heading")
@@ -75,8 +76,9 @@ def read_rows(paths, conditions):
     files = [file for path in map(Path, paths) for file in sorted(path.glob("*.jsonl")) or [path]]
     for path in files:
         about = {"run": read_result(path), "file": re.sub(r"-\d+$", "", path.stem)}
-        for line in read_text(path).splitlines():
-            row = {**about, **json.loads(line)}
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
+            with reading(f"{path}, line {number}", "a JSON object"):
+                row = {**about, **from_json(line)}
             if all(str(look_up(row, name)) in value.split("|") for name, value in conditions):
                 rows.append(row)
     if not rows:
@@ -84,6 +86,15 @@ def read_rows(paths, conditions):
         where = " where" + wanted if conditions else ""
         raise ValueError(f"no row{where} in {' '.join(map(str, paths))}")
     return rows
+
+
+@contextlib.contextmanager
+def values_of_one_kind(files):
+    """Inside `with`, words where numbers are needed, and the like, are a ValueError that names the files."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{' '.join(files)}: a row has a value of another kind than expected ({error})") from error
 
 
 def sort_key(values):
@@ -190,7 +201,8 @@ def interval(differences, trained=True):
 
 def values_of(row, name):
     """A measure of a row -> its values per scene if there are any, else its one value."""
-    return np.atleast_1d(look_up(row.get("scenes", {}), name) or look_up(row, name)).astype(float)
+    with reading(f"{name} of {row['file']}", "numbers"):
+        return np.atleast_1d(look_up(row, f"scenes.{name}") or look_up(row, name)).astype(float)
 
 
 def by_seed(rows, names):
@@ -429,7 +441,7 @@ def arguments():
                               "(default: run.lora)")
     of_plot.add_argument("--out", default="plot.png", help="file for the figure (default: plot.png)")
 
-    args = parser.parse_args()
+    args = parse(parser)
     args.words = dict(args.words)
     return args
 
@@ -439,7 +451,8 @@ COMMANDS = {"table": table, "paired": paired, "plot": plot, "best": best}
 
 def main():
     args = arguments()
-    COMMANDS[args.command](args)
+    with values_of_one_kind(args.files):
+        COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ A lock ends with its process, however that ends. A file system without locks is 
 import contextlib
 import os
 import socket
-from pathlib import Path
 
 from support.files import UNSUPPORTED, remove_partial, warn_once
 

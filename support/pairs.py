@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import noises, progress
-from support.files import from_json, open_tensors, save_tensors
+from support.files import from_json, open_tensors, remove_partial, save_tensors, try_writing
 from support.load import BUNDLED_PRIOR, objective_of, unconditional
 
 PAIRS_PER_FILE = 256
@@ -160,7 +160,10 @@ def make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast):
     command to resume. Processes of torchrun take the shards in turn.
     """
     out, shape = Path(args.out), sd.latent_shape(size)
-    out.mkdir(parents=True, exist_ok=True)          # an unwritable folder is an error now, not after the first batch
+    if ranks.is_main:               # what cannot be written is an error now, not after the first batch
+        remove_partial(out, "pairs.safetensors")
+        try_writing(out / "pairs.safetensors", 4 * math.prod(shape) * min(args.pairs, PAIRS_PER_FILE))
+    ranks.wait()
     shards = {number: range(args.pairs)[number * PAIRS_PER_FILE:(number + 1) * PAIRS_PER_FILE]
               for number in range(ranks.rank, math.ceil(args.pairs / PAIRS_PER_FILE), ranks.count)}
     total = sum(map(len, shards.values()))

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from support.files import SOFTWARE, check_replaceable, replacing
+from support.files import SOFTWARE, check_replaceable, partial_name, replacing, try_writing
 from support.load import objective_of
 
 LARGEST_SIDE = {".png": 2**31 - 1, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}   # pixels, by format
@@ -41,6 +41,20 @@ def save_picture(path, picture, making):
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + making.encode("utf-16-be")
     with replacing(path) as temporary:
         picture.save(temporary, pnginfo=text, exif=exif)
+
+
+def try_picture(path, size, making):
+    """An error if a picture of `size` (width, height) with this text cannot be written to `path`: a folder that is
+    read-only, a full disk, a text that is too long for the format's metadata. Writes one and deletes it."""
+    trial = partial_name(path)
+    try:
+        save_picture(trial, Image.new("RGB", size), making)
+    except (ValueError, OSError) as error:
+        raise OSError(f"{path}: such a picture cannot be written ({error}): choose another folder, or a .png, which "
+                      "may have a longer text") from error
+    finally:
+        trial.unlink(missing_ok=True)
+    try_writing(path, math.prod(size))          # about as many bytes as a picture of so many pixels has
 
 
 class GridPlan:

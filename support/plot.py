@@ -49,8 +49,8 @@ def draw_panel(title, values, n, last):
         draw.text((x, y + 9 * SCALE), text if step else "step 0", INK, font, anchor="mt")
     near = [[y for _, y in values[max(0, i - n):i + n + 1]] for i in range(len(values))]
     line = [(step, sum(ys) / len(ys)) for (step, _), ys in zip(values, near)]
-    draw.text((LEFT * SCALE, 16 * SCALE), f"{title}: {line[0][1]:.3g} at step {line[0][0]:,}, {line[-1][1]:.3g} at step "
-              f"{line[-1][0]:,}", INK, ImageFont.load_default(size=15 * SCALE))
+    ends = ", ".join(f"{y:.3g} at step {step:,}" for step, y in (line[0], line[-1]))
+    draw.text((LEFT * SCALE, 16 * SCALE), f"{title}: {ends}", INK, ImageFont.load_default(size=15 * SCALE))
     draw.line([place(*value) for value in values], FAINT, SCALE)
     draw.line([place(*value) for value in line], LINE, 2 * SCALE, joint="curve")
     for x, y in [place(*value) for value in line] if len(line) <= 50 else []:

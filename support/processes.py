@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from support.files import reading
 
-
 WORKER_LOST = re.compile(r"DataLoader worker \(pid|shared memory|unable to \w+ .*</torch_|Pin memory thread exited")
 
 
@@ -19,7 +18,7 @@ def rank_and_count():
     """-> this process's number among those of torchrun, and their count; 0 and 1 without torchrun."""
     rank, count = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
-        raise ValueError(f"RANK={rank} and WORLD_SIZE={count}, variables that torchrun sets: they must be numbers, RANK "
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={count} in the environment: torchrun sets them to numbers, RANK "
                          "from 0 to WORLD_SIZE - 1; unset both to run one process")
     return int(rank), int(count)
 

@@ -213,7 +213,7 @@ class Run:
         if args.resume:
             restore(state_file(args.resume), ema, optimizer, getattr(args, "given", ()), **self.about)
         if is_main and moves(args, self.out):
-            try_writing(self.out / "state.safetensors", state_size(ema), copies=2)      # at a save, the last one is there
+            try_writing(self.out / "state.safetensors", state_size(ema), copies=2)      # a save keeps the one before
         self.optimizer, self.ema = optimizer, ema
         metrics = Metrics(args, self.out if is_main else None, self.start)
         if flow is not None:

@@ -11,8 +11,8 @@ import torch
 from data import files_in
 from support.files import from_json, open_tensors, save_tensors
 
-STEERABLE = ("steps", "lr", "save_every", "preview_every", "device", "workers")     # flags that may change with --resume
-MOVABLE = ("out", "data", "ckpt", "init_lora", "cache")     # paths that may, to the same files at another place
+STEERABLE = ("steps", "lr", "save_every", "preview_every", "device", "workers")     # flags that --resume may change
+MOVABLE = ("out", "data", "ckpt", "init_lora", "cache")             # paths that may change, to the same files elsewhere
 
 
 # ------------------------------------------------------------------ settings

@@ -146,8 +146,8 @@ def next_command(args, weights):
 
 
 def finish(validation, items, size, before, after):
-    """Write before_after.png, metrics.png and result.json, and print the next command. before, after: results of `measure`; items:
-    the held-out items, as pictures."""
+    """Write before_after.png, metrics.png and result.json, and print the next command. before, after: results of
+    `measure`; items: the held-out items, as pictures."""
     args, out, captions = validation.args, validation.out, validation.captions
     validation.log(args.steps, after[0])
     save_plot(out)

@@ -46,7 +46,7 @@ from data import ImageFolder, progress
 from model import SD15, SD21, StableDiffusion
 from sample import sigma_grid
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.files import check_range, cli, replacing
+from support.files import check_range, cli, parse, replacing
 from support.load import make_flow, pick_device
 from support.names import unet_path
 from support.packed import pack
@@ -465,7 +465,7 @@ def arguments():
     add("--where", action="store_true", help="also print the time by kind of operation, for unet and train")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add("--json", help="append the rows to this file, as JSON lines")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def cases(args, device):

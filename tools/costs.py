@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import model
 import train
 from model import StableDiffusion
+from support.files import cli, parse
 from tests.checkpoints import CONFIGS
 
 GIB = 2**30
@@ -236,7 +237,7 @@ def main():
     parser.add_argument("name", nargs="?", choices=list(CONFIGS), default="sd21", help="the model (default: sd21)")
     parser.add_argument("--tflops", type=float, default=MEASURED,
                         help=f"10^12 operations per second that your GPU reaches (default: {MEASURED:g})")
-    args = parser.parse_args()
+    args = parse(parser)
     config = CONFIGS[args.name]
     print(f"{args.name}, bf16 autocast, batches of 4. Computed, not measured.")
     names = {(preset, size): f"{words}, {size} px" for size in (512, 768) for preset, words in PRESETS.items()}
@@ -246,4 +247,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

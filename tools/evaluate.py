@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import SUFFIXES, open_rgb, pictures_in
 from support.checkpoint import is_plain
-from support.files import check_range, cli, open_tensors, read_text
+from support.files import check_range, cli, open_tensors, parse, read_text
 from support.load import pick_device
 
 FID_NETWORK = "inception-v3-compat"     # torch-fidelity's copy of the original TensorFlow network
@@ -199,7 +199,7 @@ def arguments():
         "aesthetics score")
     add("--batch", type=int, default=32, help="pictures per forward pass (default: 32)")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main():

@@ -32,6 +32,7 @@ import train
 from model import LATENT_SCALE
 from support.cache import fill_cache
 from support.checkpoint import load_checkpoint
+from support.files import cli, parse
 from support.lora_file import load_lora, save_lora
 from support.processes import Ranks
 from tests import checkpoints
@@ -152,7 +153,7 @@ def measure_cache(path, sizes=(64, 128, 256), turns=5):
     for size in sizes:
         args.size = [size]
         live = train.open_data(args, sd)[0]
-        datasets, seconds = {"without": live, "with": fill_cache(args.cache, sd, live, "fp32", amp, Ranks(cpu))}, {}
+        datasets, seconds = {"without": live, "with": fill_cache(args, sd, live, amp, Ranks(cpu))}, {}
         for turn in range(turns + 1):
             for what, dataset in datasets.items():
                 begin = time.process_time()
@@ -244,7 +245,7 @@ def main():
     parser.add_argument("--train", action="store_true", help="train on the files instead")
     parser.add_argument("--cache", action="store_true", help="measure training with --cache instead")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(parser)
     if args.measure:
         measure(*args.measure)
     for name in args.names:
@@ -256,4 +257,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

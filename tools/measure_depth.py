@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from support.depth_files import find_depth, read_depth
-from support.files import check_range, cli, read_text
+from support.files import check_range, cli, parse, read_text
 
 
 class Protocol(NamedTuple):
@@ -172,7 +172,7 @@ def arguments():
         "pictures with depth files in the folder)")
     add("--align", choices=list(SPACES), default="log", help="space of the least-squares fit (default: log)")
     add("--scale", type=float, help="metres per number in a depth file (default: the data set's)")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main():

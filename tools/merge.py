@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from support.checkpoint import modelspec, save_checkpoint
-from support.files import check_replaceable, cli
+from support.files import check_replaceable, cli, parse
 from support.load import load_flow, picture_size
 
 
@@ -23,7 +23,7 @@ def main():
     add("--ckpt", required=True, help="the checkpoint that the LoRA was trained on")
     add("--out", required=True, help="the .safetensors file to write")
     add("--dtype", choices=["fp16", "bf16", "fp32"], help="of the networks (default: as in the checkpoint)")
-    args = parser.parse_args()
+    args = parse(parser)
     if not args.out.endswith(".safetensors"):
         raise ValueError(f"--out {args.out}: it must end in .safetensors")
     for name, path in ("--ckpt", args.ckpt), ("the LoRA", args.lora):

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from depth import DepthScenes
 from diff2flow import OBJECTIVES, Diffusion, alpha_sigma, interpolate
 from schedule import sd_schedule
-from support.files import SOFTWARE, check_range, check_replaceable, cli, open_tensors, replacing, save_tensors
+from support.files import SOFTWARE, check_range, check_replaceable, cli, open_tensors, parse, replacing, save_tensors
 from support.load import (
     BUNDLED_PRIOR,
     guidance,
@@ -521,7 +521,7 @@ def arguments():
     add_common_arguments(of_depth, 48, [10], "runs/depth-scenes")
     of_depth.add_argument("--ensemble", type=int, nargs="+", default=[1],
                           help="number of samples, whose mean is the prediction; give several to compare (default: 1)")
-    return parser.parse_args()
+    return parse(parser)
 
 
 COMMANDS = {"captions": captions, "velocity": velocity, "plain": plain, "depth": depth}

@@ -77,8 +77,8 @@ class EncodedFolder(Dataset):
         captions = sorted({"", *(caption for _, caption in self.items)})[ranks.rank::ranks.count]
         captions = [text for text in progress(captions, "looking for text embeddings") if self.embeddings.lacks(text)]
         if only_read and pictures + captions:
-            raise ValueError(f"{self.latents.folder}: this cache lacks {len(pictures):,} pictures and {len(captions):,} "
-                             "captions, and is only read, unless --cache is passed again with --resume")
+            raise ValueError(f"{self.latents.folder}: {len(pictures):,} pictures and {len(captions):,} captions are "
+                             "not in it, and it is only read, unless --cache is passed again with --resume")
         print(f"{self.latents.folder}: encoding {len(pictures):,} of {len(self.items):,} pictures (centre crops, never "
               f"flipped) and {len(captions):,} captions"
               + (f" in the first of {ranks.count} processes" if ranks.count > 1 else ""))

@@ -95,9 +95,11 @@ def parse(parser):
     args = parser.parse_args()
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
+        if not any(word.startswith(flag) for word in sys.argv[1:]):
+            flag = name                                     # of arguments without a flag
         for text in value if isinstance(value, list) else [value]:
             if text == "" and name not in MAY_BE_EMPTY:
-                raise ValueError(f"{flag} '': the value is empty: give one, or leave {flag} out")
+                raise ValueError(f"{flag} '': the value is empty: give one, or leave it out")
             if name in IN_METADATA and isinstance(text, str) and text != text.encode(errors="replace").decode():
                 raise ValueError(f"{flag} {ascii(text)}: the name is not UTF-8, and so cannot be written to metadata: "
                                  "rename it")

@@ -2,15 +2,35 @@
 import math
 import os
 import stat
-from argparse import Namespace
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from support.files import check_range, cli, from_json, open_tensors, read_text, reading, replacing, save_tensors
+import depth
+import sample
+import train
+from support.files import (
+    check_range,
+    cli,
+    from_json,
+    open_tensors,
+    parse,
+    read_text,
+    reading,
+    remove_partial,
+    replacing,
+    save_tensors,
+)
+from tests.runs import refusal
+from tools import evaluate, measure_depth, merge
+from toy import make_prior
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -69,6 +89,68 @@ def test_an_error_that_names_the_file_already_passes_and_so_does_one_that_is_not
         with pytest.raises(type(error)) as raised, reading("a.json", "metadata"):
             raise error
         assert raised.value is error
+
+
+def parsed(*words):
+    parser = ArgumentParser()
+    for name in "--out", "--ckpt", "--data-file", "--prompt", "--negative":
+        parser.add_argument(name)
+    parser.add_argument("--size", nargs="*")
+    parser.add_argument("inputs", nargs="*")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script.py", *words])
+        return parse(parser)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--out", ""], "--out '': the value is empty"), (["--data-file="], "--data-file '': the value is empty"),
+    (["--size", "1", ""], "--size '': the value is empty"), ([""], "inputs '': the value is empty"),
+    (["--out=--"], "--out=--: -- is not a value"), (["--size=--"], "--size=--: -- is not a value"),
+    (["--out", "caf\udce9"], r"--out 'caf\udce9': the name is not UTF-8")])
+def test_an_empty_value_a_lone_dash_or_a_name_that_is_not_utf8_is_refused(words, message):
+    with pytest.raises(ValueError) as raised:
+        parsed(*words)
+    assert str(raised.value).startswith(message)
+
+
+def test_a_flag_that_is_left_out_a_prompt_that_is_empty_and_a_folder_that_is_not_utf8_are_fine():
+    args = parsed("--prompt", "", "--negative=", "--data-file", "caf\udce9", "--size", "1", "--", "--x")
+    assert (args.prompt, args.negative, args.out, args.data_file, args.size, args.inputs) == (
+        "", "", None, "caf\udce9", ["1"], ["--x"])
+
+
+@pytest.mark.parametrize("module, words", [
+    (train, "--data ''"), (train, "--ckpt ''"), (train, "--resume ''"), (train, "--out ''"), (sample, "--prompts ''"),
+    (sample, "--out=--"), (depth, "a.jpg --lora ''"), (depth, "''"), (merge, "a --ckpt '' --out b.safetensors"),
+    (make_prior, "prior --resume ''"), (evaluate, "a --prompts ''"), (measure_depth, "a --truth ''")])
+def test_every_script_refuses_empty_values(module, words):
+    line = refusal(module, words)
+    assert "'': the value is empty" in line or "--: -- is not a value" in line
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ">&- 2>&-"])
+def test_a_closed_or_full_stderr_is_no_error_and_its_number_goes_to_no_other_file(redirection, tmp_path):
+    code = ("import os, sys, support.files as f\n"
+            "def main():\n"
+            "    print('text', file=sys.stderr)\n"
+            "    assert open('files.txt', 'w').fileno() > 2\n"
+            "    raise ValueError('one line')\n"
+            "f.cli(main)")
+    done = subprocess.run(["bash", "-c", f"exec {sys.executable} -c \"$0\" {redirection}", code], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)})
+    assert done.returncode == 2
+
+
+def test_half_written_files_are_removed_by_their_names_and_nothing_else(tmp_path):
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "0001.png") as temporary:
+        (tmp_path / temporary.name.replace("0001", "0002")).write_text("half")      # of a killed process
+        temporary.write_text(1 / 0)
+    names = ("0001.png", "film.partial.mp4", "0002.partial.png", "0003.partial.0123456789.png",
+             "tree.partial.0123abcd.png")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    remove_partial(tmp_path, "000?.png")
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 
 def test_text_is_read_as_utf8_with_or_without_a_byte_order_mark(tmp_path):

@@ -1,8 +1,11 @@
-"""support/run.py, state.py, processes.py: signals, the folder of a run, --resume, and several processes."""
+"""support/run.py, state.py, lock.py, processes.py: signals, errors, a run's folder, --resume, several processes."""
+import errno
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from data import ImageFolder, pictures_in
-from support import run
+from support import files, lock, run
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.files import save_tensors
 from support.processes import StopSignal
@@ -91,6 +94,30 @@ def test_a_signal_before_the_first_step_ends_the_run_without_saving(monkeypatch)
     assert call(train, RUN + "--out run").code == 130 and not Path("run/state.safetensors").exists()
 
 
+def test_a_signal_before_the_first_step_whose_interrupt_python_drops_ends_the_run_all_the_same(monkeypatch):
+    plain = train.load_batches
+
+    def load_batches(*args):
+        try:                            # as in a hook of fork, which DataLoader's workers are started by
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            return plain(*args)
+    monkeypatch.setattr(train, "load_batches", load_batches)
+    assert call(train, RUN + "--out run").code == 130 and not Path("run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+def test_a_process_whose_torchrun_was_killed_saves_and_stops_but_not_one_whose_shell_has_ended(whole, by_torchrun,
+                                                                                               monkeypatch):
+    if by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(train, *at_step(1, lambda: monkeypatch.setattr(os, "getppid", lambda: 1)))
+    stopped = call(train, RUN + "--out run")
+    assert stopped.code == (75 if by_torchrun else 0)
+    works(train, "--resume run")
+    assert same("run/state.safetensors", whole / "state.safetensors")
+
+
 def start_on_photographs(tiny, **options):
     """-> the process of a long run on photographs, with workers, in a process group of its own, after ten steps."""
     save_photos("photos")
@@ -131,7 +158,151 @@ def test_a_signal_that_is_ignored_at_the_start_as_by_nohup_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-# ------------------------------------------------------------------ Windows, and random streams
+# ------------------------------------------------------------------ errors
+
+def failing(step, error):
+    """-> a patch of train.py that raises the error inside a step, counted from 0."""
+    def fail():
+        raise error
+    return at_step(step, fail)
+
+
+@pytest.mark.parametrize("error", [ValueError("a.png: gone"), OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_an_error_after_the_first_step_saves_the_steps_before_it_and_they_resume_to_the_same_result(whole, error,
+                                                                                                    monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, *failing(3, error))
+        stopped = call(train, RUN + "--out run")
+    saved, line = stopped.err.splitlines()[-2:]
+    assert stopped.code == 2 and line.startswith("error: ")
+    assert saved == "an error after step 3 of 4, see below; step 3 is saved: resume with: python train.py --resume run"
+    assert Path("run/lora.safetensors").exists()
+    works(train, "--resume run")
+    assert same("run/state.safetensors", whole / "state.safetensors")
+
+
+def test_a_bug_keeps_its_traceback_and_the_steps_before_it_are_saved(monkeypatch):
+    monkeypatch.setattr(train, *failing(2, AssertionError("a bug")))
+    with pytest.raises(AssertionError, match="a bug"):
+        call(train, RUN + "--out run")
+    assert metadata("run/state.safetensors")["step"] == "2"
+
+
+def test_an_error_in_a_preview_loses_no_step(whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        def full(self, step):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(train.Validation, "preview", full)
+        stopped = call(train, RUN + "--preview-every 3 --out run")
+    assert stopped.code == 2 and "No space left on device" in stopped.err
+    works(train, "--resume run --preview-every 0")
+    assert same("run/lora.safetensors", whole / "lora.safetensors")
+
+
+def spoil(trained):
+    next(iter(trained.values())).data.fill_(math.nan)
+
+
+@pytest.mark.parametrize("where", ["half a step", "not finite"])
+def test_an_error_in_the_middle_of_an_update_or_after_weights_became_nan_keeps_the_last_save(where, monkeypatch):
+    plain = train.EMA.update
+
+    def update(self, step, decay):
+        if step == 2 and where == "half a step":        # Adam has changed the parameters, their average is old
+            raise OSError("now")
+        plain(self, step, decay)
+        if step == 2:
+            spoil(self.trained)
+    monkeypatch.setattr(train.EMA, "update", update)
+    monkeypatch.setattr(train, *failing(3, OSError("now")))
+    stopped = call(train, RUN + "--save-every 2 --out run")
+    assert stopped.code == 2 and "step 2 is saved: resume with" in stopped.err
+    assert metadata("run/state.safetensors")["step"] == "2"
+    monkeypatch.undo()
+    assert call(train, "--resume run").code == 0
+
+
+def test_a_killed_worker_is_one_line_with_the_way_out_and_the_run_saves_and_resumes(tiny):
+    process = start_on_photographs(tiny, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    line = output.splitlines()[-1]
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert line.startswith("error: a process that reads pictures ahead was killed") and "--workers 0" in line
+    step = int(metadata("run/state.safetensors")["step"])
+    works(train, f"--resume run --workers 0 --steps {step + 1}")
+    assert metadata("run/state.safetensors")["step"] == str(step + 1)
+
+
+@pytest.mark.parametrize("message", ["unable to write to file </torch_1_2_3>: No space left on device (28)",
+                                     "DataLoader worker (pid 7) is killed by signal: Bus error. ",
+                                     "unable to allocate shared memory(shm) for file </torch_1>: File exists (17)"])
+def test_too_little_shared_memory_is_one_line_with_the_way_out(message, monkeypatch):
+    class Loader:
+        def __iter__(self):
+            raise RuntimeError(message)
+            yield
+    monkeypatch.setattr(train, "load_batches", lambda *args: Loader())
+    line = refusal(train, RUN + "--out run")
+    assert "--workers 0" in line and "--shm-size" in line and message.strip() in line
+
+
+def limit_files(size):
+    """Files of this process may have at most so many bytes: writing more is an OSError, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_disk_that_cannot_hold_a_state_is_found_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", None)
+    limit_files(100_000)
+    try:
+        line = refusal(train, RUN + "--out run")
+    finally:
+        limit_files(resource.RLIM_INFINITY)
+    assert line.startswith("error: run/state.safetensors: cannot be written") and "free some space" in line
+    assert sorted(os.listdir("run")) == ["validation.jsonl"]
+
+
+def test_a_disk_that_can_hold_one_state_but_not_two_is_found_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    assert "run/state.safetensors: cannot be written" in refusal(train, RUN + "--out run")
+    assert not list(Path("run").glob("*.partial.*"))
+
+
+# ------------------------------------------------------------------ Windows, other file systems, and random streams
+
+def test_a_file_system_without_locks_chmod_fsync_and_replace_gives_warnings_once_and_the_same_run(whole, monkeypatch):
+    def fails(number):
+        def operation(*args, **options):
+            raise OSError(number, os.strerror(number))
+        return operation
+    plain = os.replace
+
+    def replace(source, target):
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "File exists")
+        plain(source, target)
+    monkeypatch.setattr(lock.fcntl, "flock", fails(errno.ENOLCK))
+    monkeypatch.setattr(os, "fsync", fails(errno.EINVAL))
+    monkeypatch.setattr(os, "chmod", fails(errno.EPERM))
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(files, "WARNED", set())
+    result = call(train, RUN + "--save-every 1 --out run")
+    assert result.code == 0 and same("run/state.safetensors", whole / "state.safetensors")
+    for what in "has no locks", "does not support chmod", "does not support fsync", "cannot replace a file in one step":
+        assert result.err.count(what) == 1, result.err
+    assert not list(Path("run").glob("*.partial.*"))
+
+
+def test_a_disk_that_reports_a_lost_write_at_fsync_is_an_error(monkeypatch):
+    def fsync(number):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_tensors("a.safetensors", {})
+    assert not os.listdir(".")
+
 
 def test_where_fcntl_sighup_and_sigusr1_are_missing_as_on_windows_scripts_train_and_sample(tiny):
     Path("windows.py").write_text(f"""
@@ -169,35 +340,97 @@ def test_the_random_streams_of_seeds_up_to_1000_do_not_meet():
 # ------------------------------------------------------------------ the folder and its files
 
 def test_a_folder_in_use_is_refused_with_the_id_of_its_process():
-    with run.owned(Path("run")):
+    with lock.owned(Path("run")):
         line = refusal(train, RUN + "--out run")
         assert f"run: process {os.getpid()} on " in line and "choose another --out" in line
     works(train, RUN + "--out run")
-    assert not Path("run/.lock").exists()
+    assert not Path("run", lock.NAME).exists()
+
+
+def test_a_worker_that_outlives_its_killed_run_does_not_hold_the_folder():
+    Path("run").mkdir()
+    with lock.lock_file(Path("run")) as file:
+        assert lock.take(file, "run", lock.fcntl.LOCK_EX)
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+    try:
+        with lock.owned(Path("run")):
+            assert worker.is_alive()
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def test_a_second_start_into_a_folder_that_got_a_run_meanwhile_is_refused(whole, monkeypatch):
+    plain = train.load_trainable
+    monkeypatch.setattr(train, "load_trainable", lambda *args: shutil.copytree(whole, "run") and plain(*args))
+    assert "run has a run already: continue it with --resume run" in refusal(train, RUN + "--out run")
+    assert same("run/lora.safetensors", whole / "lora.safetensors")
+
+
+@pytest.mark.parametrize("name, text", [
+    ("metrics.jsonl", '{"epoch": 1, "loss": 3}\n'), ("validation.jsonl", '{"acc": 1}\n'), ("metrics.png", "png"),
+    ("result.json", '{"accuracy": 0.99}'), (".lock", ""), ("film.partial.mp4", "half"), ("state.partial.tmp", "half"),
+    ("notes.partial.0123abcd.txt", "half"), ("lora.partial.safetensors", "half")])
+def test_a_new_run_never_replaces_or_deletes_what_is_not_of_a_run(name, text):
+    Path("out").mkdir()
+    Path("out", name).write_text(text)
+    assert f"out/{name}" in refusal(train, RUN + "--out out").replace("out: it contains ", "out/")
+    assert os.listdir("out") == [name] and Path("out", name).read_text() == text
+
+
+def test_a_run_that_was_killed_before_its_first_save_can_start_again(whole, monkeypatch):
+    class Killed(BaseException):
+        pass
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, *failing(3, Killed()))
+        call(train, RUN + "--out run")
+    Path("run", lock.NAME).write_text("1 on host")
+    Path("run/metrics.jsonl").write_text("")
+    Path("run/state.partial.0123abcd.safetensors").write_text("half")
+    works(train, RUN + "--out run")
+    assert same("run/state.safetensors", whole / "state.safetensors")
+    assert not list(Path("run").glob("*.partial.*"))
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_resumed_run_writes_through_no_link_that_its_folder_contains(whole, link):
+    shutil.copytree(whole, "run")
+    for name in "metrics.jsonl", "validation.jsonl", "metrics.png", "lora.safetensors", "result.json":
+        Path("run", name).unlink()
+        Path(f"mine-{name}").write_text("export PATH\n")
+        link(os.path.abspath(f"mine-{name}"), f"run/{name}")
+    works(train, "--resume run --steps 5")
+    assert all(path.read_text() == "export PATH\n" for path in Path(".").glob("mine-*"))
+    assert [row["step"] for row in rows_of("run/metrics.jsonl")] == [5]
+    link(os.path.abspath("mine-metrics.jsonl"), f"run/{lock.NAME}")
+    assert f"run/{lock.NAME} is a link, which is not followed" in refusal(train, "--resume run --steps 6")
+    assert Path("mine-metrics.jsonl").read_text() == "export PATH\n"
 
 
 def test_half_written_files_of_a_killed_run_are_removed_when_it_resumes_and_never_read_as_pictures(whole):
     shutil.copytree(whole, "run")
     save_photos("photos")
-    for path in "run/state.partial.safetensors", "run/step_000003.partial.png", "photos/tree.partial.jpg":
+    for path in ("run/state.partial.0123abcd.safetensors", "run/step_000003.partial.89abcdef.png",
+                 "run/film.partial.mp4", "photos/tree.partial.jpg"):
         shutil.copy(next(Path("photos").glob("*.jpg")), path)
     works(train, "--resume run")
-    assert not list(Path("run").glob("*.partial.*"))
+    assert [path.name for path in Path("run").glob("*.partial.*")] == ["film.partial.mp4"]
     assert Path("photos/tree.partial.jpg") not in pictures_in("photos")
     assert len(ImageFolder("photos", 8, 8)) == 3
 
 
-def test_trimming_a_log_removes_later_rows_and_a_half_written_one_in_place():
+def test_trimming_a_log_removes_later_rows_and_a_half_written_one():
     path = Path("metrics.jsonl")
     for step in 1, 2, 3:
         run.append_log(path, {"step": step})
-    node, whole_lines = path.stat().st_ino, path.read_bytes()
+    whole_lines = path.read_bytes()
     for torn in b'{"step": 4, "lo', b'{"step": 4}', b"[]\n", b'{"step": 5}\n', b"\xff\n":
         path.write_bytes(whole_lines + torn)
         run.trim_log(path, 4)
         assert path.read_bytes() == whole_lines
     run.trim_log(path, 2)
-    assert [row["step"] for row in rows_of(path)] == [1, 2] and path.stat().st_ino == node
+    assert [row["step"] for row in rows_of(path)] == [1, 2]
     run.trim_log(Path("none.jsonl"), 2)
 
 
@@ -244,7 +477,7 @@ def test_a_resumed_run_prints_what_changes_in_its_steps_learning_rate_and_interv
     assert saved_settings("run")["lr"] == 5e-4
 
 
-@pytest.mark.parametrize("flag", ["--batch 2", "--objective dm", "--clip 1.0", "--seed 0", "--zero-snr", "--out other"])
+@pytest.mark.parametrize("flag", ["--batch 2", "--objective dm", "--clip 1.0", "--seed 0", "--zero-snr"])
 def test_any_other_flag_with_resume_is_refused_even_with_the_value_that_the_run_has(whole, flag):
     shutil.copytree(whole, "run")
     line = refusal(train, f"--resume run {flag}")
@@ -276,6 +509,40 @@ def test_resuming_on_another_base_is_refused_and_on_other_files_it_warns(tiny):
     save_checkpoint(sd, "base.safetensors")
     line = refusal(train, "--resume run --steps 5")
     assert "state.safetensors: the run's base was another checkpoint (UNet " in line and "the file replaced?" in line
+
+
+def test_a_run_whose_checkpoint_and_data_have_moved_names_the_flags_and_resumes_with_them_to_the_same_result(tiny):
+    save_photos("old/photos")
+    shutil.copy(tiny, "old/base.safetensors")
+    words = RUN + "--decay constant --data old/photos --ckpt old/base.safetensors "
+    works(train, words + "--steps 4 --out long")
+    works(train, words + "--steps 2 --out short")
+    os.rename("old", "new")
+    ckpt = " --ckpt new/base.safetensors"
+    assert "old/base.safetensors: no such file or folder; if the run's --ckpt is at" in refusal(train, "--resume short")
+    assert "old/photos: no such file or folder; if the run's --data is at" in refusal(train, "--resume short" + ckpt)
+    works(train, "--resume short --steps 4 --data new/photos" + ckpt)
+    assert same("short/state.safetensors", "long/state.safetensors")
+    assert saved_settings("short")["ckpt"] == os.path.abspath("new/base.safetensors")
+    os.rename("new/photos/boat.jpg", "new/photos/ship.jpg")
+    line = refusal(train, "--resume short --steps 5 --data new/photos")
+    assert "--data: its files have other names than those of the run in short" in line
+
+
+def test_a_run_resumes_in_another_folder_than_its_own_which_stays_as_it_is(whole, monkeypatch):
+    shutil.copytree(whole, "run")
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, *at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        stopped = call(train, "--resume run --steps 8 --out other")
+    assert stopped.out.endswith("after step 6 of 8; resume with: python train.py --resume other\n")
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+    works(train, "--resume other")
+    works(train, "--resume run --steps 8")
+    assert same("other/state.safetensors", "run/state.safetensors")
+    assert [row["step"] for row in rows_of("other/validation.jsonl")] == [0, 4, 8]
+    assert [row["step"] for row in rows_of("other/metrics.jsonl")] == [4, 6, 8]
+    assert "other has a run already" in refusal(train, "--resume run --out other")
 
 
 @pytest.mark.parametrize("args", ["", "[]", "{}", "5", '{"steps": 3}'])
@@ -318,7 +585,8 @@ def args_with(**changes):
     without("adam/exp_avg"), without("adam/"), without("parameter/"), lambda tensors, stored: stored.pop("step"),
     lambda tensors, stored: stored.update(step="x"), lambda tensors, stored: stored.update(step="-1"),
     lambda tensors, stored: stored.update(args="[" * 100_000), args_with(batch="two"), args_with(task=[]),
-    args_with(unknown=3), args_with(objective="x"), args_with(seed={}), args_with(batch=0)])
+    args_with(unknown=3), args_with(objective="x"), args_with(seed={}), args_with(batch=0),
+    args_with(help=True), args_with(data=["x", "--help"]), args_with(st=7)])
 def test_a_damaged_state_is_an_error_of_one_line_that_names_the_file(whole, change):
     shutil.copytree(whole, "run")
     damage(change)
@@ -424,6 +692,16 @@ def test_two_processes_share_the_pictures_of_a_grid_and_draw_the_same_as_one(tin
     assert sorted(os.listdir("two")) == [f"000{i}.png" for i in range(5)]
     one, two = (np.asarray(Image.open(name)).astype(int) for name in ("one.png", "two.png"))
     assert one.shape == two.shape and abs(one - two).max() <= 1
+
+
+@pytest.mark.parametrize("rank, count", [("x", "2"), ("2", "2"), ("-1", "2"), ("0", "0"), ("0", ""), ("", "1")])
+def test_ranks_that_make_no_sense_are_refused(rank, count, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", count)
+    assert f"RANK={rank} and WORLD_SIZE={count} in the environment" in refusal(train, RUN)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "MASTER_ADDR and MASTER_PORT: not an address where" in refusal(train, RUN)
 
 
 def test_a_step_that_processes_cannot_share_equally_is_refused(tiny):

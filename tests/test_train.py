@@ -135,11 +135,12 @@ def save_depth_photos(folder):
 def test_training_without_flags_writes_the_files_of_a_run_and_prints_the_next_command():
     out = works(train, "--steps 10 --batch 2 --validation 2 --previews 2 --scenes 8 --size 32")
     folder, = Path("runs").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"lora.safetensors", "state.safetensors", "metrics.jsonl",
-                                                        "validation.jsonl", "before_after.png", "result.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "lora.safetensors", "state.safetensors", "metrics.jsonl", "validation.jsonl", "metrics.png", "before_after.png",
+        "result.json"}
     row, = rows_of(folder / "metrics.jsonl")
-    assert list(row) == ["step", "loss", "grad", "lr", "img_s", "waiting", "mem_gb"] and row["step"] == 10
-    assert all(math.isfinite(value) for value in row.values())
+    assert list(row) == ["step", "loss", "grad", "lr", "img_s", "waiting", "mem_gb", "software"] and row["step"] == 10
+    assert row.pop("software") == "Diff2Flow" and all(math.isfinite(value) for value in row.values())
     result = json.loads((folder / "result.json").read_text())
     assert f"{result['velocity_error_before']:.4f} before, {result['velocity_error_after']:.4f} after" in out
     assert f"{folder}/before_after.png" in out and f"weights: {folder}/lora.safetensors" in out
@@ -586,6 +587,16 @@ def test_the_share_of_time_spent_waiting_for_data_is_logged(monkeypatch):
         with metrics.paused():
             now[0] += 100
     assert [(row["waiting"], row["img_s"]) for row in rows_of("metrics.jsonl")] == [(0.333, 0.44), (0.0, 0.67)]
+
+
+def test_a_clock_that_stands_still_or_goes_back_is_no_error(monkeypatch):
+    now = iter([5.0, 5.0, 3.0, 3.0])
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: next(now)))
+    metrics = run.Metrics(Namespace(batch=2, grad_accum=1), Path("."), 0)
+    bar, one = SimpleNamespace(set_postfix_str=lambda text: None), torch.ones(())
+    for step in 1, 2:
+        metrics.add(step, one, one, 1.0, bar, now=True)
+    assert len(rows_of("metrics.jsonl")) == 2
 
 
 # ------------------------------------------------------------------ recipes

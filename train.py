@@ -142,10 +142,8 @@ def arguments():
     for name, value in (BUNDLED if bundled else PAPER)[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    try:
+    with state.named(args.resume):
         check(args)
-    except ValueError as error:
-        raise ValueError(f"{state.state_file(args.resume)}: {error}" if args.resume else str(error)) from None
     return args
 
 

@@ -1,6 +1,7 @@
 """What --resume reads: state.safetensors holds a run's settings, parameters, their EMA, Adam's averages and the
 step."""
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -100,6 +101,15 @@ def resumed_settings(folder, given, may_change):
         if settings.get(name) != value and name not in MOVABLE:
             print(f"{flag} {value} instead of {settings.get(name)}")
     return {**settings, **given}
+
+
+@contextlib.contextmanager
+def named(folder):
+    """Inside `with`, a ValueError names the state of the resumed run in `folder`; None for a new run."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{state_file(folder)}: {error}" if folder else str(error)) from None
 
 
 def saved_step(folder):

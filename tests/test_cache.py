@@ -10,7 +10,7 @@ import data
 import train
 from data import ImageFolder
 from model import StableDiffusion
-from support import cache
+from support import cache, lock
 from support.checkpoint import load_checkpoint, save_checkpoint
 from tests import runs
 from tests.runs import SHORT, call, refusal, rows_of, same, save_photo, save_photos, works
@@ -72,6 +72,33 @@ def test_a_second_run_reads_the_cache_and_encodes_only_what_has_changed(tiny, mo
         save_checkpoint(sd, f"{name}.safetensors")
     assert encoded(CACHED + "--cache cache --ckpt vae.safetensors --out 6") == (4, 0)
     assert encoded(CACHED + "--cache cache --ckpt text.safetensors --out 7") == (0, 4)
+
+
+def test_a_cache_that_only_a_resumed_runs_state_names_is_read_but_not_written_to():
+    save_photos("photos")
+    works(train, CACHED + "--cache cache --out run")
+    save_photo("photos/more.jpg", seed=9)
+    before = sorted(Path("cache").rglob("*"))
+    line = refusal(train, "--resume run --steps 5")
+    assert "cache: 1 pictures and 0 captions are not in it, and it is only read, unless --cache is passed again" in line
+    assert sorted(Path("cache").rglob("*")) == before
+    assert encoded("--resume run --steps 5 --cache cache") == (1, 0)
+    Path("cache").rename("moved")
+    assert "cache: no such file or folder; if the run's --cache is at" in refusal(train, "--resume run --steps 6")
+    assert encoded("--resume run --steps 6 --cache moved") == (0, 0)
+
+
+def test_half_written_files_of_a_killed_process_are_removed_from_the_cache_unless_another_one_uses_it():
+    save_photos("photos")
+    works(train, CACHED + "--cache cache --out 0")
+    half = next(Path("cache").glob("*/*")).with_name(f"{'0' * 64}.partial.0123abcd.safetensors")
+    for path in half, Path("cache/film.partial.mp4"):
+        path.write_text("half")
+    with lock.shared(Path("cache")):
+        works(train, CACHED + "--cache cache --out 1")
+        assert half.exists()
+    works(train, CACHED + "--cache cache --out 2")
+    assert not half.exists() and Path("cache/film.partial.mp4").exists()
 
 
 def test_a_damaged_file_of_the_cache_is_encoded_again_with_a_warning():

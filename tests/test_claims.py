@@ -205,6 +205,33 @@ def test_the_best_value_is_the_one_with_the_lowest_mean(tmp_path, claims_report)
         claims_report("best", path, "--by", "lr", "--of", "eror")
 
 
+@pytest.mark.parametrize("line, message", [
+    ("[]", "x.jsonl, line 2: not a JSON object"), ("[" * 90_000, "x.jsonl, line 2: not a JSON object"),
+    ("{", "x.jsonl, line 2: not a JSON object"), ('{"lr": 1, "error": "x"}', "a value of another kind"),
+    ('{"lr": 1, "error": [1]}', "a value of another kind"), ('{"lr": {}, "error": null}', None)])
+def test_a_line_that_is_no_result_is_an_error_that_names_it(line, message, tmp_path, claims_report):
+    path = write_lines(tmp_path / "x.jsonl", [{"lr": 1, "error": 0.5}])
+    path.write_text(path.read_text() + line + "\n")
+    if message is None:
+        assert claims_report("best", path, "--by", "lr", "--of", "error") == "1\n"
+        return
+    for words in (["best", path, "--by", "lr", "--of", "error"], ["table", path, "--by", "lr", "--of", "error"]):
+        with pytest.raises(ValueError, match="x.jsonl") as raised:
+            claims_report(*words)
+        assert message in str(raised.value)
+
+
+def test_levels_names_the_file_of_a_line_that_is_no_result(tmp_path, monkeypatch):
+    rows = [{"run": {"objective": name, "seed": seed, "lora": "none"}, "prediction": "eps",
+             "scenes": {"velocity_error": ["x", 1.0]}} for name in ("dm", "diff2flow") for seed in (0, {})]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    for text, message in (path.read_text(), "a value of another kind"), ("[]\n", "rows.jsonl, line 1: not a JSON"):
+        path.write_text(text)
+        monkeypatch.setattr(sys, "argv", ["claims/levels.py", str(path)])
+        with pytest.raises(ValueError, match=message):
+            levels.main()
+
+
 # ------------------------------------------------------------------ plots
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lora
 import train
@@ -387,6 +387,16 @@ def test_the_three_commands_make_a_prior_and_each_trains_its_own_part_alone(tmp_
     metadata = load_checkpoint("decoder/model.safetensors").metadata
     assert metadata["objective"] == "dm" and metadata["style"] == "solid" and metadata["resolution"] == "64"
     assert "cfg" not in metadata and json.loads(Path("prior/result.json").read_text())["task"] == "prior"
+
+
+@pytest.mark.parametrize("changes", [{"batch": "x"}, {"batch": []}, {"steps": 0}, {"help": True}, {"unknown": 1}])
+def test_a_state_with_settings_of_another_kind_is_refused(changes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"task": "decoder", "steps": 2, "batch": 2, "lr": 1e-3, "seed": 0, "style": "solid", **changes}
+    Path("run").mkdir()
+    save_file({"x": torch.ones(1)}, "run/state.safetensors", {"args": json.dumps(settings), "step": "1"})
+    with pytest.raises(ValueError, match="run/state.safetensors: "):
+        make(monkeypatch, "decoder", "--resume", "run")
 
 
 @pytest.mark.parametrize("task", ["autoencoder", "prior"])

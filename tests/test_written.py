@@ -1,4 +1,5 @@
 """Files that are written say how they were made, and do not replace other programs' files."""
+import errno
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import depth
 import sample
 import train
 from diff2flow import Diff2Flow
+from support import files
 from support.files import SOFTWARE, check_replaceable, maker_of, save_tensors
 from support.pictures import save_picture
 from tests import runs
@@ -89,6 +91,44 @@ def test_single_pictures_are_refused_in_a_folder_with_other_pictures(tiny):
     assert "s has 1 pictures that this command does not write, first 0002.png" in refusal(
         sample, FEW + "--n 2 --singles --out s.png")
     assert files_and_bytes() == before
+
+
+@pytest.mark.parametrize("script, words", [
+    (sample, "--n 1 --out new/a.png"), (sample, "--n 1 --singles --out a.png"), (sample, "--pairs 2 --out pairs"),
+    (depth, "photo.jpg --lora run/lora.safetensors --device cpu --out found")])
+def test_a_disk_that_takes_no_file_is_found_before_the_first_picture(tiny, script, words, monkeypatch):
+    if script is depth:
+        save_photo("photo.jpg")
+        works(train, SHORT + "--task depth --lora 2 --preview-every 0 --out run")
+    else:
+        words = FEW + words
+    plain = files.replace
+
+    def full(temporary, path):          # in the last of the folders that the command writes to
+        if "--singles" not in words or path.parent.name == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(temporary, path)
+    monkeypatch.setattr(files, "replace", full)
+    monkeypatch.setattr(Diff2Flow, "sample", lambda *_, **__: pytest.fail("sampled before it failed"))
+    line = refusal(script, words)
+    assert "cannot be written" in line and "No space left on device" in line
+    assert not list(Path().rglob("*.partial.*"))
+
+
+def test_a_text_too_long_for_its_format_is_found_before_the_first_picture(monkeypatch):
+    Path("prompts.txt").write_text("".join(f"{i} {'a lighthouse at dusk ' * 60}\n" for i in range(30)))
+    monkeypatch.setattr(Diff2Flow, "sample", lambda *_, **__: pytest.fail("sampled before it failed"))
+    line = refusal(sample, FEW + "--prompts prompts.txt --out grid.jpg")
+    assert "grid.jpg: such a picture cannot be written (EXIF data is too long): choose another folder, or a .p" in line
+    assert os.listdir() == ["prompts.txt"]
+
+
+def test_half_written_single_pictures_of_a_killed_process_are_removed_and_no_others(tiny):
+    Path("s").mkdir()
+    for name in "s/0001.partial.0123abcd.png", "s/0007.partial.0123abcd.png", "s/film.partial.mp4":
+        Path(name).write_text("half")
+    works(sample, FEW + "--n 2 --singles --out s.png")
+    assert sorted(os.listdir("s")) == ["0000.png", "0001.png", "0007.partial.0123abcd.png", "film.partial.mp4"]
 
 
 def test_a_grid_too_large_for_its_format_is_refused_before_sampling(monkeypatch):

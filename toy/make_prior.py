@@ -83,10 +83,11 @@ def arguments():
     for name, value in RECIPES[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_range(args, 1, 1e9, "steps", "batch", "scenes", "validation", "save_every")
-    check_range(args, 0, 1e9, "preview_every", "warmup")
-    check_range(args, 0, 2**32 - 1, "seed")
-    check_range(args, 1e-12, 1, "lr")
+    with state.named(args.resume):
+        check_range(args, 1, 1e9, "steps", "batch", "scenes", "validation", "save_every")
+        check_range(args, 0, 1e9, "preview_every", "warmup")
+        check_range(args, 0, 2**32 - 1, "seed")
+        check_range(args, 1e-12, 1, "lr")
     if args.prediction and args.task != "prior":
         raise ValueError(f"--prediction {args.prediction}: only the prior predicts v or eps")
     return argparse.Namespace(**vars(args), **FIXED)

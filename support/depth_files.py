@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data import SUFFIXES, files_in, progress
+from support.decode import SUFFIXES
+from support.files import reading
+from support.folders import LeftOut, look_through, progress, suffix_of
 
 HYPERSIM_WIDTH, HYPERSIM_HEIGHT, HYPERSIM_FOCAL = 1024, 768, 886.81     # pixels
 

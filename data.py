@@ -20,7 +20,6 @@ from torch.utils.data import Dataset, Sampler
 from support.decode import open_rgb, upright_size
 from support.folders import captioned_pictures, progress, read_caption
 
-
 # ------------------------------------------------------------------ the order of the items
 
 def noises(numbers, shape, seed):

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 
 from support.files import SOFTWARE, maker_of, reading
 
-FORMATS = {  # Pillow's name: suffixes. No other format is opened, whatever the suffix: for EPS, Pillow runs Ghostscript.
+FORMATS = {  # Pillow's name: suffixes. No other format is opened under any suffix: for EPS, Pillow runs Ghostscript
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",), "BMP": (".bmp",),
     "GIF": (".gif",), "TIFF": (".tif", ".tiff"), "AVIF": (".avif",), "JPEG2000": (".jp2",), "PPM": (".ppm", ".pgm")}
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)

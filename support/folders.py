@@ -237,7 +237,7 @@ def captioned_pictures(folder, default=""):
     for what, words in (
             ("unreadable", "images unreadable and skipped"), ("ours", f"pictures that {SOFTWARE} wrote, skipped"),
             ("lacking", f"images without a caption{instead}"), ("empty", f"images with an empty caption{instead}"),
-            ("both", "images with two captions, of which that in the .txt file is used"),
+            ("both", "images with two captions, of which the .txt file is used"),
             ("damaged", "captions in JSON that cannot be read"), ("alone", "captions without an image")):
         left_out.add(words, *found[what])
     if not items:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from data import files_in
 from support.files import from_json, open_tensors, save_tensors
+from support.folders import files_in
 
 STEERABLE = ("steps", "lr", "save_every", "preview_every", "device")    # flags that may change with --resume
 
@@ -97,7 +97,8 @@ def names_hash(folders):
     """-> hash of all file names in the folders, to detect changed data on resume. Tars are named by the settings."""
     names = hashlib.sha256()
     for folder in folders or []:
-        names.update("\n".join(path.removeprefix(folder) for path in files_in(folder)).encode())
+        listed = "\n".join(path.removeprefix(folder) for path in files_in(folder))
+        names.update(listed.encode(errors="surrogateescape"))
     return names.hexdigest()
 
 

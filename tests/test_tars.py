@@ -93,7 +93,7 @@ def test_tars_may_have_jpg_png_and_webp_with_captions_in_json_and_no_other_file_
         f"warning: 1 of 3 validation pictures (tars from {tmp_path}/a.tar on) are without a caption\n")
     tars = Tars([str(tmp_path / "a.tar")], 8, 8, default="a cat")
     assert captions(tars.hold_out(3)[0], 3) == ["a boat", "a cat", "Blüte"]
-    assert "first {}/a.tar with 3 pictures".format(tmp_path) in tars.words
+    assert f"first {tmp_path}/a.tar with 3 pictures" in tars.words
 
 
 @pytest.mark.parametrize("order", [

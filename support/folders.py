@@ -50,7 +50,7 @@ class LeftOut(dict):
         self.add(f"of other kinds: {kinds}", *others)
 
     def __str__(self):
-        return "; ".join(f"{len(paths):,} {what} (first {paths[0]})" for what, paths in self.items())
+        return "; ".join(f"{len(paths):,} {what} (first {min(paths)})" for what, paths in self.items())
 
     def warn(self, words):
         """Print the line, if anything is left out. words: what is read."""

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import ImageFolder, Keys, Memoised, to_floats
+from data import BucketKeys, ImageFolder, Keys, Memoised, to_floats
 from support import folders
 from support.files import save_tensors
 from support.pairs import Pairs, read_pairs
@@ -51,6 +52,58 @@ def test_the_order_of_the_keys_is_the_same_from_any_start_and_for_any_number_of_
         batches = [[list(keys)[i:i + batch] for i in range(0, len(keys), batch)] for keys in shares]
         in_turn = [batch for turn in zip(*batches) for batch in turn]
         assert sum(in_turn, []) == whole[start:]
+
+
+SHAPES = [(64, 64)] * 5 + [(48, 80)] * 9 + [(80, 48)]
+
+
+def batches_of(keys, batch):
+    """-> [(shape, items, keys)] of each batch, whose keys must be of one shape."""
+    keys, found = list(keys), []
+    for part in (keys[i:i + batch] for i in range(0, len(keys), batch)):
+        shape, = {shape for shape, _ in part}
+        found.append((shape, [key % len(SHAPES) for _, key in part], [key for _, key in part]))
+    return found
+
+
+def test_in_each_epoch_of_buckets_every_item_is_in_a_batch_of_its_shape_and_shapes_are_filled_up_with_other_crops():
+    batches = batches_of(BucketKeys(SHAPES, 3, 0, 3 * 6 * 4, 4), 4)      # 2 + 3 + 1 batches of four
+    epochs = [batches[:6], batches[6:12], batches[12:]]
+    for epoch in epochs:
+        assert all(SHAPES[i] == shape for shape, items, _ in epoch for i in items)
+        count = Counter(i for _, items, _ in epoch for i in items)
+        assert sorted(count) == list(range(15)) and sum(count.values()) == 24 and count[14] == 4
+        assert sorted(count[i] for i in range(5)) == [1, 1, 2, 2, 2]     # two batches of four have three to fill
+    every = [key for batch in batches for key in batch[2]]
+    assert len(set(every)) == len(every)
+    assert len({tuple(map(tuple, (items for _, items, _ in epoch))) for epoch in epochs}) == 3
+    assert len({shape for shape, *_ in epochs[0][:3]}) > 1 or len({shape for shape, *_ in epochs[1][:3]}) > 1
+
+
+def test_batches_of_buckets_are_the_same_from_any_start_and_for_any_number_of_processes():
+    whole = batches_of(BucketKeys(SHAPES, 3, 0, 4 * 20, 4), 4)
+    for start, ranks in (0, 2), (3, 1), (7, 1), (6, 3):
+        shares = [batches_of(BucketKeys(SHAPES, 3, 4 * start, 4 * 18, 4, rank, ranks), 4) for rank in range(ranks)]
+        assert [batch for turn in zip(*shares) for batch in turn] == whole[start:18]
+
+
+def test_shapes_have_about_the_same_area_in_multiples_that_the_unet_takes():
+    assert data.shapes_around(512, 512, 64) == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
+    for size in (512, 768), (768, 768), (64, 64):
+        shapes = data.shapes_around(*size, 64 if max(size) > 64 else 8)
+        assert size in shapes and len(shapes) > 2
+        assert all(0.85 * size[0] * size[1] < h * w <= size[0] * size[1] and 0.5 <= h / w <= 2 for h, w in shapes)
+
+
+def test_a_picture_gets_the_shape_that_is_nearest_to_its_own(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, (width, height) in {"a": (80, 79), "b": (120, 80), "c": (200, 50)}.items():
+        Image.new("RGB", (width, height)).save(tmp_path / f"{name}.png")
+    Image.new("RGB", (120, 80)).save(tmp_path / "d.jpg", exif=exif)
+    images = ImageFolder(tmp_path, 64, 64)
+    assert images.shapes(8) == [(64, 64), (48, 80), (48, 80), (80, 48)]
+    assert images[(80, 48), 7]["image"].shape == (3, 80, 48) and images[7]["image"].shape == (3, 64, 64)
 
 
 def test_a_memoised_item_is_prepared_once_for_all_epochs():

@@ -185,10 +185,70 @@ def test_a_picture_without_valid_depth_is_replaced_by_the_next_with_one_warning(
         item_of(tmp_path)
 
 
+@pytest.mark.parametrize("picture, path", [
+    ("vkitti_2.0.3_rgb/Scene01/clone/frames/rgb/Camera_0/rgb_00000.jpg",
+     "vkitti_2.0.3_depth/Scene01/clone/frames/depth/Camera_0/depth_00000.png"),
+    ("rgb/00001.jpg", "depth/00001.png"), ("00019_indoors.png", "00019_indoors_depth.npy"), ("A.JPG", "A.npy")],
+    ids=["Virtual KITTI 2 in two folders", "two folders", "DIODE", "upper case"])
+def test_depth_files_of_other_layouts_are_found(tmp_path, picture, path, capsys):
+    save_rgb(tmp_path / "x.png")
+    for name in picture, path:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(tmp_path / "x.png", tmp_path / picture)
+    if path.endswith(".png"):
+        save_png16(tmp_path / path, np.full((48, 64), 300))
+    else:
+        np.save(tmp_path / path, np.full((48, 64, 1), 3.0))
+    (found, depth_file, layout), = find_depth(tmp_path)
+    assert (found, depth_file) == (tmp_path / picture, tmp_path / path) and item_of(tmp_path)["valid"].all()
+    assert layout.unit == (0.01 if "vkitti" in path else 1) and capsys.readouterr().err == ""
+
+
+def test_pictures_without_depth_and_depth_without_a_picture_are_counted(tmp_path, capsys):
+    for i in range(4):
+        save_png16(tmp_path / f"clone/frames/depth/Camera_0/depth_0000{i}.png", np.full((48, 64), 300))
+    for name in "clone/frames/rgb/Camera_0/rgb_00000.jpg", "a.jpg", "b.png":
+        save_rgb(tmp_path / name)
+    np.save(tmp_path / "c.npy", np.ones((48, 64)))
+    (tmp_path / "d.heic").write_bytes(b"")
+    assert len(find_depth(tmp_path)) == 1
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}: 1 pictures with depth; 1 of other kinds: 1 .heic (first {tmp_path}/d.heic); 2 pictures "
+        f"without depth (first {tmp_path}/a.jpg); 4 depth files without a picture (first {tmp_path}/c.npy)\n")
+    for path in (tmp_path / "clone/frames/rgb/Camera_0").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="no picture with a depth file: .*; 2 pictures without depth .*; 5 depth files"):
+        find_depth(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["depth cut off", "another size", "picture cut off", "picture gone", "depth gone"])
+def test_a_picture_or_depth_file_that_cannot_be_used_is_replaced_by_the_next_with_one_warning(tmp_path, how, capsys):
+    save_pictures(tmp_path, range(30))
+    chosen = sorted(levels_of(depth.DepthFolders([tmp_path], None, 8, 8).hold_out(3)[0]))[0]
+    folders = depth.DepthFolders([tmp_path], None, 8, 8)
+    for level in chosen, min(set(range(30)) - {chosen}):
+        picture, path = tmp_path / f"{level}.png", tmp_path / f"{level}.npy"
+        if how == "another size":
+            np.save(path, np.ones((8, 15)))
+        else:
+            broken = path if how.startswith("depth") else picture
+            broken.write_bytes(broken.read_bytes()[:50]) if how.endswith("off") else broken.unlink()
+    items, words = folders.hold_out(3)
+    assert words == "2 held-out pictures" and chosen not in levels_of(items)
+    assert len(levels_of(folders[key] for key in range(300))) == 26
+    assert capsys.readouterr().err.count("; using another picture\n") == 2
+
+
 def test_without_h5py_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ValueError, match="pip install h5py"):
         read_depth(tmp_path / "x.hdf5")
+    for name in "s_geometry_hdf5/frame.0007.depth_meters.hdf5", "s_final_preview/frame.0007.tonemap.jpg":
+        save_rgb(tmp_path / "s.png")
+        (tmp_path / name).parent.mkdir()
+        shutil.move(tmp_path / "s.png", tmp_path / name)
+    with pytest.raises(ValueError, match="pip install h5py"):           # at once, rather than a warning for each file
+        find_depth(tmp_path)
 
 
 @pytest.mark.parametrize("weights", [[1, 2], [0], [-1], [float("nan")], [float("inf")]])

@@ -1,25 +1,24 @@
 """Pictures with captions, and the order in which a run uses them.
 
-An item is a dict: image (3, H, W) in [-1, 1] and caption. A key is epoch * n + i: `Keys` makes a new permutation for
+An item is a dict: image, uint8 (3, H, W), and caption. A key is epoch * n + i: `Keys` makes a new permutation for
 every epoch, and a picture's random crop depends on its key.
 """
 import copy
 import hashlib
-import io
+import math
 import os
 import sys
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
 
-from support.files import from_json, read_text
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
+from support.decode import open_rgb, upright_size
+from support.folders import captioned_pictures, progress, read_caption
 
 # ------------------------------------------------------------------ the order of the items
 
@@ -55,6 +54,37 @@ class Keys(Sampler):
                 yield epoch * self.n + order[i]
 
 
+class BucketKeys(Keys):
+    """Keys in batches of one shape, as ((height, width), key). shapes: that of each item.
+
+    An epoch permutes the items, groups them by shape into batches, and permutes those. The last batch of a shape is
+    filled up with its first items again, in other crops. So the number of batches in an epoch is always the same.
+    """
+
+    def __init__(self, shapes, seed, start, stop, batch=1, rank=0, ranks=1):
+        super().__init__(len(shapes), seed, start, stop, batch, rank, ranks)
+        self.shapes = shapes
+
+    def batches(self, epoch):
+        """-> the batches of an epoch, in their order."""
+        rng, items, batches = np.random.default_rng((self.seed, epoch)), {}, []
+        for i in rng.permutation(self.n).tolist():
+            items.setdefault(self.shapes[i], []).append(i)
+        for shape, group in items.items():
+            for start in range(0, len(group), self.batch):
+                turns = [divmod(number, len(group)) for number in range(start, start + self.batch)]
+                batches.append([(shape, (epoch + (turn << 32)) * self.n + group[i]) for turn, i in turns])
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __iter__(self):
+        batches, batches_epoch, count = None, None, sum(-(-n // self.batch) for n in Counter(self.shapes).values())
+        for start in self.starts:
+            epoch, number = divmod(start // self.batch, count)
+            if epoch != batches_epoch:
+                batches, batches_epoch = self.batches(epoch), epoch
+            yield from batches[number]
+
+
 class Memoised(Dataset):
     """prepare(item) for each item of a data set, computed when it is first used and kept in memory.
 
@@ -74,62 +104,11 @@ class Memoised(Dataset):
         return self.prepared[i]
 
 
-# ------------------------------------------------------------------ lists of files
-
-def progress(items, title, **options):
-    """tqdm for what may take more than a second; the bar disappears at the end."""
-    return tqdm(items, title, leave=False, dynamic_ncols=True, delay=1, **options)
-
-
-def files_in(folder):
-    """-> the paths (str) of all files under `folder`, sorted as Paths are, without half-written *.partial.* files."""
-    found = []
-    with progress(None, f"listing {folder}", unit="file") as bar:
-        for parent, _, names in os.walk(folder):        # no system call per file: half a second for 100,000 files
-            found += [os.path.join(parent, name) for name in names if ".partial." not in name]
-            bar.update(len(names))
-    return sorted(found, key=lambda path: path.replace(os.sep, "\0"))       # \0 sorts before every other character
-
+# ------------------------------------------------------------------ pictures
 
 def hash_of_name(name):
     """-> hash (str) of a file's name, by which held-out pictures are chosen: it depends on no other file."""
     return hashlib.sha256(name.replace(os.sep, "/").encode(errors="surrogateescape")).hexdigest()
-
-
-# ------------------------------------------------------------------ pictures
-
-def open_rgb(path, content=None):
-    """-> PIL image in RGB, upright, transparency on white. content: the file's bytes, if it is in a tar. ValueError for
-    a damaged file."""
-    try:
-        with Image.open(path if content is None else io.BytesIO(content)) as file:
-            image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):                  # 16-bit grey: convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as error:                          # Pillow's readers raise nearly everything on broken files
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
-
-
-def is_picture(path):
-    """Cheap check of the first bytes; asks Pillow, which takes ten times as long, only if they are unusual."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            if file.read(4).startswith((b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM")):      # RIFF: .webp
-                return True
-        with Image.open(path) as image:
-            image.verify()
-        return True
-    except Exception:                                   # Pillow's readers raise nearly everything on broken files
-        return False
-
-
-def pictures_in(folder):
-    """-> the paths of the pictures under `folder`, sorted."""
-    return [Path(path) for path in files_in(folder) if path.lower().endswith(SUFFIXES)]
 
 
 def crop_box(image, height, width, right, down):
@@ -143,72 +122,55 @@ def crop_box(image, height, width, right, down):
     return left, top, left + width, top + height
 
 
+def shapes_around(height, width, multiple):
+    """-> (height, width) in multiples of `multiple` pixels, with at most that area and sides of at most 2 : 1."""
+    heights, area = range(multiple, math.isqrt(2 * height * width) + 1, multiple), height * width
+    shapes = {(side, area // side // multiple * multiple) for side in heights} | {(height, width)}
+    return sorted(shape for shape in shapes if max(shape) <= 2 * min(shape) or shape == (height, width))
+
+
+def to_pixels(image):
+    """PIL image or uint8 (H, W, 3) -> uint8 (3, H, W)"""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_floats(pixels):
+    """uint8 pixels -> [-1, 1]; the floats of scenes stay as they are."""
+    return pixels / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
+
+
 def to_tensor(image):
     """PIL image or uint8 (H, W, 3) -> (3, H, W) in [-1, 1]"""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    return to_floats(to_pixels(image))
 
 
 def centre_crop(image, height, width):
-    """PIL image -> its centre crop, scaled to height x width (3, H, W)."""
-    return to_tensor(image.resize((width, height), Image.LANCZOS, box=crop_box(image, height, width, 0.5, 0.5)))
+    """PIL image -> its centre crop, scaled to height x width: uint8 (3, H, W)."""
+    return to_pixels(image.resize((width, height), Image.LANCZOS, box=crop_box(image, height, width, 0.5, 0.5)))
 
 
 def random_crop(image, height, width, rng):
-    """PIL image -> a random crop, scaled to height x width and flipped half of the time (3, H, W)."""
+    """PIL image -> a random crop, scaled to height x width and flipped half of the time: uint8 (3, H, W)."""
     box = crop_box(image, height, width, rng.random(), rng.random())
     image = image.resize((width, height), Image.LANCZOS, box=box)
-    return to_tensor(ImageOps.mirror(image) if rng.random() < 0.5 else image)
+    return to_pixels(ImageOps.mirror(image) if rng.random() < 0.5 else image)
 
 
 # ------------------------------------------------------------------ folders of pictures with captions
 
-def read_metadata(path):
-    """metadata.jsonl: lines {"file_name": path relative to it, "text": caption} -> {image path: caption}, strings."""
-    captions, wanted = {}, '{"file_name": "...", "text": "..."}'
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                entry = from_json(line)
-                captions[os.path.normpath(path.parent / entry["file_name"])] = entry["text"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{path}, line {number}: {line[:80]!r} is not {wanted}") from None
-    return captions
-
-
 class ImageFolder(Dataset):
-    """Pictures under `folder` with their captions: image (3, H, W) in [-1, 1], caption.
+    """Pictures under `folder` with their captions: image, uint8 (3, H, W); caption. support/folders.py says where
+    captions are found, and which files are left out; `default` is the caption of pictures without one.
 
-    A caption is NAME.txt beside NAME.jpg, else the picture's line in metadata.jsonl, else "". Pictures are cropped and
-    flipped at random by (seed, key). Opening reads the first bytes of each picture and no NAME.txt.
+    Pictures are cropped and flipped at random by (seed, key). A key of BucketKeys has the height and width with it.
     """
 
-    def __init__(self, folder, height, width, seed=0):
+    def __init__(self, folder, height, width, seed=0, default=""):
         folder = Path(os.path.normpath(folder))
         if not folder.is_dir():
             raise ValueError(f"{folder} is {'a file' if folder.exists() else 'missing'}: pass a folder of images")
-        self.folder, self.height, self.width, self.seed = folder, height, width, seed
-        self.items, self.undecodable, self.illegible = [], set(), set()     # the last two: indices into items
-        unreadable, metadata, files = [], {}, files_in(folder)
-        texts = {path for path in files if path.endswith(".txt")}
-        for path in files:
-            if os.path.basename(path) == "metadata.jsonl":
-                metadata |= read_metadata(Path(path))
-        paths = [path for path in files if path.lower().endswith(SUFFIXES)]
-        for path in progress(paths, "reading the first bytes of images", unit="image"):
-            if not is_picture(path):
-                unreadable.append(path)
-                continue
-            text = os.path.splitext(path)[0] + ".txt"
-            self.items.append((path, text if text in texts else None, metadata.get(path, "")))
-        if not self.items:
-            tars = any(path.endswith(".tar") for path in files)
-            raise ValueError(f"{folder} has no readable image ({len(unreadable)} unreadable): pass a folder with "
-                             f"{' '.join(SUFFIXES)} files{', or its tars: ' + str(folder / '*.tar') if tars else ''}")
-        uncaptioned = [path for path, text, caption in self.items if text is None and not caption]
-        for paths, what in (unreadable, "unreadable and skipped"), (uncaptioned, "without a caption"):
-            if paths:
-                print(f"warning: {len(paths)} of {len(self.items) + len(unreadable)} images {what}, first {paths[0]}",
-                      file=sys.stderr)
+        self.folder, self.height, self.width, self.seed, self.default = folder, height, width, seed, default
+        self.items, self.undecodable, self.illegible = captioned_pictures(folder, default), set(), set()   # paths
 
     @property
     def words(self):
@@ -219,44 +181,54 @@ class ImageFolder(Dataset):
         what they are. With fewer than ten pictures nothing is held out: the items are of training pictures."""
         held_out, words = copy.copy(self), "training pictures, too few to hold any out"
         held_out.seed = 0                               # the same crops in every run
-        by_hash = sorted(self.items, key=lambda item: hash_of_name(os.path.relpath(item[0], self.folder)))
-        count = min(n, len(self) // 10)
-        if count:
-            held_out.items, words = by_hash[:count], f"{count} held-out pictures"
-            held_out.undecodable, held_out.illegible = set(), set()
-            others = set(by_hash[count:])
-            self.items = [item for item in self.items if item in others]
+        by_hash = sorted(range(len(self)), key=lambda i: hash_of_name(os.path.relpath(self.items[i][0], self.folder)))
+        chosen = list(islice((i for i in by_hash if self.decode(i) is not None), min(n, len(self) // 10)))
+        if chosen:
+            held_out.items, words = [self.items[i] for i in chosen], f"{len(chosen)} held-out pictures"
+            self.items = [item for i, item in enumerate(self.items) if i not in chosen]
         return [held_out[i] for i in range(n)], words
+
+    def shapes(self, multiple):
+        """-> (height, width) for each picture, of those in shapes_around that with the nearest aspect ratio."""
+        shapes, found = shapes_around(self.height, self.width, multiple), []
+        for path, *_ in progress(self.items, "reading the sizes of images", unit="image"):
+            try:
+                width, height = upright_size(path)
+            except ValueError:                          # it is left out with a warning when it is decoded
+                width, height = self.width, self.height
+            found.append(min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0] * height / width))))
+        return found
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, key):
+        (height, width), key = key if isinstance(key, tuple) else ((self.height, self.width), key)
         i, rng = key % len(self.items), np.random.default_rng((self.seed, key))
-        while i in self.undecodable or (image := self.decode(i)) is None:
+        while self.items[i][0] in self.undecodable or (image := self.decode(i)) is None:
             if len(self.undecodable) == len(self.items):
                 raise ValueError(f"none of the {len(self.items)} images can be decoded, last {self.items[i][0]}")
             i = (i + 1) % len(self.items)
-        return {"image": random_crop(image, self.height, self.width, rng), "caption": self.caption(i)}
+        return {"image": random_crop(image, height, width, rng), "caption": self.caption(i)}
 
     def caption(self, i):
-        """The caption of item i. For an unreadable text file: "", with one warning."""
+        """The caption of item i. For a text file that cannot be read: the default, with one warning."""
         _, text, caption = self.items[i]
-        if text is None:
-            return caption
         try:
-            return read_text(text).strip()
+            return (text and read_caption(text)) or caption or self.default
         except ValueError as error:
-            if i not in self.illegible:
-                print(f"warning: {error}; until then its caption is empty", file=sys.stderr)
-            self.illegible.add(i)
-            return ""
+            if text not in self.illegible:
+                print(f"warning: {error}; until then its caption is {self.default!r}", file=sys.stderr)
+            self.illegible.add(text)
+            return self.default
 
     def decode(self, i):
         """-> RGB image. For a file that is damaged behind its header: None, with one warning."""
+        path = self.items[i][0]
         try:
-            return open_rgb(self.items[i][0])
+            return open_rgb(path)
         except ValueError as error:
-            self.undecodable.add(i)
-            print(f"warning: {error}, skipped; {len(self.undecodable)} of {len(self.items)} so far",
-                  file=sys.stderr)
+            if path not in self.undecodable:
+                self.undecodable.add(path)
+                print(f"warning: {error}, skipped; {len(self.undecodable)} of {len(self.items)} so far",
+                      file=sys.stderr)

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import SUFFIXES, crop_box, hash_of_name, noises, open_rgb, pictures_in, to_tensor
+from data import crop_box, hash_of_name, noises, to_pixels, to_tensor
 from diff2flow import OBJECTIVES
+from support.decode import SUFFIXES, open_rgb
 from support.depth_files import find_depth, read_depth
 from support.files import check_range, check_replaceable, cli, parse, remove_partial, replacing, try_writing
+from support.folders import pictures_in
 from support.load import find_files, load_flow, pick_device, pick_precision, picture_size
 from support.packed import pack
 from support.pictures import save_picture, settings_text
@@ -37,10 +39,10 @@ def normalise_depth(depth, valid):
 
 
 class DepthFolders(torch.utils.data.Dataset):
-    """Pictures with depth: image (3, H, W), depth (1, H, W) by normalise_depth, valid (1, H, W), caption "".
+    """Pictures with depth: image, uint8 (3, H, W); depth (1, H, W) by normalise_depth; valid (1, H, W); caption "".
 
     Item `key` is random by (seed, key): a folder by its weight (default: its number of pictures), a picture in it, a
-    crop and a flip. A picture without valid depth is replaced by the next one in its folder.
+    crop and a flip. A picture that cannot be used is replaced by the next one in its folder.
     """
 
     def __init__(self, folders, weights, height, width, seed=0):
@@ -48,7 +50,7 @@ class DepthFolders(torch.utils.data.Dataset):
             raise ValueError(f"--weights {' '.join(map(str, weights))} for {len(folders)} folders: one per folder, "
                              "above 0 and at most 1e9")
         self.height, self.width, self.seed = height, width, seed
-        self.folders, self.empty = [find_depth(folder) for folder in folders], set()    # files without valid depth
+        self.folders, self.unusable = [find_depth(folder) for folder in folders], {}     # {depth file: why}
         self.roots, self.source = folders, " ".join(map(str, folders))
         weights = np.array(weights or [len(found) for found in self.folders], np.float64)
         self.weights = weights / weights.sum()
@@ -64,12 +66,12 @@ class DepthFolders(torch.utils.data.Dataset):
         for i, found in enumerate(self.folders):
             by_hash = sorted(found, key=lambda entry: hash_of_name(os.path.relpath(entry[0], self.roots[i])))
             count = min(n, len(found) // 10)
-            held_out += [entry for entry in by_hash[:count] if self.valid_depth(entry) is not None]
+            held_out += [entry for entry in by_hash[:count] if self.read(entry) is not None]
             self.folders[i] = sorted(by_hash[count:])
         if not held_out:
             return [self[i] for i in range(n)], "training pictures, too few to hold any out"
         entries = [held_out[i % len(held_out)] for i in range(n)]
-        items = [self.crop(entry, *self.valid_depth(entry), np.random.default_rng((0, i)))      # the same in every run
+        items = [self.crop(*self.read(entry), np.random.default_rng((0, i)))        # the same in every run
                  for i, entry in enumerate(entries)]
         return items, f"{len(held_out)} held-out pictures"
 
@@ -82,35 +84,36 @@ class DepthFolders(torch.utils.data.Dataset):
         start = int(rng.integers(len(found)))
         for step in range(len(found)):
             entry = found[(start + step) % len(found)]
-            if entry[1] not in self.empty and (depth := self.valid_depth(entry)) is not None:
-                return self.crop(entry, *depth, rng)
-        raise ValueError(f"none of the {len(found)} depth files has a valid pixel, last {entry[1]}: are they in "
-                         "another unit?")
+            if entry[1] not in self.unusable and (read := self.read(entry)) is not None:
+                return self.crop(*read, rng)
+        raise ValueError(f"none of the {len(found)} pictures with depth can be used, last: {self.unusable[entry[1]]}")
 
-    def valid_depth(self, entry):
-        """-> depth (H, W), valid (H, W) of (picture, depth file, layout); None with a warning if nothing is valid."""
-        _, path, layout = entry
-        depth = read_depth(path, layout.unit)
-        valid = np.isfinite(depth) & (depth > layout.near) & (depth < layout.far)
-        if valid.any():
-            return depth, valid
-        self.empty.add(path)
-        print(f"warning: {path}: no pixel has a valid depth ({layout.near:g} to {layout.far:g} m); using another "
-              "picture", file=sys.stderr)
+    def read(self, entry):
+        """-> image, depth (H, W), valid (H, W) of (picture, depth file, layout); None, with one warning, if a file is
+        damaged, if their sizes differ, or if no depth is valid."""
+        picture, path, layout = entry
+        try:
+            depth, image = read_depth(path, layout.unit), open_rgb(picture)
+            valid = np.isfinite(depth) & (depth > layout.near) & (depth < layout.far)
+            if image.size != depth.shape[::-1]:
+                raise ValueError(f"{picture} is {image.width}x{image.height}, its depth {path} "
+                                 f"{depth.shape[1]}x{depth.shape[0]}")
+            if not valid.any():
+                raise ValueError(f"{path}: no pixel has a valid depth ({layout.near:g} to {layout.far:g} m)")
+            return image, depth, valid
+        except ValueError as error:
+            if path not in self.unusable:
+                print(f"warning: {error}; using another picture", file=sys.stderr)
+            self.unusable[path] = str(error)
 
-    def crop(self, entry, depth, valid, rng):
-        """-> the item of (picture, depth file, layout), cropped and flipped at random."""
-        picture, path, _ = entry
-        image = open_rgb(picture)
-        if image.size != depth.shape[::-1]:
-            raise ValueError(f"{picture} is {image.width}x{image.height}, its depth {path} "
-                             f"{depth.shape[1]}x{depth.shape[0]}")
+    def crop(self, image, depth, valid, rng):
+        """-> an item, cropped and flipped at random."""
         box = left, top, right, bottom = crop_box(image, self.height, self.width, rng.random(), rng.random())
         columns = left + (np.arange(self.width) + 0.5) * (right - left) / self.width
         rows = top + (np.arange(self.height) + 0.5) * (bottom - top) / self.height
         pixels = rows.astype(int)[:, None], columns.astype(int)             # the nearest: a mean would blur edges
         depth, valid = torch.from_numpy(depth[pixels])[None], torch.from_numpy(valid[pixels])[None]     # (1, H, W)
-        image = to_tensor(image.resize((self.width, self.height), Image.LANCZOS, box=box))
+        image = to_pixels(image.resize((self.width, self.height), Image.LANCZOS, box=box))
         depth = normalise_depth(torch.where(valid, depth, 1.0), valid)
         if rng.random() < 0.5:
             image, depth, valid = image.flip(-1), depth.flip(-1), valid.flip(-1)

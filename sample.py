@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import ImageFolder, noises, pictures_in, progress
+from data import ImageFolder, noises, progress
 from diff2flow import OBJECTIVES
 from support.files import check_range, check_replaceable, cli, parse, read_text, remove_partial
+from support.folders import pictures_in
 from support.load import (
     BUNDLED_PRIOR,
     find_files,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, default_collate
 
 import lora
-from data import ImageFolder, Keys, Memoised, progress
+from data import BucketKeys, ImageFolder, Keys, Memoised, progress, to_floats
 from depth import DepthFolders, DepthScenes
 from diff2flow import OBJECTIVES
 from support import state
@@ -67,7 +67,7 @@ def defaults(name):
 
 
 def add_data_flags(add):
-    add("--data", nargs="+", help="folder of images with captions, NAME.txt or metadata.jsonl, or tars of them: "
+    add("--data", nargs="+", help="folder of images with captions (NAME.txt, metadata.jsonl or .csv), or tars of them: "
         "'shards/{00000..00099}.tar'; for --task reflow the folder of pairs that sample.py made; for --task depth one "
         "or more folders with depth (default: procedural scenes)")
     add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: 512, as in the paper, or "
@@ -76,6 +76,9 @@ def add_data_flags(add):
         "that each is encoded once, for this run and others; pictures are then centre-cropped and never flipped")
     add("--workers", type=int, help="processes that read pictures ahead, 0 to read them in this one (default: one per "
         "core, at most 8)")
+    add("--caption", default="", help="caption of the pictures in --data that have none (default: the empty caption)")
+    add("--buckets", action="store_true", help="crop each picture in --data to the nearest of several shapes of about "
+        "the area of --size, at most 2:1, instead of to one shape")
     add("--caption-dropout", type=float, help=f"share of captions that become empty {defaults('caption_dropout')}")
     add("--weights", type=float, nargs="+", help="how often each folder of depth is drawn from (default: by its size)")
     add("--style", choices=["solid", "outline", "room"], help=f"style of the scenes {defaults('style')}")
@@ -169,6 +172,10 @@ def check(args):
     if args.cache and (args.task != "text-to-image" or not args.data or tars):
         raise ValueError("--cache is for a --data folder of pictures with captions, not for scenes, tars, pairs or "
                          "depth: leave it out")
+    if args.caption and (args.task != "text-to-image" or not args.data):
+        raise ValueError("--caption is for pictures in --data without one: --task text-to-image")
+    if args.buckets and (args.task != "text-to-image" or not args.data or tars or args.cache):
+        raise ValueError("--buckets is for a --data folder of pictures with captions, without --cache: leave it out")
     if args.task != "depth" and args.weights:
         raise ValueError("--weights: only --task depth takes several folders")
     if args.task == "depth" and args.caption_dropout:
@@ -232,9 +239,9 @@ def open_data(args, sd):
     if args.task == "depth":
         dataset = DepthFolders(args.data, args.weights, height, width, args.seed)
     elif args.data[0].endswith(".tar"):
-        dataset = Tars(args.data, height, width, args.seed)
+        dataset = Tars(args.data, height, width, args.seed, args.caption)
     else:
-        dataset = ImageFolder(args.data[0], height, width, args.seed)
+        dataset = ImageFolder(args.data[0], height, width, args.seed, args.caption)
     items, words = dataset.hold_out(n)
     return dataset, items, list(size), dataset.words, words
 
@@ -246,7 +253,7 @@ def encode_batch(sd, batch):
              for name, value in batch.items()}
     if "image" not in batch:
         return batch
-    latents = sd.encode(batch["image"]).float()
+    latents = sd.encode(to_floats(batch["image"])).float()
     if "valid" not in batch:
         return {"x1": latents, "caption": batch["caption"]}
     has_hole = F.max_pool2d((~batch["valid"]).float(), sd.factor)        # a latent is valid if all its pixels are
@@ -263,14 +270,17 @@ def load_batches(args, sd, dataset, run, autocast):
     """-> DataLoader of this process's batches from step run.start on. Pictures are read ahead by worker processes;
     scenes are encoded here, once, under `autocast`."""
     images_per_step = args.batch * args.grad_accum
-    keys = None if isinstance(dataset, Tars) else Keys(
-        len(dataset), args.seed, run.start * images_per_step, args.steps * images_per_step, args.batch,
-        run.ranks.rank, run.ranks.count)
-    if not args.data:
-        return DataLoader(Memoised(dataset, autocast(partial(encode_item, sd))), args.batch, sampler=keys)
+    places = (run.start * images_per_step, args.steps * images_per_step, args.batch, run.ranks.rank, run.ranks.count)
     workers = min(8, os.cpu_count()) if args.workers is None else args.workers
     if isinstance(dataset, Tars):
-        dataset.start, workers = run.start, min(workers, len(dataset.tars) // run.ranks.count)
+        dataset.start, keys = run.start, None
+        workers = min(workers, len(dataset.tars) // run.ranks.count)
+    elif args.buckets:
+        keys = BucketKeys(dataset.shapes(sd.multiple), args.seed, *places)
+    else:
+        keys = Keys(len(dataset), args.seed, *places)
+    if not args.data:
+        return DataLoader(Memoised(dataset, autocast(partial(encode_item, sd))), args.batch, sampler=keys)
     return DataLoader(dataset, args.batch, sampler=keys, num_workers=workers, worker_init_fn=ignore_interrupts,
                       pin_memory=sd.device.type == "cuda")
 

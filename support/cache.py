@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from data import centre_crop, progress
+from data import centre_crop, progress, to_floats
 from support.checkpoint import hash_of
 from support.files import open_tensors, save_tensors
 from support.lock import shared
@@ -66,14 +66,18 @@ class EncodedFolder(Dataset):
     def __init__(self, images, latents, embeddings):
         self.images, self.latents, self.embeddings, self.items = images, latents, embeddings, []
         for i in progress(range(len(images)), "reading pictures and captions", unit="image"):
-            content = Path(images.items[i][0]).read_bytes()
-            self.items.append((hashlib.sha256(content).hexdigest(), images.caption(i)))
+            try:
+                source = hashlib.sha256(Path(images.items[i][0]).read_bytes()).hexdigest()
+            except OSError:
+                source = images.decode(i) and None      # None, with a warning
+            self.items.append((source, images.caption(i)))
 
     def fill(self, encode, encode_text, ranks, only_read=False):
-        """Encode this rank's share of what is not cached yet, and wait for the other ranks. encode: image (3, H, W) ->
+        """Encode this rank's share of what is not cached yet, and wait for the other ranks. encode: uint8 (3, H, W) ->
         latents; encode_text: caption -> text embedding. only_read: a ValueError if anything is to be encoded."""
         pictures = range(ranks.rank, len(self.items), ranks.count)
-        pictures = [i for i in progress(pictures, "looking for latents") if self.latents.lacks(self.items[i][0])]
+        pictures = [i for i in progress(pictures, "looking for latents")
+                    if self.items[i][0] is not None and self.latents.lacks(self.items[i][0])]
         captions = sorted({"", *(caption for _, caption in self.items)})[ranks.rank::ranks.count]
         captions = [text for text in progress(captions, "looking for text embeddings") if self.embeddings.lacks(text)]
         if only_read and pictures + captions:
@@ -90,7 +94,8 @@ class EncodedFolder(Dataset):
             self.embeddings.write(caption, encode_text(caption))
         ranks.wait()
         self.empty = self.embeddings.read("")
-        self.items = [item for item in self.items if self.latents.path(item[0]).exists()]   # without damaged pictures
+        self.items = [item for item in self.items                                   # without damaged pictures
+                      if item[0] is not None and self.latents.path(item[0]).exists()]
         if not self.items:
             raise ValueError(f"none of the {len(self.images)} images can be decoded")
 
@@ -116,7 +121,7 @@ def fill_cache(args, sd, images, autocast, ranks):
     embeddings = TensorFiles(folder, f"text {hash_of(sd.text_encoder)} {made}", (77, sd.config.context_width))
 
     def encode(image):
-        return sd.encode(image[None].to(sd.device))[0].to(dtype)
+        return sd.encode(to_floats(image[None].to(sd.device)))[0].to(dtype)
 
     def encode_text(caption):
         return sd.encode_text([caption])[0].to(dtype)

@@ -29,18 +29,23 @@ PARTIAL = re.compile(r"\.partial\.[0-9a-f]{8}(?=\.|$)")        # in the names of
 UNSUPPORTED = {getattr(errno, name) for name in ("EPERM", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL", "ENOLCK")}
 MAY_BE_EMPTY = "prompt", "negative", "caption"                  # flags whose value may be ""
 IN_METADATA = "out", "resume", "ckpt", "lora", "init_lora"      # flags whose value gets into files, which are UTF-8
+WRITTEN = ("PNG", "JPEG", "WEBP")   # formats of our pictures; no other program's is opened: some run other programs
 NO_MEMORY = re.compile("out of memory|allocate memory|not enough memory|Unable to allocate|_ALLOC_FAILED")
 
 
 class Stream:
-    """A text stream that ignores that its reader has gone: a closed terminal, or a pipe into a program that ended."""
+    """A text stream that ignores that its reader has gone: a closed terminal, or a pipe into a program that ended. What
+    its encoding lacks is written as \\xNN or \\uNNNN: names that are no UTF-8, or any but ASCII where the output is."""
 
     def __init__(self, stream):
         self.stream = stream
 
     def write(self, text):
         with contextlib.suppress(OSError):
-            self.stream.write(text)
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError as error:
+                self.stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
     def flush(self):
@@ -203,7 +208,7 @@ def maker_of(path):
         if path.suffix in (".json", ".jsonl"):
             with open(path) as file:
                 return json.loads(file.readline())["software"]
-        with Image.open(path) as picture:
+        with Image.open(path, formats=WRITTEN) as picture:
             return picture.getexif().get(ExifTags.Base.Software, picture.info.get("Software"))
     except Exception:       # an unreadable file is not ours
         return None

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from data import files_in
 from support.files import from_json, open_tensors, save_tensors
+from support.folders import files_in
 
 STEERABLE = ("steps", "lr", "save_every", "preview_every", "device", "workers")     # flags that --resume may change
 MOVABLE = ("out", "data", "ckpt", "init_lora", "cache")             # paths that may change, to the same files elsewhere
@@ -126,7 +126,8 @@ def names_hash(folders):
     for folder in folders or []:
         if folder.endswith(".tar"):
             names.update(os.path.basename(folder).encode(errors="surrogateescape"))
-        names.update("\n".join(path.removeprefix(folder) for path in files_in(folder)).encode())
+        listed = "\n".join(path.removeprefix(folder) for path in files_in(folder))
+        names.update(listed.encode(errors="surrogateescape"))
     return names.hexdigest()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from data import progress
+from data import progress, to_floats
 from diff2flow import velocity_error
 from support.files import SOFTWARE, replacing
 from support.load import unconditional
@@ -126,7 +126,7 @@ def grid_rows(args, before, after, items):
     rows |= {f"after, {steps} steps": after[steps] for steps in fewer}
     if args.task == "depth":
         shown = [items[i % len(items)] for i in range(args.previews)]
-        rows = {"picture": torch.stack([item["image"] for item in shown]),
+        rows = {"picture": torch.stack([to_floats(item["image"]) for item in shown]),
                 "log depth": torch.stack([item["depth"].expand(3, -1, -1) for item in shown])} | rows
     return {label: pictures.cpu() for label, pictures in rows.items()}
 

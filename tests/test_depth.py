@@ -117,7 +117,7 @@ def test_picture_and_depth_are_cropped_and_flipped_together(tmp_path, size):
     folder, flips, crops = depth.DepthFolders([tmp_path], None, *size), set(), set()
     for key in range(8):
         item = folder[key]
-        red, log_depth = item["image"][0], item["depth"][0]
+        red, log_depth = item["image"][0].float(), item["depth"][0]
         assert np.corrcoef(red.flatten(), log_depth.flatten())[0, 1] > 0.999
         flips.add(bool(log_depth[0, 0] > log_depth[0, -1]))
         crops.add(round(red.mean().item(), 4))
@@ -133,7 +133,7 @@ def test_holes_are_cropped_and_flipped_with_the_picture(tmp_path, size):
     np.save(tmp_path / "a.npy", np.where(white_where_valid == 255, 3.0, np.nan))
     folder = depth.DepthFolders([tmp_path], None, *size)
     for item in (folder[key] for key in range(8)):
-        assert (item["valid"][0] == (item["image"][0] > 0)).float().mean() > 0.96       # all except the edge
+        assert (item["valid"][0] == (item["image"][0] > 127)).float().mean() > 0.96       # all except the edge
 
 
 def test_an_item_depends_on_seed_and_key_alone(tmp_path):
@@ -153,13 +153,13 @@ def test_folders_are_drawn_by_their_weights_or_by_their_numbers_of_pictures(tmp_
             np.save(tmp_path / name / f"{i}.npy", np.ones((8, 8)))
     folders = depth.DepthFolders([tmp_path / "dark", tmp_path / "bright"], weights, 8, 8)
     assert len(folders) == 4
-    assert np.mean([folders[key]["image"].mean().item() > 0 for key in range(400)]) == pytest.approx(share, abs=0.05)
+    assert np.mean([folders[key]["image"].max().item() > 0 for key in range(400)]) == pytest.approx(share, abs=0.05)
 
 
 @pytest.mark.parametrize("make, message", [
     (lambda folder: np.save(folder / "a.npy", np.ones((48, 63))), "64x48, its depth .* 63x48"),
     (lambda folder: np.save(folder / "a.npy", np.ones((48, 64, 3))), "one number per pixel"),
-    (lambda folder: (folder / "a.npy").write_bytes(b"no depth"), "cannot be read as depth"),
+    (lambda folder: (folder / "a.npy").write_bytes(b"no depth"), "a.npy: not depth, or damaged"),
     (lambda folder: None, "no picture with a depth file"),
 ], ids=["another size", "colours", "damaged", "none"])
 def test_depth_that_does_not_fit_its_picture_is_refused(tmp_path, make, message):
@@ -181,14 +181,74 @@ def test_a_picture_without_valid_depth_is_replaced_by_the_next_with_one_warning(
         assert torch.equal(depth.DepthFolders([tmp_path], None, 48, 64, seed)[7]["image"], items[7]["image"])
         capsys.readouterr()
     (tmp_path / "b.npy").unlink()
-    with pytest.raises(ValueError, match="none of the 2 depth files has a valid pixel, last .*npy"):
+    with pytest.raises(ValueError, match="none of the 2 pictures with depth can be used, last: .*npy: no pixel has"):
         item_of(tmp_path)
+
+
+@pytest.mark.parametrize("picture, path", [
+    ("vkitti_2.0.3_rgb/Scene01/clone/frames/rgb/Camera_0/rgb_00000.jpg",
+     "vkitti_2.0.3_depth/Scene01/clone/frames/depth/Camera_0/depth_00000.png"),
+    ("rgb/00001.jpg", "depth/00001.png"), ("00019_indoors.png", "00019_indoors_depth.npy"), ("A.JPG", "A.npy")],
+    ids=["Virtual KITTI 2 in two folders", "two folders", "DIODE", "upper case"])
+def test_depth_files_of_other_layouts_are_found(tmp_path, picture, path, capsys):
+    save_rgb(tmp_path / "x.png")
+    for name in picture, path:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(tmp_path / "x.png", tmp_path / picture)
+    if path.endswith(".png"):
+        save_png16(tmp_path / path, np.full((48, 64), 300))
+    else:
+        np.save(tmp_path / path, np.full((48, 64, 1), 3.0))
+    (found, depth_file, layout), = find_depth(tmp_path)
+    assert (found, depth_file) == (tmp_path / picture, tmp_path / path) and item_of(tmp_path)["valid"].all()
+    assert layout.unit == (0.01 if "vkitti" in path else 1) and capsys.readouterr().err == ""
+
+
+def test_pictures_without_depth_and_depth_without_a_picture_are_counted(tmp_path, capsys):
+    for i in range(4):
+        save_png16(tmp_path / f"clone/frames/depth/Camera_0/depth_0000{i}.png", np.full((48, 64), 300))
+    for name in "clone/frames/rgb/Camera_0/rgb_00000.jpg", "a.jpg", "b.png":
+        save_rgb(tmp_path / name)
+    np.save(tmp_path / "c.npy", np.ones((48, 64)))
+    (tmp_path / "d.heic").write_bytes(b"")
+    assert len(find_depth(tmp_path)) == 1
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}: 1 pictures with depth; 1 of other kinds: 1 .heic (first {tmp_path}/d.heic); 2 pictures "
+        f"without depth (first {tmp_path}/a.jpg); 4 depth files without a picture (first {tmp_path}/c.npy)\n")
+    for path in (tmp_path / "clone/frames/rgb/Camera_0").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="no picture with a depth file: .*; 2 pictures without depth .*; 5 depth "):
+        find_depth(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["depth cut off", "another size", "picture cut off", "picture gone", "depth gone"])
+def test_a_picture_or_depth_file_that_cannot_be_used_is_replaced_by_the_next_with_one_warning(tmp_path, how, capsys):
+    save_pictures(tmp_path, range(30))
+    chosen = sorted(levels_of(depth.DepthFolders([tmp_path], None, 8, 8).hold_out(3)[0]))[0]
+    folders = depth.DepthFolders([tmp_path], None, 8, 8)
+    for level in chosen, min(set(range(30)) - {chosen}):
+        picture, path = tmp_path / f"{level}.png", tmp_path / f"{level}.npy"
+        if how == "another size":
+            np.save(path, np.ones((8, 15)))
+        else:
+            broken = path if how.startswith("depth") else picture
+            broken.write_bytes(broken.read_bytes()[:50]) if how.endswith("off") else broken.unlink()
+    items, words = folders.hold_out(3)
+    assert words == "2 held-out pictures" and chosen not in levels_of(items)
+    assert len(levels_of(folders[key] for key in range(300))) == 26
+    assert capsys.readouterr().err.count("; using another picture\n") == 2
 
 
 def test_without_h5py_the_error_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ValueError, match="pip install h5py"):
         read_depth(tmp_path / "x.hdf5")
+    for name in "s_geometry_hdf5/frame.0007.depth_meters.hdf5", "s_final_preview/frame.0007.tonemap.jpg":
+        save_rgb(tmp_path / "s.png")
+        (tmp_path / name).parent.mkdir()
+        shutil.move(tmp_path / "s.png", tmp_path / name)
+    with pytest.raises(ValueError, match="pip install h5py"):           # at once, rather than a warning for each file
+        find_depth(tmp_path)
 
 
 @pytest.mark.parametrize("weights", [[1, 2], [0], [-1], [float("nan")], [float("inf")]])
@@ -218,7 +278,7 @@ def save_pictures(folder, levels):
 
 def levels_of(items):
     """-> the levels of items, each of which identifies a picture."""
-    return {round((item["image"][0].mean().item() + 1) * 127.5) for item in items}
+    return {round(item["image"][0].float().mean().item()) for item in items}
 
 
 @pytest.mark.parametrize("validation, count", [(16, 3), (2, 2)])
@@ -406,14 +466,14 @@ def test_an_hdf5_whose_array_is_in_another_file_is_refused(tmp_path):
         file.create_dataset("dataset", (768, 1024), "f4", external=[(str(tmp_path / "secret"), 0, h5py.h5f.UNLIMITED)])
     assert read_depth(tmp_path / "whole.hdf5").shape == (768, 1024)
     for name, message in ("link", "is a link or not an array"), ("external", "stored in other files"):
-        with pytest.raises(ValueError, match=f"{name}.hdf5 cannot be read as depth: .*{message}"):
+        with pytest.raises(ValueError, match=f"{name}.hdf5: not depth, or damaged .*{message}"):
             read_depth(tmp_path / f"{name}.hdf5")
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "RGB"])
 def test_a_png_without_16_bits_is_refused(tmp_path, mode):
     Image.new(mode, (4, 3)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match=f"x.png cannot be read as depth: a picture of mode {mode}, where depth is"):
+    with pytest.raises(ValueError, match=f"x.png: not depth, or damaged .a picture of mode {mode}, where depth is"):
         read_depth(tmp_path / "x.png")
 
 

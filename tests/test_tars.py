@@ -1,6 +1,6 @@
 """support/tars.py: pictures with captions in tars."""
 import hashlib
-import sys
+import tarfile
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import train
 from data import ImageFolder
-from support.tars import Tars
+from support.tars import Tars, expand, samples_in
 from tests import runs
 from tests.runs import SHORT, picture_bytes, save_photo, save_shards, save_tar, trained_captions, works
 
@@ -33,7 +33,22 @@ def test_tars_give_each_picture_with_its_caption(tmp_path):
     assert len(tars.tars) == 5
     for item in islice(tars, 20):
         number = int(item["caption"].split()[1])
-        assert item["image"].shape == (3, 8, 12) and torch.allclose(item["image"], torch.tensor(2 * number / 127.5 - 1))
+        assert item["image"].shape == (3, 8, 12) and (item["image"] == 2 * number).all()
+
+
+def test_tars_hold_what_webdataset_reads_in_them(tmp_path):
+    import webdataset
+    save_shards(tmp_path, tars=2)
+    with webdataset.TarWriter(f"{tmp_path}/00002.tar", encoder=False) as writer:
+        writer.write({"__key__": "deep/a", "png": picture_bytes(99), "txt": b"picture 99"})
+    theirs = {(sample["__key__"], sample["png"], sample["txt"])
+              for sample in webdataset.WebDataset(f"{tmp_path}/{{00000..00002}}.tar", shardshuffle=False)}
+    ours = set()
+    for sample in (sample for i in range(3) for sample in samples_in(f"{tmp_path}/0000{i}.tar")[0]):
+        content = Path(sample.tar).read_bytes()
+        ours.add((sample.key, *(content[member.start:member.start + member.size]
+                                for member in (sample.picture, sample.caption))))
+    assert ours == theirs and len(ours) == 9
 
 
 def test_a_pass_has_every_picture_once_in_an_order_that_depends_on_seed_start_and_pass(tmp_path):
@@ -71,23 +86,82 @@ def test_tars_may_have_jpg_png_and_webp_with_captions_in_json_and_no_other_file_
     save_tar(tmp_path / "a.tar", {
         "0.jpg": picture_bytes(9, "JPEG"), "0.json": b'{"caption": " a boat "}', "0.pyd": b"a pickle", "0.pth": b"too",
         "1.PNG": picture_bytes(9), "1.json": b'{"caption": null}',
-        "deep/2.webp": picture_bytes(9, "WEBP"), "deep/2.txt": "Blüte\n".encode()})
+        "deep/2.webp": picture_bytes(9, "WEBP"), "deep/2.txt": "\ufeffBlüte\n".encode()})
     assert captions(Tars([str(tmp_path / "a.tar")], 8, 8).hold_out(3)[0], 3) == ["a boat", "", "Blüte"]
     assert capsys.readouterr().err == (
+        f"warning: {tmp_path}/a.tar: 3 pictures; 2 of other kinds: 1 .pyd, 1 .pth (first 0.pyd)\n"
         f"warning: 1 of 3 validation pictures (tars from {tmp_path}/a.tar on) are without a caption\n")
+    tars = Tars([str(tmp_path / "a.tar")], 8, 8, default="a cat")
+    assert captions(tars.hold_out(3)[0], 3) == ["a boat", "a cat", "Blüte"]
+    assert f"first {tmp_path}/a.tar with 3 pictures" in tars.words
+
+
+@pytest.mark.parametrize("order", [
+    ["2024.01.05.png", "2024.01.05.txt", "2024.01.06.png", "2024.01.06.txt", "a.png", "a.txt"],
+    ["2024.01.05.png", "2024.01.06.png", "a.png", "a.txt", "2024.01.06.txt", "2024.01.05.txt"],
+    ["a.txt", "2024.01.06.txt", "2024.01.05.txt", "2024.01.05.png", "2024.01.06.png", "a.png"]],
+    ids=["dots", "captions last", "captions first"])
+def test_a_key_ends_at_the_last_dot_and_a_caption_may_be_anywhere_in_the_tar(tmp_path, order, capsys):
+    contents = {name: Path(name).stem.encode() if name.endswith("txt") else picture_bytes(9) for name in order}
+    save_tar(tmp_path / "a.tar", contents)
+    assert sorted(captions(Tars([str(tmp_path / "a.tar")], 8, 8), 3)) == ["2024.01.05", "2024.01.06", "a"]
+    assert capsys.readouterr().err == ""
 
 
 def test_damaged_pictures_and_the_rest_of_a_damaged_tar_are_skipped_with_one_warning_each(tmp_path, capsys):
     save_tar(tmp_path / "a.tar", {"0.png": picture_bytes(0)[:40], "1.png": picture_bytes(1), "1.txt": b"good",
                                   "2.png": picture_bytes(2), "2.txt": b"\xff", "3.png": picture_bytes(3),
-                                  "3.json": b"[1]", "4.txt": b"alone"})
-    save_tar(tmp_path / "b.tar", {"5.png": picture_bytes(5), "5.txt": b"too", "6.png": picture_bytes(6), "6.PNG": b""})
+                                  "3.json": b"[1]", "4.txt": b"alone", "__MACOSX/._1.png": b"", "5.gif": b"GIF89a"})
+    save_tar(tmp_path / "b.tar", {"6.png": picture_bytes(6), "6.txt": b"too", "7.png": picture_bytes(7)})
+    content = bytearray((tmp_path / "b.tar").read_bytes())
+    content[content.index(b"7.png") + 148] = 0xff                       # in its header's checksum
+    (tmp_path / "b.tar").write_bytes(content)
     tars = Tars([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], 8, 8)
     assert set(captions(tars, 6)) == {"good", "too"}
     lines = capsys.readouterr().err.splitlines()
     assert sorted(line.split(": ")[1] for line in lines) == [
-        *(f"{tmp_path}/a.tar, {key}" for key in "0234"), f"{tmp_path}/b.tar"]
-    assert "0.png: cannot be read as a picture" in "".join(lines) and "4: no picture, is skipped" in "".join(lines)
+        f"{tmp_path}/a.tar", *(f"{tmp_path}/a.tar, {name}" for name in ("0.png", "2.png", "3.png", "5.gif")),
+        f"{tmp_path}/b.tar"]
+    error = "".join(lines)
+    assert "0.png: not a picture, or damaged" in error and "1 captions without an image (first 4.txt)" in error
+    assert "1 hidden or thumbnails (first __MACOSX/._1.png)" in error
+    assert "b.tar: 1 pictures; 1 damaged part, at which reading stops" in error
+
+
+def test_a_header_of_a_huge_length_is_a_damaged_part(tmp_path, capsys):
+    save_shards(tmp_path, tars=1)
+    content = (tmp_path / "00000.tar").read_bytes()
+    for kind in b"x", b"L", b"g":
+        header = tarfile.TarInfo("a").tobuf()
+        header = header[:124] + b"\x80" + (2**62).to_bytes(11, "big") + header[136:156] + kind + header[157:]
+        header = header[:148] + b"        " + header[156:]
+        header = header[:148] + b"%06o\0 " % sum(header) + header[156:]
+        (tmp_path / "huge.tar").write_bytes(content[:512 * 6] + header + content[512 * 6:])
+        samples, left_out = samples_in(str(tmp_path / "huge.tar"))
+        assert len(samples) == 1 and "1 damaged part" in str(left_out)
+
+
+def test_tars_that_are_emptied_while_a_run_reads_them_are_an_error(tmp_path):
+    save_shards(tmp_path)
+    items = iter(shards(tmp_path))
+    assert captions(items, 20)
+    for path in tmp_path.glob("*.tar"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="00000.tar: no picture in 5 tars can be read any more"):
+        next(items)
+
+
+@pytest.mark.parametrize("pattern, paths", [
+    ("a/{08..11}.tar", ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]), ("{9..8}{a,b}", ["9a", "9b", "8a", "8b"]),
+    ("a{1..", ["a{1.."]), ("{}.tar", ["{}.tar"])])
+def test_braces_stand_for_the_paths_that_a_shell_makes_of_them(pattern, paths):
+    assert expand(pattern) == paths
+
+
+@pytest.mark.parametrize("pattern", ["{0..1}" * 1000, "{0..999999999}", "{a,b}" * 40])
+def test_a_pattern_of_too_many_tars_is_refused_at_once(pattern):
+    with pytest.raises(ValueError, match="its braces stand for more than 1,000,000 tars"):
+        expand(pattern + ".tar")
 
 
 def test_an_error_names_a_tar_that_is_missing_empty_truncated_or_without_a_picture(tmp_path, monkeypatch):
@@ -108,12 +182,6 @@ def test_an_error_names_a_tar_that_is_missing_empty_truncated_or_without_a_pictu
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="1 tars for 2 processes"):
         Tars([str(tmp_path / "a.tar")], 8, 8)
-
-
-def test_without_webdataset_the_error_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(ValueError, match="reading tars takes webdataset: pip install webdataset"):
-        shards(tmp_path)
 
 
 # ------------------------------------------------------------------ held-out pictures
@@ -154,7 +222,7 @@ def test_opening_tars_reads_at_most_30_pictures_for_each_held_out_one(tmp_path):
     save_shards(tmp_path, tars=5, pictures=12)
     tars, read = shards(tmp_path), []
     plain = tars.samples
-    tars.samples = lambda tar: (read.append(sample["__key__"]) or sample for sample in plain(tar))
+    tars.samples = lambda tar: (read.append(sample.key) or sample for sample in plain(tar))
     assert tars.hold_out(1)[0][0]["caption"] == "picture 9" and len(read) == 30
 
 
@@ -171,7 +239,8 @@ def test_training_on_tars_leaves_held_out_pictures_out_before_and_after_a_resume
     words = SHORT + "--steps 12 --lora 2 --data 'shards/{00000..00004}.tar' --save-every 6 --out run"
     out, seen = trained_captions(words)
     assert seen and set(seen) <= ALL - {"picture 9", "picture 19"}
-    assert f"data: 5 tars, first {Path.cwd()}/shards/00000.tar (in another order after --resume), 32x32; " in out
+    assert (f"data: 5 tars, first {Path.cwd()}/shards/00000.tar with 4 pictures (in another order after --resume), "
+            "32x32; ") in out
     assert "validation: 2 held-out pictures\n" in out
     again, seen = trained_captions("--resume run --steps 24")
     assert len(seen) == 24 and set(seen) <= ALL - {"picture 9", "picture 19"} and "warning" not in again

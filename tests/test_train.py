@@ -457,6 +457,24 @@ def test_held_out_photographs_are_measured_and_never_trained_on(cache):
     assert set(seen).isdisjoint(held_out)
 
 
+def test_buckets_train_on_each_picture_in_about_its_own_shape_and_resume_to_the_same_weights():
+    for i in range(12):
+        save_photo(f"photos/{i}.png", *[(32, 32), (30, 60), (60, 30)][i % 3], seed=i)
+    words = SHORT.replace("--size 32", "--size 64") + "--steps 8 --lora 2 --decay constant --data photos --buckets "
+    shapes, plain = [], train.encode_batch
+
+    def spied(sd, batch):
+        shapes.append(batch["image"].shape[2:])
+        return plain(sd, batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "encode_batch", spied)
+        works(train, words + "--out whole")
+    assert set(shapes[2:]) == {(64, 64), (48, 80), (80, 48)} and set(shapes[:2]) == {(64, 64)}      # held-out ones
+    works(train, words + "--steps 3 --out part")
+    works(train, "--resume part --steps 8")
+    assert same("whole/lora.safetensors", "part/lora.safetensors")
+
+
 def test_the_output_of_a_run_on_fewer_than_ten_photographs_says_training_pictures():
     save_photos("photos")
     out = works(train, SHORT + "--steps 1 --lora 2 --data photos --out run")
@@ -562,7 +580,7 @@ def test_a_lora_of_a_file_in_stable_diffusions_layout_trains_on_photographs_and_
     result = call(train, f"--ckpt {files['sd21']} --data photos --size 64 --steps 2 --batch 2 --grad-accum 1 "
                          "--validation 2 --previews 1 --device cpu --out run")
     photos = f"{Path.cwd()}/photos"
-    assert result.code == 0 and f"warning: {photos}/broken.jpg: cannot be read as a picture" in result.err
+    assert result.code == 0 and f"warning: {photos}/broken.jpg: not a picture, or damaged" in result.err
     assert "(LoRA base)" in result.out and f"4 pictures in {photos}, 64x64" in result.out
     assert load_file("run/lora.safetensors").keys() > {"lora_unet_conv_in.lora_up.weight"}
     words = result.out.split("next: python sample.py ")[1].strip()
@@ -676,7 +694,9 @@ REFUSED = {
     "--lr nan": "--lr nan", "--caption-dropout 2": "--caption-dropout 2", "--seed -1": "--seed -1",
     "--lora foo": "--lora foo", "--lora 0": "--lora 0", "--weights 1": "--weights", "--data a b": "one folder",
     "--data a b.tar": "no folders beside them", "--task depth --data a.tar": "only --task text-to-image reads tars",
-    "--data 'a{{0..9.tar'": "a{0..9.tar'; tars are given as",
+    "--data 'a{{0..9.tar'": "a{0..9.tar: no such file; tars are given as", "--caption x": "--caption is for",
+    "--buckets": "--buckets is for", "--buckets --data a --cache c": "--buckets is for",
+    "--buckets --data a.tar": "--buckets is for", "--task depth --data a --caption x": "--caption is for",
     "--data {}/none.tar": "none.tar: no such file", "--data {}/file.tar": "file.tar: empty, truncated, or not a tar",
     "--cache c": "--cache is for", "--cache c --data a.tar": "--cache is for",
     "--cache c --task depth --data a": "--cache is for", "--data {}/none": "none is missing",

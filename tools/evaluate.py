@@ -23,9 +23,10 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from data import SUFFIXES, open_rgb, pictures_in
 from support.checkpoint import is_plain
+from support.decode import SUFFIXES, open_rgb
 from support.files import check_range, cli, open_tensors, parse, read_text
+from support.folders import pictures_in
 from support.load import pick_device
 
 FID_NETWORK = "inception-v3-compat"     # torch-fidelity's copy of the original TensorFlow network

@@ -205,7 +205,7 @@ def write_photographs(folder):
                    Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"):
         shutil.copy(source, folder)
         (folder / source.name).with_suffix(".txt").write_text(source.stem.replace("_", " "))
-        with Image.open(source) as image:
+        with Image.open(source, formats=["JPEG"]) as image:
             np.save(folder / f"{source.stem}.npy", np.linspace(2, 9, image.height)[:, None] * np.ones(image.width))
 
 

@@ -218,7 +218,8 @@ def arguments():
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="pictures, or folders of pictures")
     add("--ckpt", help="Stable Diffusion checkpoint (default: that of the newest depth run, or of --lora)")
-    add("--lora", help="LoRA file of train.py --task depth (default: the newest depth run's, if --ckpt is not given)")
+    add("--lora", action="append", metavar="FILE[:STRENGTH]", help="LoRA of train.py --task depth, with a strength "
+        "(default: 1); repeat it for several (default: the newest depth run's, if --ckpt is not given)")
     add("--use-ema", action="store_true", help="load the EMA weights of a checkpoint that has both")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--objective", choices=list(OBJECTIVES), help="how to sample (default: diff2flow, which is Algorithm 2; for "

@@ -28,6 +28,7 @@ from support.load import (
     pick_precision,
     picture_size,
     read_result,
+    split_strength,
     unconditional,
 )
 from support.packed import pack
@@ -46,7 +47,8 @@ def arguments():
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", help="Stable Diffusion 1.x or 2.x, a file or a diffusers folder (default: the one that --lora was "
         "trained on; without --lora the newest run's model, else the bundled prior)")
-    add("--lora", help="LoRA file of train.py (default: the newest run's, if --ckpt is not given)")
+    add("--lora", action="append", metavar="FILE[:STRENGTH]", help="LoRA of train.py or other tools, with a strength "
+        "(default: 1); repeat it for several (default: the newest run's, if --ckpt is not given)")
     add("--use-ema", action="store_true", help="load the EMA weights of a non-pruned file")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--zero-snr", action="store_true",
@@ -121,7 +123,7 @@ def read_prompts(args):
 
 def captions_of(args, sd, n):
     """-> prompts where none is given: captions that the run was trained on, else captions of scenes."""
-    captions = read_result(args.lora or args.ckpt).get("captions")
+    captions = read_result(split_strength(args.lora[0])[0] if args.lora else args.ckpt).get("captions")
     if captions:
         return captions
     style = sd.metadata.get("style")

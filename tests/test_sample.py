@@ -21,7 +21,7 @@ from model import TINY, StableDiffusion
 from support import load
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.load import find_files, load_flow, make_flow, picture_size
-from support.lora_file import load_lora, save_lora
+from support.lora_file import merge_lora, save_lora
 from tests import runs
 from tests.runs import FEW, SHORT, call, refusal, save_photos, works
 from toy.scenes import Scenes
@@ -185,8 +185,7 @@ def test_a_lora_is_merged_into_its_base_and_sets_the_guidance(tiny):
     write_lora("lora.safetensors", tiny, cfg="1.0")
     plain, (sd, _) = load_checkpoint(tiny), load_flow(tiny, "lora.safetensors")
     merged = load_checkpoint(tiny)
-    load_lora("lora.safetensors", merged.unet)
-    lora.merge(merged.unet)
+    merge_lora("lora.safetensors", merged)
     weights, expected = sd.unet.state_dict(), merged.unet.state_dict()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert not torch.equal(weights["out.2.weight"], plain.unet.state_dict()["out.2.weight"])
@@ -212,16 +211,16 @@ def test_without_files_the_newest_finished_run_of_the_task_is_used_with_its_base
     adapter = write_lora("lora.safetensors", tiny)
     for base in "sd.safetensors", "other.safetensors":
         shutil.copy(tiny, base)
-    assert find_files(None, None, False, "text-to-image") == (tiny, None, False)
+    assert find_files(None, None, False, "text-to-image") == (tiny, [], False)
     full = write_run("full", tiny)
     depth = write_run("depth", adapter, "depth", ckpt="sd.safetensors")
     reflow = write_run("reflow", adapter, "reflow", ckpt="other.safetensors", use_ema=True)
     unfinished = write_run("unfinished", tiny)
     unfinished.with_name("result.json").unlink()
-    assert find_files(None, None, False, "text-to-image") == (Path("other.safetensors"), reflow, True)
-    assert find_files(None, None, False, "depth") == (Path("sd.safetensors"), depth, False)
+    assert find_files(None, None, False, "text-to-image") == (Path("other.safetensors"), [reflow], True)
+    assert find_files(None, None, False, "depth") == (Path("sd.safetensors"), [depth], False)
     os.utime(full)
-    assert find_files(None, None, False, "text-to-image") == (full, None, False)
+    assert find_files(None, None, False, "text-to-image") == (full, [], False)
     assert f"{full}: Stable" in works(sample, FEW + "--n 1")
 
 
@@ -232,10 +231,10 @@ def test_given_files_are_used_and_a_lora_alone_is_put_on_its_own_base(tiny):
     with pytest.raises(ValueError, match="moved/.*names its base other.safetensors, which does not exist: pass --ckpt"):
         find_files(None, moved, False, "text-to-image")
     shutil.copy(tiny, "other.safetensors")
-    assert find_files(None, adapter, False, "text-to-image") == (tiny, adapter, False)
-    assert find_files(None, moved, False, "text-to-image") == (Path("other.safetensors"), moved, True)
-    assert find_files("own.safetensors", moved, False, "text-to-image") == (Path("own.safetensors"), moved, False)
-    assert find_files("own.safetensors", None, True, "text-to-image") == (Path("own.safetensors"), None, True)
+    assert find_files(None, adapter, False, "text-to-image") == (tiny, [adapter], False)
+    assert find_files(None, moved, False, "text-to-image") == (Path("other.safetensors"), [moved], True)
+    assert find_files("own.safetensors", moved, False, "text-to-image") == (Path("own.safetensors"), [moved], False)
+    assert find_files("own.safetensors", None, True, "text-to-image") == (Path("own.safetensors"), [], True)
 
 
 def test_a_lora_without_result_json_finds_its_base_by_metadata_and_fits_no_other(tiny, monkeypatch, capsys):
@@ -248,7 +247,7 @@ def test_a_lora_without_result_json_finds_its_base_by_metadata_and_fits_no_other
     hashes = {name: load_checkpoint(f"toy/tiny-{name}.safetensors").unet_hash for name in ("v", "eps")}
     eps = write_lora("lora.safetensors", tiny, base="tiny-eps.safetensors", base_hash=hashes["eps"], prediction="eps")
     capsys.readouterr()
-    sd, _ = load_flow(lora_file=eps)
+    sd, _ = load_flow(loras=eps)
     assert sd.prediction == "eps" and "toy/tiny-eps.safetensors: Stable" in (out := capsys.readouterr().out)
     assert "warning" not in out
     with pytest.raises(ValueError, match="made with tiny-eps.safetensors, whose UNet predicts eps; "

@@ -23,7 +23,7 @@ from data import SUFFIXES, crop_box, hash_of_name, noises, open_rgb, pictures_in
 from diff2flow import OBJECTIVES
 from support.depth_files import find_depth, read_depth
 from support.files import check_range, check_replaceable, cli, replacing
-from support.load import find_files, load_flow, pick_device, pick_precision, picture_size
+from support.load import check_drawn, find_files, load_flow, pick_device, pick_precision, picture_size
 from support.packed import pack
 from support.pictures import save_picture, settings_text
 from toy.scenes import Scenes
@@ -141,7 +141,9 @@ def predict(sd, flow, image, steps, ensemble=1, seed=0, size=None):
     samples = []
     for x0 in noises(range(ensemble), latents.shape[1:], seed):
         x1 = flow.sample(x0[None].to(sd.device), latents, steps)            # (1, z, h, w)
-        samples.append(sd.decode(x1).float().cpu().mean((0, 1)))            # (height, width)
+        drawn = sd.decode(x1).float().cpu()
+        check_drawn(sd, x1, drawn)
+        samples.append(drawn.mean((0, 1)))                                  # (height, width)
     depth = torch.stack(samples).mean(0)[None, None]
     depth = F.interpolate(depth, (image.height, image.width), mode="bilinear", antialias=True)
     return depth[0, 0].clamp(-1, 1)

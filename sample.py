@@ -20,6 +20,7 @@ from diff2flow import OBJECTIVES
 from support.files import check_range, check_replaceable, cli, read_text
 from support.load import (
     BUNDLED_PRIOR,
+    check_drawn,
     find_files,
     guidance,
     load_flow,
@@ -173,6 +174,7 @@ def make_pictures(args, sd, flow, prompts, size, files, making, ranks, autocast)
             context = sd.encode_text([prompts[i] for i in batch])
             x1 = flow.sample(x0, context, args.steps, uncond, args.cfg, callback=lambda x_fm: bar.update())
             drawn = sd.decode(x1).float().cpu()
+        check_drawn(sd, x1, drawn)
         for i, picture in zip(batch, drawn):
             if files:
                 save_picture(files[i], to_pil(picture), making(prompts[i], Picture=i))

@@ -196,7 +196,10 @@ def load_model(ckpt, loras=None, device="cpu", dtype=torch.float32, prediction=N
 @torch.no_grad()
 def make_flow(sd, objective):
     """-> the velocity field of `sd`; objective is one of OBJECTIVES."""
-    net = DepthUNet(sd.unet, sd.encode_text([""])) if sd.is_depth_model else sd.unet
+    net = sd.unet
+    if sd.is_depth_model:
+        unpadded = sd.metadata.get("empty_prompt") == "unpadded"        # Marigold: its start and end token alone
+        net = DepthUNet(sd.unet, sd.encode_text([""])[:, :2 if unpadded else 77])
     return OBJECTIVES[objective](net, *sd_schedule(zero_snr=sd.zero_snr, device=sd.device), sd.prediction)
 
 
@@ -239,6 +242,13 @@ def guidance(sd, cfg=None, for_pairs=False):
 def unconditional(sd, cfg, negative=""):
     """-> the text embedding (1, L, D) that guidance leads away from; None without guidance (cfg 1)."""
     return sd.encode_text([negative]) if cfg != 1 else None
+
+
+def check_drawn(sd, *tensors):
+    """ValueError if latents or pictures that a model drew have NaN, infinity, or numbers that float16 does not have."""
+    if not all(tensor.abs().max() < 65504 for tensor in tensors):                       # False for NaN
+        raise ValueError(f"{sd.source.path}: it draws NaN, infinity or numbers above 65504, which are not written: its "
+                         "weights are damaged, too large or made for another base, or --cfg is too large")
 
 
 def picture_size(sd, size=None):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import noises, progress
 from support.files import from_json, open_tensors, save_tensors
-from support.load import BUNDLED_PRIOR, objective_of, split_strength, unconditional
+from support.load import BUNDLED_PRIOR, check_drawn, objective_of, split_strength, unconditional
 from support.lora_file import adapts_text
 
 PAIRS_PER_FILE = 256
@@ -149,7 +149,8 @@ def pair_settings(args, sd, flow, prompts, size):
     hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() + (f" x {strength:g}" if strength != 1 else "")
               for file, strength in map(split_strength, args.lora)]
     return {"ckpt": args.ckpt.name, "lora": ", ".join(args.lora) or None, "prediction": sd.prediction,
-            "objective": objective_of(flow), "seed": args.seed, "steps": args.steps, "cfg": args.cfg, "negative": args.negative, "size": size,
+            "objective": objective_of(flow),
+            "seed": args.seed, "steps": args.steps, "cfg": args.cfg, "negative": args.negative, "size": size,
             "zero_snr": sd.zero_snr, "unet_hash": sd.unet_hash,
             "lora_hash": ", ".join(hashes) or None,
             "prompts_hash": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
@@ -181,6 +182,7 @@ def make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast):
                 x0 = noises(batch, shape, args.seed).half()
                 with autocast:
                     x1 = flow.sample(x0.to(sd.device), sd.encode_text(texts), args.steps, uncond, args.cfg)
+                check_drawn(sd, x1)
                 save_pairs(batch_file(shard, start), x0, x1.half().cpu(), texts, settings)
                 bar.update(len(batch))
             join_batches(shard, settings)

@@ -104,7 +104,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("model: text padding", "pad_token=0 if", "pad_token=49407 if"),
         ("model: LATENT_SCALE", "LATENT_SCALE = 0.18215", "LATENT_SCALE = 0.13025"),
         ("model: picture input not halved", ".weight, conv.weight], dim=1) / 2", ".weight, conv.weight], dim=1)"),
-        ("model: picture before the noise", "torch.cat([x_dm, picture]", "torch.cat([picture, x_dm]"),
+        ("model: noise before the picture", "torch.cat([picture, x_dm]", "torch.cat([x_dm, picture]"),
     ]),
     "lora.py": ("tests/test_lora.py tests/test_tools.py", [
         ("lora: ratio of the smaller side", "max(layer.weight.shape[:2])", "min(layer.weight.shape[:2])"),

@@ -25,7 +25,7 @@ from support.decode import SUFFIXES, open_rgb
 from support.depth_files import find_depth, read_depth
 from support.files import check_range, check_replaceable, cli, parse, remove_partial, replacing, try_writing
 from support.folders import pictures_in
-from support.load import find_files, load_flow, pick_device, pick_precision, picture_size
+from support.load import check_drawn, find_files, load_flow, pick_device, pick_precision, picture_size
 from support.packed import pack
 from support.pictures import save_picture, settings_text
 from toy.scenes import Scenes
@@ -144,7 +144,9 @@ def predict(sd, flow, image, steps, ensemble=1, seed=0, size=None):
     samples = []
     for x0 in noises(range(ensemble), latents.shape[1:], seed):
         x1 = flow.sample(x0[None].to(sd.device), latents, steps)            # (1, z, h, w)
-        samples.append(sd.decode(x1).float().cpu().mean((0, 1)))            # (height, width)
+        drawn = sd.decode(x1).float().cpu()
+        check_drawn(sd, x1, drawn)
+        samples.append(drawn.mean((0, 1)))                                  # (height, width)
     depth = torch.stack(samples).mean(0)[None, None]
     depth = F.interpolate(depth, (image.height, image.width), mode="bilinear", antialias=True)
     return depth[0, 0].clamp(-1, 1)
@@ -223,7 +225,8 @@ def arguments():
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="pictures, or folders of pictures")
     add("--ckpt", help="Stable Diffusion checkpoint (default: that of the newest depth run, or of --lora)")
-    add("--lora", help="LoRA file of train.py --task depth (default: the newest depth run's, if --ckpt is not given)")
+    add("--lora", action="append", metavar="FILE[:STRENGTH]", help="LoRA of train.py --task depth, with a strength "
+        "(default: 1); repeat it for several (default: the newest depth run's, if --ckpt is not given)")
     add("--use-ema", action="store_true", help="load the EMA weights of a checkpoint that has both")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--objective", choices=list(OBJECTIVES), help="how to sample (default: diff2flow, which is Algorithm 2; for "

@@ -7,7 +7,7 @@ An int is `small` with that rank. The first and the last conv are trained in ful
 whose smaller matrix is a fixed identity. Unlike in the paper their biases stay frozen: LoRA files have no entry for
 them.
 
-support/lora_file.py reads and writes the files that other tools share, and tools/merge.py merges one into a checkpoint.
+support/lora_file.py reads and writes the files that other tools share; tools/merge.py merges them into a checkpoint.
 """
 import math
 
@@ -55,13 +55,13 @@ def full_rank(layer):
 
 
 def adapters(unet):
-    """-> {path: LoRA} of the adapters in `unet`; empty while they are merged."""
+    """-> {path: LoRA} of the adapters in `unet`."""
     return {path: module for path, module in unet.named_modules() if isinstance(module, LoRA)}
 
 
 def plain_layers(unet):
-    """-> {path: layer}, every Linear and Conv2d. ValueError if `unet` has adapters, merged or not."""
-    if adapters(unet) or hasattr(unet, "merged"):
+    """-> {path: layer}, every Linear and Conv2d. ValueError if `unet` has adapters."""
+    if adapters(unet):
         raise ValueError("this UNet has a LoRA already; start from its plain checkpoint")
     return {path: module for path, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
 
@@ -101,19 +101,6 @@ def inject(unet, preset):
 
 
 @torch.no_grad()
-def merge(unet):
-    """Fold the adapters into the weights. Until `unmerge`, modules and their names are those of the plain UNet."""
-    assert adapters(unet), "nothing to merge"
-    unet.merged = {path: (lora, lora.weight.data) for path, lora in adapters(unet).items()}
-    for path, (lora, weight) in unet.merged.items():
-        change = (lora.up.flatten(1) @ lora.down.flatten(1)).view_as(weight)
-        lora.weight.data = (weight + change).to(weight.dtype)
-        unet.set_submodule(path, lora.base)
-
-
-def unmerge(unet):
-    """Undo `merge`, bit for bit."""
-    for path, (lora, weight) in unet.merged.items():
-        lora.weight.data = weight
-        unet.set_submodule(path, lora)
-    del unet.merged
+def merge(weight, down, up, strength=1.0):
+    """Add strength * up @ down to a layer's `weight`, in place: the layer alone then computes what both did."""
+    weight += strength * (up.to(weight.device).flatten(1) @ down.to(weight.device).flatten(1)).view_as(weight)

@@ -304,7 +304,7 @@ class UNet(nn.Module):
 class DepthUNet(nn.Module):
     """Image to depth (Sec. 4.3): x_dm (B, z, h, w), t_dm (B,), the image's latents (B, z, h, w) -> (B, z, h, w).
 
-    unet has 2 z input channels; text (1, L, D) is the embedding of the empty prompt.
+    unet has 2 z input channels, the image's first, as in Marigold; text (1, L, D) is the embedding of the empty prompt.
     """
 
     def __init__(self, unet, text):
@@ -312,7 +312,7 @@ class DepthUNet(nn.Module):
         self.unet, self.text = unet, text
 
     def forward(self, x_dm, t_dm, picture):
-        return self.unet(torch.cat([x_dm, picture], dim=1), t_dm, self.text.expand(len(x_dm), -1, -1))
+        return self.unet(torch.cat([picture, x_dm], dim=1), t_dm, self.text.expand(len(x_dm), -1, -1))
 
 
 # ------------------------------------------------------------------ the autoencoder

@@ -21,6 +21,7 @@ from support.files import check_range, check_replaceable, cli, parse, read_text,
 from support.folders import pictures_in
 from support.load import (
     BUNDLED_PRIOR,
+    check_drawn,
     find_files,
     guidance,
     load_flow,
@@ -29,6 +30,7 @@ from support.load import (
     pick_precision,
     picture_size,
     read_result,
+    split_strength,
     unconditional,
 )
 from support.packed import pack
@@ -47,7 +49,8 @@ def arguments():
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", help="Stable Diffusion 1.x or 2.x, a file or a diffusers folder (default: the one that --lora was "
         "trained on; without --lora the newest run's model, else the bundled prior)")
-    add("--lora", help="LoRA file of train.py (default: the newest run's, if --ckpt is not given)")
+    add("--lora", action="append", metavar="FILE[:STRENGTH]", help="LoRA of train.py or other tools, with a strength "
+        "(default: 1); repeat it for several (default: the newest run's, if --ckpt is not given)")
     add("--use-ema", action="store_true", help="load the EMA weights of a non-pruned file")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--zero-snr", action="store_true",
@@ -122,7 +125,7 @@ def read_prompts(args):
 
 def captions_of(args, sd, n):
     """-> prompts where none is given: captions that the run was trained on, else captions of scenes."""
-    captions = read_result(args.lora or args.ckpt).get("captions")
+    captions = read_result(split_strength(args.lora[0])[0] if args.lora else args.ckpt).get("captions")
     if captions:
         return captions
     style = sd.metadata.get("style")
@@ -172,6 +175,7 @@ def make_pictures(args, sd, flow, prompts, size, files, making, ranks, autocast)
             context = sd.encode_text([prompts[i] for i in batch])
             x1 = flow.sample(x0, context, args.steps, uncond, args.cfg, callback=lambda x_fm: bar.update())
             drawn = sd.decode(x1).float().cpu()
+        check_drawn(sd, x1, drawn)
         for i, picture in zip(batch, drawn):
             if files:
                 save_picture(files[i], to_pil(picture), making(prompts[i], Picture=i))

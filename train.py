@@ -191,7 +191,7 @@ def load_trainable(args, device):
     """-> sd, flow, {name: parameter} to train: the UNet's LoRA, or all of it."""
     frozen = torch.bfloat16 if args.precision == "bf16" and args.lora != "none" else torch.float32
     sd = load_model(args.ckpt or BUNDLED_PRIOR, args.init_lora, device, frozen, args.prediction, args.use_ema,
-                    args.zero_snr)
+                    args.zero_snr, trainable=args.lora == "init")
     if args.init_lora and sd.is_depth_model != (args.task == "depth"):
         raise ValueError(f"--init-lora {args.init_lora}: it was trained for another task than --task {args.task}")
     if args.task == "depth":
@@ -204,11 +204,7 @@ def load_trainable(args, device):
     flow = make_flow(sd, args.objective)
     if args.lora == "none":
         sd.unet.requires_grad_()
-        if args.init_lora:
-            del sd.unet.merged          # the weights without the LoRA, which take memory
-    elif args.init_lora:
-        lora.unmerge(sd.unet)
-    else:
+    elif not args.init_lora:
         lora.inject(sd.unet, int(args.lora) if args.lora.isdecimal() else args.lora)
     sd.unet.to(memory_format=torch.channels_last).train().checkpointing = args.checkpointing
     return sd, flow, {name: parameter for name, parameter in sd.unet.named_parameters() if parameter.requires_grad}
@@ -224,7 +220,7 @@ def open_data(args, sd):
         if args.ckpt is None and dataset.made_with["base_hash"] != sd.unet_hash:
             raise ValueError(f"{args.data[0]}: its pairs were made with {dataset.made_with['base']}: pass it as --ckpt")
         check_base(args.data[0], dataset.made_with, sd, args.prediction)
-        if dataset.settings.get("lora") and not args.init_lora:
+        if dataset.settings.get("lora") and not args.init_lora and dataset.made_with["base_hash"] == sd.unet_hash:
             print(f"warning: {args.data[0]}: made with the LoRA {dataset.settings['lora']}: pass it as --init-lora")
         held_out = [dataset.pair(len(dataset) + i) for i in range(n)]
         words = f"{len(dataset):,} pairs in {args.data[0]}"

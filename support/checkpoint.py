@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from model import Config, StableDiffusion
-from support.files import from_json, open_tensors, read_text, save_tensors
+from support.files import from_json, open_tensors, read_text, reading, save_tensors
 from support.names import HF_CLIP, OPEN_CLIP, UNET, VAE, file_names, folder_names
 
 TEXT_PREFIXES = {  # of the text encoder in single files -> its first tensor
@@ -58,6 +58,21 @@ def is_plain(tensor):
     return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
 
 
+class Inert:
+    """Stands for a class or function that a pickle names: it takes any arguments and does nothing."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+INERT = ["pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.dtype", "numpy.ndarray"] + [
+    f"numpy.{core}.{name}" for core in ("core", "_core")                        # numpy 1 and 2
+    for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")]
+
+
 class CheckpointFile:
     """A single file, open: .shapes by name, .metadata, .config, .names(parameter), .tensors(names) one by one."""
 
@@ -89,10 +104,9 @@ class CheckpointFile:
         return {name: tuple(tensor.shape) for name, tensor in content.items()}
 
     def unpickle(self):
-        """Load with weights_only=True. Lightning's callback class, which old files contain, becomes an inert stub."""
-        stub = type("ModelCheckpoint", (), {})
-        with torch.serialization.safe_globals(
-                [(stub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]):
+        """Load with weights_only=True. Lightning's callback and numpy's numbers, which old files contain beside the
+        weights, become Inert."""
+        with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
             content = torch.load(self.path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path) or None)
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
         return {name: tensor.detach() for name, tensor in content.items()
@@ -110,6 +124,10 @@ class CheckpointFile:
         return file_names(parameter, self.text_prefix)
 
 
+MARIGOLD = {  # the metadata of its folders: what its pipeline in diffusers does
+    "task": "depth", "image_input": "first", "empty_prompt": "unpadded", "resolution": "576 768"}
+
+
 class DiffusersFolder:
     """A folder in diffusers' layout: model_index.json, unet/, vae/, text_encoder/, scheduler/. Used as
     CheckpointFile."""
@@ -117,26 +135,23 @@ class DiffusersFolder:
     def __init__(self, path):
         self.path, self.shapes, self.places = Path(path), {}, {}
         pipeline = self.json("model_index.json").get("_class_name")
-        if not re.fullmatch(r"StableDiffusion(Img2Img|Inpaint)?Pipeline", str(pipeline)):
+        if not re.fullmatch(r"StableDiffusion(Img2Img|Inpaint)?Pipeline|Marigold(Depth)?Pipeline", str(pipeline)):
             raise ValueError(f"{path}: a folder of {pipeline}; Stable Diffusion 1.x or 2.x is needed")
         for part in ("unet", "vae", "text_encoder"):
             for file in self.weight_files(part):
                 self.read_names(part, file)
-        try:
-            self.config, scheduler = self.read_config(), self.json("scheduler/scheduler_config.json")
-            self.metadata = {"prediction_type": str(scheduler.get("prediction_type", "epsilon")),  # diffusers' default
-                             "zero_snr": str(scheduler.get("rescale_betas_zero_snr", False)).lower()}
-            betas = scheduler["beta_schedule"], scheduler["beta_start"], scheduler["beta_end"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: a config.json or scheduler_config.json in it lacks {error}") from error
+        self.config, scheduler = self.read_config(), self.json("scheduler/scheduler_config.json")
+        self.metadata = {"prediction_type": str(scheduler.get("prediction_type", "epsilon")),      # diffusers' default
+                         "zero_snr": str(scheduler.get("rescale_betas_zero_snr", False)).lower()}
+        if "Marigold" in pipeline:
+            self.metadata |= MARIGOLD
+        betas = tuple(scheduler.get(name) for name in ("beta_schedule", "beta_start", "beta_end"))
         if betas != ("scaled_linear", 0.00085, 0.012):
             raise ValueError(f"{path}: the noise schedule of its scheduler is {betas}, not Stable Diffusion's")
 
     def json(self, name):
-        try:
+        with reading(self.path / name, "JSON as diffusers writes it"):
             return dict(from_json(read_text(self.path / name)))
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{self.path / name}: missing or damaged ({type(error).__name__})") from error
 
     def weight_files(self, part):
         """-> the files of one variant, sharded or not: the plain variant if there is one, else fp16."""
@@ -157,19 +172,28 @@ class DiffusersFolder:
                 self.places[name], self.shapes[name] = (path, stored), tuple(file.get_slice(stored).get_shape())
 
     def read_config(self):
-        """-> Config, from the folder's config.json files."""
-        unet, vae, text = (self.json(f"{part}/config.json") for part in ("unet", "vae", "text_encoder"))
+        """-> Config, from the tensors' shapes; which text encoder it is, and the heads, from config.json files."""
+        def count(pattern):
+            return count_names(self.shapes, pattern)
+
+        shapes, levels = self.shapes, count(r"unet/down_blocks\.\d+\.")
+        embedding = shapes["text_encoder/embeddings.token_embedding.weight"]
         config = Config(
-            unet_widths=tuple(unet["block_out_channels"]), unet_res_blocks=unet["layers_per_block"],
-            attention=tuple("CrossAttn" in block for block in unet["down_block_types"]),
-            context_width=unet["cross_attention_dim"], linear_projection=unet.get("use_linear_projection", False),
-            in_channels=unet["in_channels"], out_channels=unet["out_channels"],
-            vae_widths=tuple(vae["block_out_channels"]), vae_res_blocks=vae["layers_per_block"],
-            latent_channels=vae["latent_channels"], open_clip=text["hidden_act"] == "gelu",
-            text_width=text["hidden_size"], text_layers=text["num_hidden_layers"], text_projection=False,
-            vocabulary=text["vocab_size"])
-        heads = unet["attention_head_dim"]
-        heads = heads if isinstance(heads, list) else [heads] * len(config.unet_widths)
+            unet_widths=tuple(shapes[f"unet/down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
+            unet_res_blocks=count(r"unet/down_blocks\.0\.resnets\.\d+\."),
+            attention=tuple(f"unet/down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(levels)),
+            context_width=shapes["unet/mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1],
+            linear_projection=len(shapes["unet/mid_block.attentions.0.proj_in.weight"]) == 2,
+            in_channels=shapes["unet/conv_in.weight"][1], out_channels=shapes["unet/conv_out.weight"][0],
+            vae_widths=tuple(shapes[f"vae/encoder.down_blocks.{i}.resnets.0.conv1.weight"][0]
+                             for i in range(count(r"vae/encoder\.down_blocks\.\d+\."))),
+            vae_res_blocks=count(r"vae/encoder\.down_blocks\.0\.resnets\.\d+\."),
+            latent_channels=shapes["vae/quant_conv.weight"][0] // 2,
+            open_clip=self.json("text_encoder/config.json").get("hidden_act") == "gelu",
+            text_width=embedding[1], text_layers=count(r"text_encoder/encoder\.layers\.\d+\."), text_projection=False,
+            vocabulary=embedding[0])
+        heads = self.json("unet/config.json").get("attention_head_dim")
+        heads = heads if isinstance(heads, list) else [heads] * levels
         if heads != [config.heads(width) for width in config.unet_widths]:
             raise ValueError(f"{self.path}: {heads} attention heads are not those of Stable Diffusion 1.x or 2.x")
         if config.text_layers_used < config.text_layers:
@@ -234,10 +258,15 @@ def find_text(shapes):
     return next((prefix for prefix, first in TEXT_PREFIXES.items() if prefix + first in shapes), HF_CLIP)
 
 
+def count_names(names, pattern):
+    """-> how many different beginnings of `names` match a pattern."""
+    return len({match[0] for name in names if (match := re.match(pattern, name))})
+
+
 def read_config(shapes):
     """{name: shape} of a single file -> Config. ValueError that says what the file looks like."""
     def count(pattern):
-        return len({match[0] for key in shapes if (match := re.match(pattern, key))})
+        return count_names(shapes, pattern)
 
     check_parts(shapes)
     try:
@@ -286,13 +315,18 @@ def guess_prediction(file, prediction):
         why = f"from the file's {name}"
     if found is None and "v_pred" in file.shapes:       # an empty tensor in v-prediction files of ComfyUI
         found, why = "v", "from the file's tensor v_pred"
+    yaml = file.path.with_suffix(".yaml")               # the settings of the original code, which A1111 reads
+    if found is None and yaml.is_file():
+        text = yaml.read_text(encoding="utf-8", errors="replace")
+        if line := re.search(r"""^\s*parameterization:\s*["']?(\w+)""", text, re.MULTILINE):
+            found, why = line[1], f"from the parameterization in {yaml.name}"
     if found not in (None, "v", "eps"):
         raise ValueError(f"{file.path}: prediction {found!r} ({why}) is neither 'v' nor 'eps'")
     if found is not None:
         return found, why
     config = file.config
     if not config.open_clip:
-        return "eps", "as all of SD 1.x"
+        return "eps", "SD 1.x usually is eps; if this one is not: --prediction v"
     # one norm's statistics separate SD 2.1 (768, v) from the eps-models with the same shapes
     last = len(config.unet_widths) * (config.unet_res_blocks + 1) - 1
     name = f"{UNET}output_blocks.{last}.1.transformer_blocks.0.norm1.bias"
@@ -307,12 +341,18 @@ def guess_prediction(file, prediction):
 def check_architecture(file):
     """ValueError if a file's architecture is not supported."""
     config = file.config
-    numbers = [number for entry in vars(config).values() for number in (entry if isinstance(entry, tuple) else [entry])]
-    if not all(isinstance(number, int) and 0 <= number < 10**6 for number in numbers):
-        raise ValueError(f"{file.path}: impossible sizes in a config.json or in the tensors' shapes: {numbers}")
+    numbers = [number for entry in vars(config).values() for number in (entry if isinstance(entry, tuple) else [entry])
+               if not isinstance(number, bool)]
+    if not all(1 <= number < 10**6 for number in numbers) or not config.unet_widths or not config.vae_widths:
+        raise ValueError(f"{file.path}: impossible sizes in the tensors' shapes, or no blocks at all: {numbers}")
     if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
         raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels: an inpainting, depth or "
                          "upscaling variant, which is not supported")
+    is_depth = file.metadata.get("task") == "depth" or file.metadata.get("image_input") == "first"
+    if config.in_channels > config.latent_channels and not is_depth:
+        raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels, and neither its metadata nor the "
+                         "layout of Marigold says that it is a depth model: InstructPix2Pix, or a depth model of "
+                         "another program, which is not supported")
     if config.vocabulary < 49408 or config.text_width != config.context_width:
         raise ValueError(f"{file.path}: a text encoder of {config.vocabulary} words and width {config.text_width} does "
                          f"not fit the tokenizer's 49408 and the UNet's context width {config.context_width}")
@@ -323,11 +363,8 @@ def check_architecture(file):
 def build_empty(file, prediction):
     """-> StableDiffusion on the meta device: tensors with shapes, without memory."""
     import open_clip  # noqa: F401  before the meta device: some versions compute while they are imported
-    try:
-        with torch.device("meta"):
-            return StableDiffusion(file.config, prediction)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"{file.path}: no model has these tensor shapes: {error}") from error
+    with torch.device("meta"):
+        return StableDiffusion(file.config, prediction)
 
 
 def averaged_name(name):
@@ -435,8 +472,9 @@ def save_checkpoint(sd, path, dtype=None, **metadata):
         names = file_names(parameter, prefix)
         value = value.to(dtype or source.dtypes.get(parameter, value.dtype))
         tensors.update(zip(names, value.chunk(len(names))))
-    prediction = {"prediction": sd.prediction} | ({"zero_snr": "true"} if sd.zero_snr else {})
-    save_tensors(path, tensors, {**sd.metadata, **prediction, **metadata})
+    needed = {"prediction": sd.prediction} | ({"zero_snr": "true"} if sd.zero_snr else {}) | (
+        {"image_input": "first"} if sd.is_depth_model else {})
+    save_tensors(path, tensors, {**sd.metadata, **needed, **metadata})
 
 
 # ------------------------------------------------------------------ loading
@@ -448,17 +486,23 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, us
     file; zero_snr: the network was trained with zero terminal SNR, though the file does not say so. Prints what it
     assumed. ValueError for a file that is missing, damaged or of another kind.
     """
-    file = open_checkpoint(path)
-    check_architecture(file)
-    prediction, why = guess_prediction(file, prediction)
-    sd = build_empty(file, prediction)
-    stored, extra = find_tensors(file, sd, use_ema)
-    dtypes = read_weights(file, sd, stored, device, dtype)
-    sd.zero_snr = zero_snr or "ztsnr" in file.shapes or file.metadata.get("zero_snr") == "true"
-    sd.source = Source(path, dtypes=dtypes)
-    if isinstance(file, CheckpointFile):        # a folder is saved as a plain single file
-        sd.source = Source(path, file.text_prefix, dict(file.tensors(extra)), dtypes)
-        sd.metadata = {name: value for name, value in file.metadata.items() if name != "format"}
+    with reading(Path(path), "a checkpoint of Stable Diffusion 1.x or 2.x"):
+        file = open_checkpoint(path)
+        check_architecture(file)
+        prediction, why = guess_prediction(file, prediction)
+        sd = build_empty(file, prediction)
+        stored, extra = find_tensors(file, sd, use_ema)
+        dtypes = read_weights(file, sd, stored, device, dtype)
+        sd.zero_snr = zero_snr or "ztsnr" in file.shapes or file.metadata.get("zero_snr") == "true"
+        if isinstance(file, CheckpointFile):
+            sd.source = Source(path, file.text_prefix, dict(file.tensors(extra)), dtypes)
+            sd.metadata = {name: value for name, value in file.metadata.items() if name != "format"}
+        else:                                       # a folder is saved as a plain single file
+            sd.source = Source(path, dtypes=dtypes)
+            sd.metadata = {name: value for name, value in file.metadata.items() if name in MARIGOLD}
+        if sd.is_depth_model and sd.metadata.get("image_input") != "first":     # an old file of ours: the noisy latents
+            conv = sd.unet.input_blocks[0][0]
+            conv.weight.data = conv.weight.data.roll(sd.config.latent_channels, 1)
     weights = ""
     if any(name.startswith("model_ema.diffusion_model") for name in file.shapes):
         weights = ", EMA weights" if use_ema else ", non-EMA weights (--use-ema loads the others)"

@@ -252,10 +252,9 @@ def reading(name, kind):
     broken bytes, parsers raise nearly everything. A ValueError that names it already passes."""
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(name)):
+        is_ours = isinstance(error, ValueError) and str(error).startswith(str(name))
+        if is_ours or isinstance(error, MemoryError) or "out of memory" in str(error):
             raise
         reason = error if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{name}: not {kind}, or damaged ({reason})") from error

@@ -1,6 +1,6 @@
 """How a trained model is put together from its files: device, precision, base checkpoint, LoRA, velocity field.
 
-    sd, flow = load_flow(lora_file="runs/NAME/lora.safetensors", device="cuda")
+    sd, flow = load_flow(loras=["runs/NAME/lora.safetensors", "other.safetensors:0.8"], device="cuda")
 
 What is not given is found: the base by the LoRA's metadata, the newest run in runs/, else the bundled prior.
 """
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-import lora
 from diff2flow import OBJECTIVES
 from model import DepthUNet
 from schedule import sd_schedule
 from support.checkpoint import load_checkpoint, prediction_of
 from support.files import from_json, read_text
-from support.lora_file import load_lora, read_metadata
+from support.lora_file import load_lora, merge_lora, read_metadata
 
 BUNDLED_PRIOR = Path(__file__).parent.parent / "toy" / "tiny-v.safetensors"
 LARGEST = 100_000       # pixels per side of a picture
+MODEL_METADATA = "objective", "cfg", "resolution", "zero_snr"   # of a LoRA, which decide how its model is used
 
 
 # ------------------------------------------------------------------ device and precision
@@ -81,6 +81,25 @@ def newest_weights(task):
     return max(wanted, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def as_list(loras):
+    """None, one LoRA or a list of them -> list."""
+    return [loras] if isinstance(loras, (str, Path)) else list(loras or [])
+
+
+def split_strength(lora):
+    """"FILE:0.8" -> FILE, 0.8; "FILE" -> FILE, 1.0. The name of a file that exists may itself have a colon."""
+    file, _, number = str(lora).rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = None
+    if not file or strength is None or os.path.exists(lora):
+        return str(lora), 1.0
+    if not abs(strength) <= 1000:                                   # True for NaN
+        raise ValueError(f"--lora {lora}: the strength of a LoRA is a number between -1000 and 1000")
+    return file, strength
+
+
 def find_base(lora_file):
     """-> the checkpoint that a LoRA was trained on, and whether on its EMA weights: from result.json or the LoRA's own
     metadata. ValueError if neither names a file that exists."""
@@ -97,10 +116,11 @@ def find_base(lora_file):
     return bundled, False
 
 
-def find_files(ckpt, lora_file, use_ema, task):
-    """-> checkpoint, LoRA file or None, use EMA weights or not. Without a checkpoint, the one that the LoRA was trained
-    on; without both, those of the newest run, else the bundled prior."""
-    if ckpt is None and lora_file is None:
+def find_files(ckpt, loras, use_ema, task):
+    """-> checkpoint, list of LoRAs as "FILE" or "FILE:STRENGTH", use EMA weights or not. Without a checkpoint, the one
+    that the first LoRA was trained on; without both, those of the newest run, else the bundled prior."""
+    loras = as_list(loras)
+    if ckpt is None and not loras:
         newest = newest_weights(task)
         if newest is None and task == "depth":
             raise ValueError("there is no depth model in runs/: train one by python train.py --task depth, or name one "
@@ -108,11 +128,11 @@ def find_files(ckpt, lora_file, use_ema, task):
         if newest is None or newest.name == "model.safetensors":
             ckpt = newest or BUNDLED_PRIOR
         else:
-            lora_file = newest
+            loras = [newest]
     if ckpt is None:
-        ckpt, of_ema = find_base(lora_file)
+        ckpt, of_ema = find_base(split_strength(loras[0])[0])
         use_ema = use_ema or of_ema
-    return Path(ckpt), lora_file, use_ema
+    return Path(ckpt), loras, use_ema
 
 
 # ------------------------------------------------------------------ a model
@@ -132,44 +152,67 @@ def check_base(path, made_with, sd, prediction=None):
               f"({sd.unet_hash[:10]})")
 
 
-def load_model(ckpt, lora_file=None, device="cpu", dtype=torch.float32, prediction=None, use_ema=False, zero_snr=False):
-    """Checkpoint, and LoRA if there is one -> StableDiffusion with the LoRA merged into its weights (lora.unmerge
-    undoes that). Metadata of the LoRA is in sd.metadata."""
-    sd = load_checkpoint(ckpt, device, dtype, prediction, use_ema, zero_snr)
-    if lora_file:
-        print(f"LoRA {lora_file}")
-        metadata = read_metadata(lora_file)
-        if metadata.get("base_hash") != sd.unet_hash:       # else sd takes the LoRA's prediction
-            check_base(lora_file, metadata, sd, prediction)
-        sd.metadata |= {name: value for name, value in metadata.items() if not name.startswith(("ss_", "modelspec."))}
-        sd.source.path, sd.prediction = lora_file, prediction or prediction_of(metadata)[0] or sd.prediction
+def take_metadata(files, sd, prediction):
+    """Let the metadata of LoRA files decide how `sd` is used: prediction, guidance, size, task. Where two files differ
+    the first one counts, with a warning. ValueError for a LoRA of a network of another prediction."""
+    taken = {}
+    for file in files:
+        metadata = read_metadata(file)
+        if taken or metadata.get("base_hash") != sd.unet_hash:      # else sd takes the LoRA's prediction
+            check_base(file, metadata, sd, prediction)
+        sd.prediction = prediction or prediction_of(metadata)[0] or sd.prediction
         if sd.prediction not in ("v", "eps"):
-            raise ValueError(f"{lora_file}: prediction {sd.prediction!r} is neither 'v' nor 'eps': pass --prediction")
-        sd.zero_snr = sd.zero_snr or metadata.get("zero_snr") == "true"
+            raise ValueError(f"{file}: prediction {sd.prediction!r} is neither 'v' nor 'eps': pass --prediction")
+        for name in MODEL_METADATA:
+            if name in taken and metadata.get(name, taken[name]) != taken[name]:
+                print(f"warning: {file}: its {name} {metadata[name]!r} does not count, since a LoRA before it has "
+                      f"{taken[name]!r}", file=sys.stderr)
         if metadata.get("task") == "depth":
             sd.add_image_input()
-        load_lora(lora_file, sd.unet)
-        lora.merge(sd.unet)
+        taken = metadata | taken
+    sd.zero_snr = sd.zero_snr or taken.get("zero_snr") == "true"
+    sd.metadata |= {name: value for name, value in taken.items()
+                    if not name.startswith(("ss_", "modelspec.", "lora_adapter_metadata"))}
+
+
+def load_model(ckpt, loras=None, device="cpu", dtype=torch.float32, prediction=None, use_ema=False, zero_snr=False,
+               trainable=False):
+    """Checkpoint, and LoRAs ("FILE" or "FILE:STRENGTH") if there are any -> StableDiffusion with the LoRAs merged into
+    its weights, and their metadata in sd.metadata. trainable: the one LoRA stays adapters beside the weights."""
+    sd, loras = load_checkpoint(ckpt, device, dtype, prediction, use_ema, zero_snr), as_list(loras)
+    files, strengths = zip(*map(split_strength, loras)) if loras else ((), ())
+    take_metadata(files, sd, prediction)
+    for file, strength in zip(files, strengths):
+        print(f"LoRA {file}" + (f", strength {strength:g}" if strength != 1 else ""))
+        if trainable:
+            load_lora(file, sd.unet)
+        else:
+            merge_lora(file, sd, strength)
+    if files:
+        sd.source.path = ", ".join(files)
     return sd
 
 
 @torch.no_grad()
 def make_flow(sd, objective):
     """-> the velocity field of `sd`; objective is one of OBJECTIVES."""
-    net = DepthUNet(sd.unet, sd.encode_text([""])) if sd.is_depth_model else sd.unet
+    net = sd.unet
+    if sd.is_depth_model:
+        unpadded = sd.metadata.get("empty_prompt") == "unpadded"        # Marigold: its start and end token alone
+        net = DepthUNet(sd.unet, sd.encode_text([""])[:, :2 if unpadded else 77])
     return OBJECTIVES[objective](net, *sd_schedule(zero_snr=sd.zero_snr, device=sd.device), sd.prediction)
 
 
-def load_flow(ckpt=None, lora_file=None, *, device="cpu", dtype=torch.float32, task="text-to-image", objective=None,
+def load_flow(ckpt=None, loras=None, *, device="cpu", dtype=torch.float32, task="text-to-image", objective=None,
               prediction=None, use_ema=False, zero_snr=False):
-    """Checkpoint, and LoRA if there is one -> sd (StableDiffusion), flow (its velocity field). Files that are not given
-    are found by find_files.
+    """Checkpoint, and LoRAs if there are any -> sd (StableDiffusion), flow (its velocity field). Files that are not
+    given are found by find_files.
 
     objective: one of OBJECTIVES (None: diff2flow, or fm and fm-flip for models trained so). task: ValueError if the
     model was trained for another one ("depth" or not); None accepts both.
     """
-    ckpt, lora_file, use_ema = find_files(ckpt, lora_file, use_ema, task)
-    sd = load_model(ckpt, lora_file, device, dtype, prediction, use_ema, zero_snr)
+    ckpt, loras, use_ema = find_files(ckpt, loras, use_ema, task)
+    sd = load_model(ckpt, loras, device, dtype, prediction, use_ema, zero_snr)
     if task is not None and sd.is_depth_model != (task == "depth"):
         raise ValueError(f"{sd.source.path}: {'' if sd.is_depth_model else 'not '}trained for depth; use "
                          f"{'depth.py' if sd.is_depth_model else 'sample.py'} for it")
@@ -199,6 +242,13 @@ def guidance(sd, cfg=None, for_pairs=False):
 def unconditional(sd, cfg, negative=""):
     """-> the text embedding (1, L, D) that guidance leads away from; None without guidance (cfg 1)."""
     return sd.encode_text([negative]) if cfg != 1 else None
+
+
+def check_drawn(sd, *tensors):
+    """ValueError if latents or pictures that a model drew have NaN, infinity, or numbers that float16 does not have."""
+    if not all(tensor.abs().max() < 65504 for tensor in tensors):                       # False for NaN
+        raise ValueError(f"{sd.source.path}: it draws NaN, infinity or numbers above 65504, which are not written: its "
+                         "weights are damaged, too large or made for another base, or --cfg is too large")
 
 
 def picture_size(sd, size=None):

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from data import noises, progress
 from support.files import from_json, open_tensors, remove_partial, save_tensors, try_writing
-from support.load import BUNDLED_PRIOR, objective_of, unconditional
+from support.load import BUNDLED_PRIOR, check_drawn, objective_of, split_strength, unconditional
+from support.lora_file import adapts_text
 
 PAIRS_PER_FILE = 256
 
@@ -145,10 +146,13 @@ def pair_settings(args, sd, flow, prompts, size):
     """-> the settings that all pairs of a folder share. prompts: a list, or captions of scenes, named by their
     style."""
     prompts = prompts if isinstance(prompts, list) else prompts.scenes.style
-    return {"ckpt": args.ckpt.name, "lora": args.lora, "prediction": sd.prediction, "objective": objective_of(flow),
+    hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() + (f" x {strength:g}" if strength != 1 else "")
+              for file, strength in map(split_strength, args.lora)]
+    return {"ckpt": args.ckpt.name, "lora": ", ".join(args.lora) or None, "prediction": sd.prediction,
+            "objective": objective_of(flow),
             "seed": args.seed, "steps": args.steps, "cfg": args.cfg, "negative": args.negative, "size": size,
             "zero_snr": sd.zero_snr, "unet_hash": sd.unet_hash,
-            "lora_hash": args.lora and hashlib.sha256(Path(args.lora).read_bytes()).hexdigest(),
+            "lora_hash": ", ".join(hashes) or None,
             "prompts_hash": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
 
 
@@ -181,18 +185,25 @@ def make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast):
                 x0 = noises(batch, shape, args.seed).half()
                 with autocast:
                     x1 = flow.sample(x0.to(sd.device), sd.encode_text(texts), args.steps, uncond, args.cfg)
+                check_drawn(sd, x1)
                 save_pairs(batch_file(shard, start), x0, x1.half().cpu(), texts, settings)
                 bar.update(len(batch))
             join_batches(shard, settings)
 
 
 def reflow_command(args):
-    """-> the command that trains on these pairs, from the model that made them."""
+    """-> the command that trains on these pairs, from the model that made them. It goes on with a single LoRA; several,
+    or one with a strength or of the text encoder, are merged into one checkpoint first."""
     words = ["python", "train.py", "--task", "reflow", "--data", args.out]
+    options = ["--use-ema"] * args.use_ema + ["--zero-snr"] * args.zero_snr
+    if args.prediction:
+        options = ["--prediction", args.prediction, *options]
+    loras = [split_strength(lora) for lora in args.lora]
+    if len(loras) > 1 or any(strength != 1 or adapts_text(file) for file, strength in loras):
+        merge = ["python", "-m", "tools.merge", *args.lora, "--ckpt", str(args.ckpt), "--out", "merged.safetensors"]
+        return shlex.join(merge + options) + " && " + shlex.join([*words, "--ckpt", "merged.safetensors"])
     if args.ckpt != BUNDLED_PRIOR:
         words += ["--ckpt", str(args.ckpt)]
     if args.lora:
-        words += ["--init-lora", str(args.lora)]
-    if args.prediction:
-        words += ["--prediction", args.prediction]
-    return shlex.join(words + ["--use-ema"] * args.use_ema + ["--zero-snr"] * args.zero_snr)
+        words += ["--init-lora", *args.lora]
+    return shlex.join(words + options)

@@ -7,7 +7,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from support.files import SOFTWARE, check_replaceable, partial_name, replacing, try_writing
-from support.load import objective_of
+from support.load import objective_of, split_strength
 
 LARGEST_SIDE = {".png": 2**31 - 1, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}   # pixels, by format
 
@@ -104,7 +104,9 @@ def save_grid(path, images, columns, making, row_labels=None, captions=None):
 
 def settings_text(args, sd, flow, prompt, negative="", **more):
     """How a picture was made, in the format of other tools: the prompt, the negative prompt, a line of settings."""
-    model = Path(args.ckpt).stem + (f" + {Path(args.lora).stem}" if args.lora else "")
+    model = Path(args.ckpt).stem
+    for file, strength in map(split_strength, args.lora):
+        model += f" + {Path(file).stem}" + (f" x {strength:g}" if strength != 1 else "")
     settings = {"Steps": args.steps, "Sampler": "Euler", "Seed": args.seed, "Model hash": sd.unet_hash[:10],
                 "Model": model, "Objective": objective_of(flow), **more}
     lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]

@@ -330,6 +330,8 @@ def training_metadata(args, title, sd, size):
         metadata["style"] = args.style          # of the procedural scenes
     if sd.zero_snr:
         metadata["zero_snr"] = "true"
+    if sd.is_depth_model:
+        metadata["image_input"] = "first"
     if args.lora == "none":
         return metadata | modelspec(sd, title, size)
     version = f"sd_v{sd.config.version}{'_v' if sd.prediction == 'v' else ''}"

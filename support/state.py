@@ -41,9 +41,12 @@ def saved_settings(folder):
         settings = from_json(metadata["args"])
         if not isinstance(settings["task"], str) or int(metadata["step"]) < 0:
             raise ValueError(f"task {settings['task']}, step {metadata['step']}")
-        return settings
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not written by train.py ({error})") from error
+    if settings["task"] == "depth" and metadata.get("version") == "1":
+        raise ValueError(f"{path}: a depth run of an earlier version, whose UNet took its inputs in another order: "
+                         "start a new run from its weights, with --init-lora or --ckpt")
+    return settings
 
 
 def parsed_again(parser, settings, known, path, positional=()):
@@ -144,7 +147,7 @@ def save_state(out, args, step, ema, optimizer, **about):
         for key, value in optimizer.state[parameter].items():
             tensors[f"adam/{key}/{name}"] = value
     settings = {name: value for name, value in vars(args).items() if name != "given"}
-    metadata = {"args": json.dumps(settings), "step": str(step), "version": "1", **about}
+    metadata = {"args": json.dumps(settings), "step": str(step), "version": "2", **about}
     save_tensors(out / "state.safetensors", tensors, metadata)
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import depth
 import lora
 import sample
 import train
@@ -21,7 +22,7 @@ from model import TINY, StableDiffusion
 from support import load
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.load import find_files, load_flow, make_flow, picture_size
-from support.lora_file import load_lora, save_lora
+from support.lora_file import merge_lora, save_lora
 from tests import runs
 from tests.runs import FEW, SHORT, call, refusal, save_photos, works
 from toy.scenes import Scenes
@@ -185,8 +186,7 @@ def test_a_lora_is_merged_into_its_base_and_sets_the_guidance(tiny):
     write_lora("lora.safetensors", tiny, cfg="1.0")
     plain, (sd, _) = load_checkpoint(tiny), load_flow(tiny, "lora.safetensors")
     merged = load_checkpoint(tiny)
-    load_lora("lora.safetensors", merged.unet)
-    lora.merge(merged.unet)
+    merge_lora("lora.safetensors", merged)
     weights, expected = sd.unet.state_dict(), merged.unet.state_dict()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert not torch.equal(weights["out.2.weight"], plain.unet.state_dict()["out.2.weight"])
@@ -212,16 +212,16 @@ def test_without_files_the_newest_finished_run_of_the_task_is_used_with_its_base
     adapter = write_lora("lora.safetensors", tiny)
     for base in "sd.safetensors", "other.safetensors":
         shutil.copy(tiny, base)
-    assert find_files(None, None, False, "text-to-image") == (tiny, None, False)
+    assert find_files(None, None, False, "text-to-image") == (tiny, [], False)
     full = write_run("full", tiny)
     depth = write_run("depth", adapter, "depth", ckpt="sd.safetensors")
     reflow = write_run("reflow", adapter, "reflow", ckpt="other.safetensors", use_ema=True)
     unfinished = write_run("unfinished", tiny)
     unfinished.with_name("result.json").unlink()
-    assert find_files(None, None, False, "text-to-image") == (Path("other.safetensors"), reflow, True)
-    assert find_files(None, None, False, "depth") == (Path("sd.safetensors"), depth, False)
+    assert find_files(None, None, False, "text-to-image") == (Path("other.safetensors"), [reflow], True)
+    assert find_files(None, None, False, "depth") == (Path("sd.safetensors"), [depth], False)
     os.utime(full)
-    assert find_files(None, None, False, "text-to-image") == (full, None, False)
+    assert find_files(None, None, False, "text-to-image") == (full, [], False)
     assert f"{full}: Stable" in works(sample, FEW + "--n 1")
 
 
@@ -232,10 +232,10 @@ def test_given_files_are_used_and_a_lora_alone_is_put_on_its_own_base(tiny):
     with pytest.raises(ValueError, match="moved/.*names its base other.safetensors, which does not exist: pass --ckpt"):
         find_files(None, moved, False, "text-to-image")
     shutil.copy(tiny, "other.safetensors")
-    assert find_files(None, adapter, False, "text-to-image") == (tiny, adapter, False)
-    assert find_files(None, moved, False, "text-to-image") == (Path("other.safetensors"), moved, True)
-    assert find_files("own.safetensors", moved, False, "text-to-image") == (Path("own.safetensors"), moved, False)
-    assert find_files("own.safetensors", None, True, "text-to-image") == (Path("own.safetensors"), None, True)
+    assert find_files(None, adapter, False, "text-to-image") == (tiny, [adapter], False)
+    assert find_files(None, moved, False, "text-to-image") == (Path("other.safetensors"), [moved], True)
+    assert find_files("own.safetensors", moved, False, "text-to-image") == (Path("own.safetensors"), [moved], False)
+    assert find_files("own.safetensors", None, True, "text-to-image") == (Path("own.safetensors"), [], True)
 
 
 def test_a_lora_without_result_json_finds_its_base_by_metadata_and_fits_no_other(tiny, monkeypatch, capsys):
@@ -248,7 +248,7 @@ def test_a_lora_without_result_json_finds_its_base_by_metadata_and_fits_no_other
     hashes = {name: load_checkpoint(f"toy/tiny-{name}.safetensors").unet_hash for name in ("v", "eps")}
     eps = write_lora("lora.safetensors", tiny, base="tiny-eps.safetensors", base_hash=hashes["eps"], prediction="eps")
     capsys.readouterr()
-    sd, _ = load_flow(lora_file=eps)
+    sd, _ = load_flow(loras=eps)
     assert sd.prediction == "eps" and "toy/tiny-eps.safetensors: Stable" in (out := capsys.readouterr().out)
     assert "warning" not in out
     with pytest.raises(ValueError, match="made with tiny-eps.safetensors, whose UNet predicts eps; "
@@ -298,6 +298,38 @@ def test_a_depth_model_is_refused_for_pictures_and_a_text_to_image_model_for_dep
         sample, f"{FEW} --ckpt {tiny} --lora {adapter}")
     with pytest.raises(ValueError, match="not trained for depth; use sample.py for it"):
         load_flow(tiny, task="depth")
+
+
+@pytest.mark.parametrize("words", ["", "--lora 2"])
+def test_a_depth_model_from_before_the_image_came_first_computes_the_same(tiny, words):
+    """The metadata of such a file has no image_input; its halves of the first conv are the other way round."""
+    works(train, f"{SHORT} --task depth --preview-every 0 --out run --lora {'2' if words else 'none'}")
+    path, conv = next(Path("run").glob("[lm]o*.safetensors")), "model.diffusion_model.input_blocks.0.0.weight"
+    tensors, about = load_file(path), runs.metadata(path)
+    assert about.pop("image_input") == "first"
+    for name in {conv, "lora_unet_conv_in.lora_down.weight"} & tensors.keys():
+        tensors[name] = tensors[name].roll(4, 1)
+    save_file(tensors, "old.safetensors", about)
+    new, old = (load_flow(*((tiny, file) if words else (file,)), task="depth")[0].state_dict()
+                for file in (path, "old.safetensors"))
+    assert all(torch.allclose(new[name], old[name], atol=1e-7) for name in new)
+    assert not torch.allclose(new[conv][:, :4], new[conv][:, 4:], atol=1e-5)
+
+
+@pytest.mark.parametrize("module, words", [
+    (sample, "--n 2 --size 32 --singles --out a.png"), (sample, "--size 32 --pairs 2 --prompt x --out p"),
+    (depth, "photo.jpg --size 32 --out d")])
+@pytest.mark.parametrize("factor", [1e10, 1e36])
+def test_a_model_that_draws_numbers_that_are_too_large_is_refused_and_nothing_is_written(tiny, module, words, factor):
+    sd = load_checkpoint(tiny)
+    if module is depth:
+        sd.add_image_input()
+    sd.unet.out[2].weight *= factor
+    save_checkpoint(sd, "big.safetensors", torch.float32)
+    runs.save_photo("photo.jpg")
+    line = refusal(module, f"{words} --steps 2 --device cpu --precision fp32 --ckpt big.safetensors")
+    assert line.startswith("error: big.safetensors: it draws NaN, infinity or numbers above 65504")
+    assert {path.name for path in Path().rglob("*") if path.is_file()} == {"big.safetensors", "photo.jpg"}
 
 
 def test_without_a_depth_run_the_error_says_what_to_train_or_pass(tiny):

@@ -305,7 +305,7 @@ def test_each_scenes_velocity_error_is_at_its_own_noise_and_time_for_any_batch_s
     (path.parent / "result.json").write_text(json.dumps({"task": "text-to-image", "ckpt": str(checkpoint)}))
     run("velocity", path, "--n", 5, "--batch", 2, "--seed", 7, "--style", "outline")
     row, = rows_of("runs/velocity/velocity.jsonl")
-    sd, flow = load_flow(lora_file=path, device=torch.device("cpu"), task="text-to-image", objective="fm")
+    sd, flow = load_flow(loras=path, device=torch.device("cpu"), task="text-to-image", objective="fm")
     world = Scenes(5, 64, 64, "outline", judge.HELD_OUT_SEED + 7)
     noise = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(7))
     for i, found in enumerate(row["scenes"]["velocity_error"]):

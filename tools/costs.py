@@ -101,7 +101,7 @@ def as_on_cuda(mode):
 
 def without_file(config):
     """-> a replacement for load_model that reads no file: it builds a model of `config` on the meta device."""
-    def load_model(path, lora_file, device, dtype, *options):
+    def load_model(path, loras, device, dtype, *options, **more):
         with torch.device("meta"):
             sd = StableDiffusion(config, "v")
         sd.to(dtype).requires_grad_(False).eval()

@@ -204,7 +204,7 @@ def load_model(path, device, task, objective=None):
     if objective not in (None, *OBJECTIVES):
         raise ValueError(f"{path}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
     is_lora = has_metadata and is_lora_file(path)
-    files = {"lora_file": path} if is_lora else {"ckpt": path}
+    files = {"loras": path} if is_lora else {"ckpt": path}
     sd, flow = load_flow(**files, device=device, task=task, objective=objective)
     run, number = read_result(path), path.stem.rpartition("-")[2]
     return sd, flow, {"model": str(path), "objective": objective_of(flow), "prediction": flow.prediction, "run": run,

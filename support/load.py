@@ -201,6 +201,13 @@ def unconditional(sd, cfg, negative=""):
     return sd.encode_text([negative]) if cfg != 1 else None
 
 
+def check_finite(samples, sd):
+    """ValueError if sampled latents or pictures have NaN or infinity."""
+    if not samples.isfinite().all():
+        raise ValueError(f"{sd.source.path}: it draws NaN or infinity, so its numbers are too large: get another "
+                         "copy of the file, or lower --cfg")
+
+
 def picture_size(sd, size=None):
     """[side] or [height, width] in pixels (None: from the metadata, else 512) -> height, width. ValueError if it does
     not fit the networks."""

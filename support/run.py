@@ -26,6 +26,7 @@ from support.files import check_replaceable, from_json
 from support.load import BUNDLED_PRIOR
 from support.lora_file import save_lora
 from support.processes import StopSignal
+from support.prompts import CaptionWatch
 from support.state import names_hash, restore, save_state, saved_step, state_file
 
 try:
@@ -206,7 +207,7 @@ class Run:
         self.start = saved_step(args.resume) if args.resume else 0
         if self.start > args.steps:
             raise ValueError(f"--steps {args.steps}: {out} has done {self.start} steps already")
-        self.grad_accum = args.grad_accum // ranks.count
+        self.grad_accum, self.captions = args.grad_accum // ranks.count, CaptionWatch()
 
     def steps(self, loader, optimizer, ema, flow=None):
         """Yield (step, batches) for every step that is left, `batches` being this process's micro-batches. After each
@@ -231,6 +232,8 @@ class Run:
             saving = done % args.save_every == 0 or done == args.steps or stopping
             previewing = args.preview_every > 0 and done % args.preview_every == 0
             metrics.add(done, self.ranks.mean(self.loss), self.norm, optimizer.param_groups[0]["lr"], bar, now=saving)
+            if is_main:
+                self.captions.report(now=saving)
             if is_main and (saving or previewing):
                 with metrics.paused(), ema.in_place():
                     if saving:
@@ -248,6 +251,7 @@ class Run:
         mine = range(self.ranks.rank, self.args.grad_accum, self.ranks.count)
         for i in mine:
             batch = next(batches)
+            self.captions.look(batch["caption"])
             torch.manual_seed(seed_of(self.args.seed, step * self.args.grad_accum + i))
             self.ranks.sync_gradients(net, last=i == mine[-1])
             yield batch

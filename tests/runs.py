@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import re
 import shlex
 import sys
 import tarfile
@@ -95,6 +96,12 @@ def trained_captions(words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.EXAMPLES, "text-to-image", spied)
         return works(train, words), seen
+
+
+def python_blocks(page):
+    """-> the pieces of Python on a page such as docs/method.md, in their order."""
+    text = (Path(train.__file__).parent / page).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def metadata(path):

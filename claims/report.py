@@ -34,7 +34,7 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
-from support.files import SOFTWARE, check_replaceable, cli, read_text, replacing
+from support.files import SOFTWARE, check_replaceable, cli, from_json, read_text, reading, replacing
 from support.load import read_result
 
 Column = namedtuple("Column", "name heading")
@@ -76,7 +76,8 @@ def read_rows(paths, conditions):
     for path in files:
         about = {"run": read_result(path), "file": re.sub(r"-\d+$", "", path.stem)}
         for line in read_text(path).splitlines():
-            row = {**about, **json.loads(line)}
+            with reading(path, "lines of JSON objects, as toy.judge and train.py print them"):
+                row = {**about, **from_json(line)}
             if all(str(look_up(row, name)) in value.split("|") for name, value in conditions):
                 rows.append(row)
     if not rows:

@@ -1,6 +1,8 @@
 """Prompts of the command line, and a warning for those that are longer than the text encoder reads: 75 tokens."""
 import sys
 
+from tqdm import tqdm
+
 from data import ImageFolder, progress
 from model import tokenizer
 from support.files import read_text
@@ -34,8 +36,8 @@ def cut_off(text):
 def warn_of_cut(ends, n, what):
     """ends: what is cut off from those of n prompts or captions that are too long."""
     shown = ends[0] if len(ends[0]) <= 60 else f"{ends[0][:60]} ..."
-    print(f"warning: {len(ends)} of {n:,} {what} have more than {TOKENS} tokens, which is all that the text encoder "
-          f"reads; cut off from the first: {shown!r}", file=sys.stderr)
+    tqdm.write(f"warning: {len(ends)} of {n:,} {what} have more than {TOKENS} tokens, which is all that the text "
+               f"encoder reads; cut off from the first: {shown!r}", file=sys.stderr)
 
 
 def check_length(prompts, negative=""):

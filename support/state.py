@@ -43,15 +43,18 @@ def saved_settings(folder):
         raise ValueError(f"{path}: not written by train.py ({error})") from error
 
 
-def parsed_again(parser, settings, path):
-    """-> saved settings, parsed again as a command line. ValueError for values that the parser refuses."""
+def parsed_again(parser, settings, path, *words):
+    """-> saved settings, parsed again as a command line after `words`. ValueError for values that the parser refuses.
+    """
     def refuse(message):
         raise ValueError(f"{path}: not written by train.py ({message})")
 
-    words = []
+    words = list(words)
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, list):
+        if name == "prompt" and isinstance(value, list):        # the one flag that is repeated
+            words += [f"{flag}={prompt}" for prompt in value]
+        elif isinstance(value, list):
             words += [flag, *map(str, value)]
         elif value is True:
             words.append(flag)

@@ -43,7 +43,7 @@ RECIPES = {
 }
 FIXED = dict(  # settings of train.py that are the same for all three
     decay="cosine", grad_accum=1, clip=1.0, ema=0.999, caption_dropout=0.1, objective="dm", style="solid", lora="none",
-    keep=False, data=None, use_ema=False, previews=16)
+    keep=False, data=None, use_ema=False, previews=16, prompt=None)
 
 
 # ------------------------------------------------------------------ settings
@@ -78,17 +78,27 @@ def arguments():
         saved = state.saved_settings(args.resume)
         if saved["task"] != args.task:
             raise ValueError(f"--resume {args.resume}: a run of the task {saved['task']}, not {args.task}")
-        return argparse.Namespace(**state.resumed_settings(args.resume, state.given_flags(parser, args)))
+        settings = state.resumed_settings(args.resume, state.given_flags(parser, args))
+        settings = {name: value for name, value in settings.items() if name != "task" and name not in FIXED}
+        args = state.parsed_again(parser, settings, state.state_file(args.resume), args.task)
     for name, value in RECIPES[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    try:
+        check(args)
+    except ValueError as error:
+        raise ValueError(f"{state.state_file(args.resume)}: {error}" if args.resume else str(error)) from None
+    return argparse.Namespace(**vars(args), **FIXED)
+
+
+def check(args):
+    """ValueError for a setting that cannot work."""
     check_range(args, 1, 1e9, "steps", "batch", "scenes", "validation", "save_every")
     check_range(args, 0, 1e9, "preview_every", "warmup")
     check_range(args, 0, 2**32 - 1, "seed")
     check_range(args, 1e-12, 1, "lr")
     if args.prediction and args.task != "prior":
         raise ValueError(f"--prediction {args.prediction}: only the prior predicts v or eps")
-    return argparse.Namespace(**vars(args), **FIXED)
 
 
 # ------------------------------------------------------------------ the autoencoder

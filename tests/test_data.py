@@ -17,7 +17,7 @@ import data
 from data import ImageFolder, Keys, Memoised
 from support.files import save_tensors
 from support.pairs import Pairs, read_pairs
-from support.pictures import save_grid, save_picture, to_pil
+from support.pictures import GridPlan, save_grid, save_picture, to_pil
 from tests.runs import save_photo, save_photos
 
 
@@ -434,3 +434,14 @@ def test_a_grid_has_row_labels_at_the_left_and_captions_below_the_pictures(tmp_p
     assert (full[4:132, :left] < 100).any() and (full[4 + row:132 + row, :left] < 100).any()        # two labels
     assert (full[132:row, left:left + 132] < 100).any() and (full[132 + row:, left + 136:] < 100).any()     # "x"
     assert not (full[132 + row:, left:left + 132] < 100).any()                                      # the empty caption
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (128, 16), (512, 8), (8, 512)])
+def test_a_grid_of_narrow_pictures_has_readable_captions_that_do_not_overlap(tmp_path, height, width):
+    captions = ["a small red circle " * 9, "x" * 500, "", "東京 " * 40]
+    plan = GridPlan(4, height, width, 2, captions=captions)
+    assert all(plan.font.getlength(line) <= plan.column + plan.gap for lines in plan.captions[:3] for line in lines)
+    save_grid(tmp_path / "grid.png", torch.zeros(4, 3, height, width), 2, "a test", captions=captions)
+    assert Image.open(tmp_path / "grid.png").size == plan.size
+    xs, ys = zip(*map(plan.place, range(4)))
+    assert xs[1] - xs[0] >= max(plan.width, 40) and ys[2] - ys[0] >= plan.height + 5 * plan.line

@@ -59,16 +59,16 @@ def at_work(tiny, tmp_path):
         yield
 
 
-def call(module, words):
-    """Run a script's main() with these command-line arguments -> exit code, stdout, stderr."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+def call(module, words, stderr=io.StringIO):
+    """Run a script's main() with these command-line arguments -> exit code, stdout, stderr. stderr(): the stream."""
+    out, err, code = io.StringIO(), stderr(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *shlex.split(words)])
         try:
             cli(module.main)
         except SystemExit as stop:
             code = stop.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue() if err else "")
 
 
 def works(module, words):

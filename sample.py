@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import ImageFolder, noises, progress
+from data import noises
 from diff2flow import OBJECTIVES
-from support.files import check_range, check_replaceable, cli, parse, read_text, remove_partial
-from support.folders import pictures_in
+from support.files import check_range, cli, parse, remove_partial
 from support.load import (
     BUNDLED_PRIOR,
     check_drawn,
@@ -35,8 +34,18 @@ from support.load import (
 )
 from support.packed import pack
 from support.pairs import make_pairs, pair_settings, reflow_command
-from support.pictures import GridPlan, check_picture_file, save_grid, save_picture, settings_text, to_pil, try_picture
+from support.pictures import (
+    GridPlan,
+    check_picture_file,
+    save_grid,
+    save_picture,
+    settings_text,
+    single_files,
+    to_pil,
+    try_picture,
+)
 from support.processes import Ranks
+from support.prompts import check_length, read_prompts
 from toy.scenes import PLAIN, Scenes
 
 PICTURES_IN_GRID = 64    # at most, if --singles gives each picture a file of its own
@@ -67,12 +76,15 @@ def arguments():
     add("--data", help="folder of images with captions, which are the prompts")
     add("--negative", default="", help="prompt that guidance leads away from (default: the empty prompt)")
     add("--n", type=int, help="number of pictures (default: one per prompt; 8 without prompts)")
+    add("--first", type=int, default=0, help="number of the first picture, to draw a few pictures of a series again: "
+        "picture i takes noise i and the i-th prompt, and its metadata has its number (default: 0)")
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=int, help="Euler steps (default: 25; for pairs 40)")
     add("--cfg", type=float, help="guidance scale, 1 for none (default: 4; for pairs 7.5; after Reflow 1)")
     add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: 512, or the size that the "
         "model's metadata names; SD 2.1 was trained at 768)")
-    add("--seed", type=int, default=0, help="seed of the noise; a picture does not depend on --batch (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the noise; with another --batch a picture is the same but for "
+        "rounding, by up to 1/255 in float32 and 8/255 in bf16 (default: 0)")
     add("--batch", type=int, default=8, help="pictures at a time (default: 8)")
     add("--print-sigmas", action="store_true", help="print the steps as sigmas for other tools, and stop")
     add = parser.add_argument_group("output").add_argument
@@ -89,9 +101,12 @@ def arguments():
         args.ckpt = str(BUNDLED_PRIOR)              # not the newest run: pairs come from a model before Reflow
     check_range(args, 1, 1e9, "steps", "batch", "n", "pairs")
     check_range(args, 0, 2**32 - 1, "seed")
+    check_range(args, 0, 1e9, "first")
     check_range(args, -1e6, 1e6, "cfg")
     if args.pairs is None:
         check_picture_file(args.out, (0, 0))
+    elif args.first:
+        raise ValueError("--first is for pictures; --pairs resumes by itself")
     return args
 
 
@@ -108,19 +123,6 @@ class SceneCaptions:
 
     def __getitem__(self, i):
         return self.scenes.scene(i).caption
-
-
-def read_prompts(args):
-    """-> the prompts of --prompt, --prompts and --data, in this order; [] if there is none."""
-    prompts = list(args.prompt or [])
-    if args.prompts:
-        prompts += [line.strip() for line in read_text(args.prompts).splitlines() if line.strip()]
-        if not prompts:
-            raise ValueError(f"--prompts {args.prompts}: no prompt in it")
-    if args.data:
-        images = ImageFolder(args.data, 1, 1)
-        prompts += [images.caption(i) for i in progress(range(len(images)), "reading captions", unit="caption")]
-    return prompts
 
 
 def captions_of(args, sd, n):
@@ -146,24 +148,15 @@ def print_sigmas(flow, steps):
         raise ValueError(f"--print-sigmas: other tools cannot sample a model trained by {objective_of(flow)}")
     sigmas = ", ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, steps))
     print(f"ComfyUI, ManualSigmas: {sigmas}\ndiffusers: sigmas=[{sigmas}]")
-
-
-def single_files(args, n):
-    """-> the paths of n pictures of --singles. ValueError if one exists, or if the folder has other pictures."""
-    folder, digits = Path(args.out).with_suffix(""), max(4, len(str(n - 1)))
-    files = [folder / f"{i:0{digits}d}.png" for i in range(n)]
-    others = sorted(set(pictures_in(folder)) - set(files))
-    if others:
-        raise ValueError(f"--singles: {folder} has {len(others)} pictures that this command does not write, first "
-                         f"{others[0].name}: empty it, or choose another --out")
-    for path in files:
-        check_replaceable(path)
-    return files
+    if flow.f_table[-1] == 0:
+        print("zero terminal SNR: ModelSamplingDiscrete with zsnr in ComfyUI, rescale_betas_zero_snr=True in "
+              "diffusers' scheduler")
 
 
 def make_pictures(args, sd, flow, prompts, size, files, making, ranks, autocast):
-    """Draw a picture for each prompt -> the pictures of the grid, in the main process. files: paths of --singles, or
-    []; making: settings_text of a prompt. Processes of torchrun take the batches in turn."""
+    """Draw a picture for each prompt, numbered from args.first on -> the pictures of the grid, in the main process.
+    files: paths of --singles, or []; making: settings_text of a prompt. Processes of torchrun take the batches in turn.
+    """
     shape, pictures = sd.latent_shape(size), {}
     with autocast:
         uncond = unconditional(sd, args.cfg, args.negative)
@@ -171,14 +164,14 @@ def make_pictures(args, sd, flow, prompts, size, files, making, ranks, autocast)
         batch = range(len(prompts))[start:start + args.batch]
         title = f"pictures {batch[0] + 1} to {batch[-1] + 1}"
         with tqdm(desc=title, total=args.steps, unit="step", leave=False, disable=not ranks.is_main) as bar, autocast:
-            x0 = noises(batch, shape, args.seed).to(sd.device)
+            x0 = noises([args.first + i for i in batch], shape, args.seed).to(sd.device)
             context = sd.encode_text([prompts[i] for i in batch])
             x1 = flow.sample(x0, context, args.steps, uncond, args.cfg, callback=lambda x_fm: bar.update())
             drawn = sd.decode(x1).float().cpu()
         check_drawn(sd, x1, drawn)
         for i, picture in zip(batch, drawn):
             if files:
-                save_picture(files[i], to_pil(picture), making(prompts[i], Picture=i))
+                save_picture(files[i], to_pil(picture), making(prompts[i], Picture=args.first + i))
             if not files or i < PICTURES_IN_GRID:
                 pictures[i] = picture
     pictures = ranks.gather(pictures)
@@ -200,32 +193,37 @@ def main():
     pack(sd)
     args.cfg, size = guidance(sd, args.cfg, bool(args.pairs)), list(picture_size(sd, args.size))
     n = args.pairs or args.n or len(prompts) or 8
-    prompts = prompts or captions_of(args, sd, n)
+    prompts = prompts or captions_of(args, sd, args.first + n)
+    if isinstance(prompts, list):
+        check_length(prompts, args.negative)
     if args.pairs:
         settings = pair_settings(args, sd, flow, prompts, size)
         make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast)
         print(f"next: {reflow_command(args)}")
         return
-    prompts = [prompts[i % len(prompts)] for i in range(n)]
-    files = single_files(args, n) if args.singles else []
+    numbers = range(args.first, args.first + n)
+    prompts = [prompts[i % len(prompts)] for i in numbers]
+    files = single_files(Path(args.out).with_suffix(""), numbers) if args.singles else []
     in_grid = prompts[:PICTURES_IN_GRID] if files else prompts
     columns = min(len(in_grid), 8)
-    grid_size = GridPlan(len(in_grid), *size, columns, captions=in_grid).size
-    check_picture_file(args.out, grid_size)
-    print(f"{n} pictures of {size[0]}x{size[1]}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
-          f"seed {args.seed}, {precision} on {device}")
     making = partial(settings_text, args, sd, flow, negative=args.negative,
                      **{"CFG scale": f"{args.cfg:g}", "Size": f"{size[1]}x{size[0]}"})
+    shown = numbers[:len(in_grid)]
+    about = making("\n".join(in_grid), Picture=shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}")
+    grid_size = GridPlan(len(in_grid), *size, columns, captions=in_grid).size
+    check_picture_file(args.out, grid_size)
     if ranks.is_main:       # what cannot be written is an error now, not after the work
-        try_picture(args.out, grid_size, making("\n".join(in_grid)))
+        try_picture(args.out, grid_size, about)
         for path in files[:1]:
             remove_partial(path.parent, *(file.name for file in files))
             try_picture(path, size[::-1], making(max(prompts, key=len)))
     ranks.wait()
+    print(f"{n} pictures of {size[0]}x{size[1]}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
+          f"seed {args.seed}, {precision} on {device}")
     pictures = make_pictures(args, sd, flow, prompts, size, files, making, ranks, autocast)
     ranks.leave()
     if ranks.is_main:
-        save_grid(args.out, torch.stack(pictures), columns, making("\n".join(in_grid)), captions=in_grid)
+        save_grid(args.out, torch.stack(pictures), columns, about, captions=in_grid)
         print(args.out + (f"\n{files[0].parent}/: {n} pictures" if files else ""))
 
 

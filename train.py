@@ -123,6 +123,7 @@ def add_output_flags(add):
     add("--keep", action="store_true", help="keep the weights of every save, named by step")
     add("--preview-every", type=int, default=1000, help="steps between previews, 0 for none (default: 1000)")
     add("--previews", type=int, help=f"pictures in a preview {defaults('previews')}")
+    add("--prompt", action="append", help="also draw this in previews, from sample.py's noise; repeat it for more")
     add("--validation", type=int, help=f"held-out pictures for the velocity error {defaults('validation')}")
 
 
@@ -178,8 +179,9 @@ def check(args):
         raise ValueError("--buckets is for a --data folder of pictures with captions, without --cache: leave it out")
     if args.task != "depth" and args.weights:
         raise ValueError("--weights: only --task depth takes several folders")
-    if args.task == "depth" and args.caption_dropout:
-        raise ValueError("--caption-dropout: --task depth uses no captions; leave it out")
+    if args.task == "depth" and (args.caption_dropout or args.prompt):
+        raise ValueError(f"{'--prompt' if args.prompt else '--caption-dropout'}: --task depth uses no captions; leave "
+                         "it out")
     if args.task == "reflow" and (not args.data or args.size or args.objective != "diff2flow"):
         raise ValueError("--task reflow trains a velocity field on the folder of pairs in --data, at their size: first "
                          "make them with python sample.py --pairs N --out pairs")
@@ -216,7 +218,7 @@ def open_data(args, sd):
     """-> data set, held-out items, [height, width], and in words what is trained on and what is held out."""
     n = args.validation
     if args.task == "reflow":
-        dataset = Pairs(args.data[0], n)
+        dataset = Pairs(args.data[0], n, lambda size: sd.latent_shape(picture_size(sd, size)))
         if args.ckpt is None and dataset.made_with["base_hash"] != sd.unet_hash:
             raise ValueError(f"{args.data[0]}: its pairs were made with {dataset.made_with['base']}: pass it as --ckpt")
         check_base(args.data[0], dataset.made_with, sd, args.prediction)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import noises, progress
-from support.files import from_json, open_tensors, remove_partial, save_tensors, try_writing
+from support.files import from_json, open_tensors, reading, remove_partial, save_tensors, try_writing
 from support.load import BUNDLED_PRIOR, check_drawn, objective_of, split_strength, unconditional
 from support.lora_file import adapts_text
 
@@ -26,26 +26,33 @@ PAIRS_PER_FILE = 256
 # ------------------------------------------------------------------ reading
 
 def read_pairs(path, tensors=("noise", "latent")):
-    """A file of `sample.py --pairs` -> {"prompts": n strings, "settings": dict, and the named tensors (n, z, h, w) in
-    float16}. ValueError for a damaged file."""
-    try:
-        with open_tensors(path) as file:
-            metadata = file.metadata()
-            prompts, settings = from_json(metadata["prompts"]), from_json(metadata["about"])
-            noise, latent = ((part.get_dtype(), part.get_shape()) for part in map(file.get_slice, ("noise", "latent")))
-            if noise != latent or noise[0] != "F16" or len(noise[1]) != 4 or noise[1][0] != len(prompts):
-                raise ValueError(f"{len(prompts)} prompts for noise {noise} and latents {latent}")
-            if not all(isinstance(prompt, str) for prompt in prompts):
-                raise ValueError("a prompt is not a string")
-            height, width = settings["size"]
-            if not all(isinstance(number, (int, float)) for number in (height, width, settings["cfg"])):
-                raise ValueError("size or cfg is not a number")
-            if not all(isinstance(settings.get(name, ""), str) for name in ("ckpt", "unet_hash", "prediction")):
-                raise ValueError("ckpt, unet_hash or prediction is not a string")
-            return {"prompts": prompts, "settings": settings} | {name: file.get_tensor(name) for name in tensors}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: truncated, or not made by sample.py --pairs: delete it and run that command "
-                         f"again ({error})") from error
+    """A file of `sample.py --pairs` -> {"prompts": n strings, "settings": dict, "shape": (z, h, w), and the named
+    tensors (n, z, h, w) in float16}. ValueError for a damaged file."""
+    with reading(path, "pairs of sample.py --pairs, which makes them again if you delete the file"), \
+            open_tensors(path) as file:
+        metadata = file.metadata()
+        prompts, settings = from_json(metadata["prompts"]), from_json(metadata["about"])
+        noise, latent = ((part.get_dtype(), part.get_shape()) for part in map(file.get_slice, ("noise", "latent")))
+        if noise != latent or noise[0] != "F16" or len(noise[1]) != 4 or noise[1][0] != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts for noise {noise} and latents {latent}")
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("the prompts are not a list of strings")
+        height, width = settings["size"]
+        if not all(type(side) is int and side > 0 for side in (height, width, *noise[1])):
+            raise ValueError(f"size {height}x{width}, latents {noise[1]}")
+        if not math.isfinite(float(settings["cfg"])):
+            raise ValueError(f"cfg {settings['cfg']}")
+        if not all(isinstance(settings.get(name, ""), str) for name in ("ckpt", "unet_hash", "prediction")):
+            raise ValueError("ckpt, unet_hash or prediction is not a string")
+        return {"prompts": prompts, "settings": settings, "shape": tuple(noise[1][1:])} | {
+            name: file.get_tensor(name) for name in tensors}
+
+
+def check_shape(path, about, shape):
+    """ValueError if the latents in a file, of which read_pairs returned `about`, are not (z, h, w)."""
+    if about["shape"] != shape:
+        raise ValueError(f"{path}: its latents are {list(about['shape'])}, not {list(shape)}: delete it and run "
+                         "sample.py --pairs again")
 
 
 def batch_file(shard, start):
@@ -70,9 +77,10 @@ def files_of_shard(shard):
 
 class Pairs(Dataset):
     """The pairs in a folder: latents x1 and noise x0 (z, h, w), caption. The last `validation` pairs are held out:
-    `pair` reads them, indexing does not. `settings`: how the pairs were made."""
+    `pair` reads them, indexing does not. `settings`: how the pairs were made. shape: a model's function of [height,
+    width] -> (z, h, w), which the latents must have."""
 
-    def __init__(self, folder, validation):
+    def __init__(self, folder, validation, shape=None):
         self.files, self.starts, self.settings, n = [], [], None, 0
         shards = {path.with_name(path.name.split(".")[0] + ".safetensors")
                   for path in Path(folder).glob("pairs-*.safetensors")}
@@ -83,6 +91,9 @@ class Pairs(Dataset):
                 if self.settings not in (None, about["settings"]):
                     raise ValueError(f"{path}: its pairs were made with other settings than those of {self.files[0]}")
                 self.settings = about["settings"]
+                if shape is not None:
+                    with reading(path, "pairs for this checkpoint"):
+                        check_shape(path, about, shape(self.settings["size"]))
                 self.files.append(path)
                 self.starts.append(n)
                 n += len(about["prompts"])
@@ -113,14 +124,16 @@ class Pairs(Dataset):
 
 # ------------------------------------------------------------------ making
 
-def count_made_pairs(shard, settings):
-    """-> how many pairs of a shard exist already. ValueError if they were made with other settings."""
+def count_made_pairs(shard, settings, shape):
+    """-> how many pairs of a shard exist already. ValueError if they were made with other settings, or have another
+    shape than (z, h, w)."""
     n = 0
     for path, start, made in files_of_shard(shard):
         if made["settings"] != settings:
             others = [name for name, value in settings.items() if made["settings"].get(name) != value]
             raise ValueError(f"{path}: its pairs were made with other settings; choose another --out "
                              f"(different: {', '.join(others)})")
+        check_shape(path, made, shape)
         n = start + len(made["prompts"])
     return n
 
@@ -177,7 +190,7 @@ def make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast):
     with tqdm(total=total, unit="pair", dynamic_ncols=True) as bar:
         for number, wanted in shards.items():
             shard = out / f"pairs-{number:06d}.safetensors"
-            made = count_made_pairs(shard, settings)
+            made = count_made_pairs(shard, settings, shape)
             bar.update(min(made, len(wanted)))
             for start in range(made, len(wanted), args.batch):
                 batch = wanted[start:start + args.batch]

@@ -1,21 +1,35 @@
 """Pictures as files: single ones and grids, with a text inside that says how they were made."""
+import json
 import math
 import textwrap
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffTags
 from PIL.PngImagePlugin import PngInfo
 
 from support.files import SOFTWARE, check_replaceable, partial_name, replacing, try_writing
+from support.folders import pictures_in
 from support.load import objective_of, split_strength
 
 LARGEST_SIDE = {".png": 2**31 - 1, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}   # pixels, by format
+NARROWEST = 40              # pixels of a grid's column with captions: six letters
+COMMENT = ExifTags.Base.UserComment
+TiffTags.TAGS_V2_GROUPS[ExifTags.IFD.Exif][COMMENT] = TiffTags.TagInfo(     # as Exif demands; Pillow's own is BYTE
+    COMMENT, "UserComment", TiffTags.UNDEFINED, 1)
 
 
 def to_pil(image):
     """(3, H, W) in [-1, 1] -> PIL image"""
     pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def exif_of(making):
+    """-> the Exif data of a picture that says how it was made."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = SOFTWARE
+    exif.get_ifd(ExifTags.IFD.Exif)[COMMENT] = b"UNICODE\0" + making.encode("utf-16-be", errors="replace")
+    return exif
 
 
 def check_picture_file(path, size):
@@ -31,16 +45,28 @@ def check_picture_file(path, size):
     check_replaceable(path)
 
 
+def single_files(folder, numbers):
+    """-> the paths of single pictures, named by their numbers. ValueError if one exists that is not ours, or if the
+    folder has other pictures."""
+    digits = max(4, len(str(numbers[-1])))
+    files = [folder / f"{i:0{digits}d}.png" for i in numbers]
+    others = sorted(set(pictures_in(folder)) - set(files))
+    if others:
+        raise ValueError(f"--singles: {folder} has {len(others)} pictures that this command does not write, first "
+                         f"{others[0].name}: empty it, or choose another --out")
+    for path in files:
+        check_replaceable(path)
+    return files
+
+
 def save_picture(path, picture, making):
     """Write a PIL image atomically. `making` says how it was made, stored where other tools look for it: the text chunk
     "parameters" of a .png, the Exif data of other formats."""
     making = making.encode(errors="replace").decode()       # JSON can hold lone surrogates, which UTF-8 cannot encode
-    text, exif = PngInfo(), Image.Exif()
+    text = PngInfo()
     text.add_itxt("parameters", making)
-    exif[ExifTags.Base.Software] = SOFTWARE
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + making.encode("utf-16-be")
     with replacing(path) as temporary:
-        picture.save(temporary, pnginfo=text, exif=exif)
+        picture.save(temporary, pnginfo=text, exif=exif_of(making))
 
 
 def try_picture(path, size, making):
@@ -66,17 +92,18 @@ class GridPlan:
     def __init__(self, n, height, width, columns, row_labels=None, captions=None):
         zoom = max(1, round(128 / max(height, width)))
         self.columns, self.height, self.width = columns, height * zoom, width * zoom
-        self.captions = [textwrap.wrap(text, self.width // 6, max_lines=5, placeholder=" ...")
+        self.column = max(self.width, NARROWEST) if captions else self.width
+        self.captions = [textwrap.wrap(text, self.column // 6, max_lines=5, placeholder=" ...")
                          for text in captions or []]
         self.row_labels = [textwrap.wrap(text, 16) for text in row_labels or []]
         self.row = self.height + self.line * max(map(len, self.captions), default=0) + self.gap
         self.margin = max((int(self.font.getlength(text)) + 3 * self.gap for label in self.row_labels
                            for text in label), default=self.gap)
-        self.size = self.margin + columns * (self.width + self.gap), self.gap + math.ceil(n / columns) * self.row
+        self.size = self.margin + columns * (self.column + self.gap), self.gap + math.ceil(n / columns) * self.row
 
     def place(self, i):
         """-> the upper left corner of picture i, (x, y) in pixels."""
-        return self.margin + i % self.columns * (self.width + self.gap), self.gap + i // self.columns * self.row
+        return self.margin + i % self.columns * (self.column + self.gap), self.gap + i // self.columns * self.row
 
     def draw(self, images):
         """images (n, 3, height, width) in [-1, 1] -> PIL image"""
@@ -102,12 +129,18 @@ def save_grid(path, images, columns, making, row_labels=None, captions=None):
     save_picture(path, plan.draw(images), making)
 
 
+def quoted(value):
+    """A value of a picture's settings -> the same, as JSON if it has a character that separates settings."""
+    return json.dumps(value, ensure_ascii=False) if set(',:"\n') & set(value) else value
+
+
 def settings_text(args, sd, flow, prompt, negative="", **more):
-    """How a picture was made, in the format of other tools: the prompt, the negative prompt, a line of settings."""
+    """How a picture was made, in the format of other tools: the prompt, the negative prompt, a line of settings. Some
+    tools read nothing without the negative prompt's line, so it is there when it is empty too."""
     model = Path(args.ckpt).stem
     for file, strength in map(split_strength, args.lora):
         model += f" + {Path(file).stem}" + (f" x {strength:g}" if strength != 1 else "")
     settings = {"Steps": args.steps, "Sampler": "Euler", "Seed": args.seed, "Model hash": sd.unet_hash[:10],
                 "Model": model, "Objective": objective_of(flow), **more}
-    lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in settings.items())])
+    settings = ", ".join(f"{name}: {quoted(str(value))}" for name, value in settings.items())
+    return f"{prompt}\nNegative prompt: {negative}\n{settings}"

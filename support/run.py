@@ -26,6 +26,7 @@ from support.files import PARTIAL, SOFTWARE, check_replaceable, from_json, repla
 from support.load import BUNDLED_PRIOR
 from support.lora_file import save_lora
 from support.processes import StopSignal, read_ahead
+from support.prompts import CaptionWatch
 from support.state import names_hash, restore, save_state, saved_step, state_file, state_size
 
 RESUMABLE = 75      # exit code of a run that was stopped and has saved: sysexits' EX_TEMPFAIL, try again
@@ -204,6 +205,7 @@ class Run:
         self.grad_accum = args.grad_accum // ranks.count
         self.done = self.saved = self.start         # steps
         self.optimizer = self.ema = None
+        self.captions = CaptionWatch()
 
     def steps(self, loader, optimizer, ema, flow=None):
         """Yield (step, batches) for every step that is left, `batches` being this process's micro-batches. After each
@@ -234,6 +236,8 @@ class Run:
             saving = done % args.save_every == 0 or done == args.steps or stopping
             previewing = args.preview_every > 0 and done % args.preview_every == 0
             metrics.add(done, self.ranks.mean(self.loss), self.norm, optimizer.param_groups[0]["lr"], bar, now=saving)
+            if is_main:
+                self.captions.report(now=saving)
             if is_main and (saving or previewing):
                 with metrics.paused(), ema.in_place():
                     if saving:
@@ -271,6 +275,7 @@ class Run:
         mine = range(self.ranks.rank, self.args.grad_accum, self.ranks.count)
         for i in mine:
             batch = next(batches)
+            self.captions.look(batch["caption"])
             torch.manual_seed(seed_of(self.args.seed, step * self.args.grad_accum + i))
             self.ranks.sync_gradients(net, last=i == mine[-1])
             yield batch

@@ -60,7 +60,9 @@ def parsed_again(parser, settings, known, path, positional=()):
         flag = "--" + name.replace("_", "-")
         if name not in known:
             refuse(f"unknown setting {name}")
-        if isinstance(value, list):
+        if name == "prompt" and isinstance(value, list):        # the one flag that is repeated
+            words += [f"{flag}={prompt}" for prompt in value]
+        elif isinstance(value, list):
             words += [flag, *map(str, value)]
             if any(word.startswith("-") for word in map(str, value)):
                 refuse(f"{name} {value}")

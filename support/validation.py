@@ -7,12 +7,13 @@ import torch
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from data import progress, to_floats
+from data import noises, progress, to_floats
 from diff2flow import velocity_error
 from support.files import SOFTWARE, replacing
 from support.load import unconditional
 from support.pictures import save_grid
 from support.plot import save_plot
+from support.prompts import check_length
 from support.run import append_log, guidance_after_training, trim_log, weights_name
 
 VALIDATION_SEED = 30_000_000  # of held-out scenes and their noise, the same for every run
@@ -26,17 +27,20 @@ def spread_times(n, device):
 
 
 class Validation:
-    """Held-out items, always with the same noise: their velocity error, and samples for their captions or their depth.
+    """Held-out items, always with the same noise: their velocity error, and samples for their captions or their depth,
+    and for the prompts of --prompt.
 
     items: latents as train.encode_item returns them; example: the task's function in train.py. `source` says what the
-    items are.
+    items are; `shown` are the captions of a preview.
     """
 
     def __init__(self, args, out, sd, flow, example, items, source, autocast):
         self.args, self.sd, self.flow, self.example, self.out = args, sd, flow, example, out
         self.source, self.autocast, self.seconds_per_item = source, autocast, 0.0
         self.latents = default_collate(items)
-        self.captions, x1 = self.latents["caption"], self.latents["x1"]
+        self.captions, self.prompts, x1 = self.latents["caption"], args.prompt or [], self.latents["x1"]
+        self.shown = [self.captions[i % len(items)] for i in range(args.previews)] + self.prompts
+        check_length(self.prompts)
         shape, generator = (max(len(x1), args.previews), *x1.shape[1:]), torch.Generator().manual_seed(VALIDATION_SEED)
         self.noise = torch.randn(shape, generator=generator).to(x1.device)
         if "x0" in self.latents:
@@ -64,22 +68,30 @@ class Validation:
         self.seconds_per_item = (time.time() - begin) / n
         return total / n
 
+    def to_draw(self, title):
+        """Yield (noise, context) of batches of `shown`. The noise of --prompt is that of sample.py."""
+        for _, x0, batch in self.batches(self.args.previews, title):
+            _, _, context, _ = self.example(self.sd, batch)
+            yield x0, context
+        for start in range(0, len(self.prompts), self.args.batch):
+            prompts = self.prompts[start:start + self.args.batch]
+            x0 = noises(range(start, start + len(prompts)), self.noise.shape[1:], seed=0)
+            yield x0.to(self.noise.device), self.sd.encode_text(prompts)
+
     @torch.no_grad()
     def draw(self, steps, cfg=None):
-        """-> pictures (previews, 3, H, W) by that many Euler steps. cfg: None for guidance_after_training."""
+        """-> pictures (len(shown), 3, H, W) by that many Euler steps. cfg: None for guidance_after_training."""
         cfg, pictures = guidance_after_training(self.args) if cfg is None else cfg, []
-        for _, x0, batch in self.batches(self.args.previews, f"samples of {steps} steps"):
-            with self.autocast:
-                _, _, context, _ = self.example(self.sd, batch)
-                uncond = unconditional(self.sd, cfg)
+        with self.autocast:
+            uncond = unconditional(self.sd, cfg)
+            for x0, context in self.to_draw(f"samples of {steps} steps"):
                 pictures.append(self.sd.decode(self.flow.sample(x0, context, steps, uncond, cfg)).float())
         return torch.cat(pictures)
 
     def preview(self, step):
         """Write a grid of samples of 25 steps, a row of validation.jsonl, and metrics.png."""
         error, path = self.velocity_error(), self.out / f"step_{step:06d}.png"
-        captions = [self.captions[i % len(self.captions)] for i in range(self.args.previews)]
-        save_grid(path, self.draw(25), 4, f"{self.out}, step {step}: 25 Euler steps", captions=captions)
+        save_grid(path, self.draw(25), 4, f"{self.out}, step {step}: 25 Euler steps", captions=self.shown)
         self.log(step, error)
         save_plot(self.out)
         tqdm.write(f"step {step}: velocity error {error:.4f}, {path}")
@@ -148,19 +160,19 @@ def next_command(args, weights):
 def finish(validation, items, size, before, after):
     """Write before_after.png, metrics.png and result.json, and print the next command. before, after: results of
     `measure`; items: the held-out items, as pictures."""
-    args, out, captions = validation.args, validation.out, validation.captions
+    args, out, shown = validation.args, validation.out, validation.shown
     validation.log(args.steps, after[0])
     save_plot(out)
     rows = grid_rows(args, before[1], after[1], items)
     making = f"{out}, before training and after {args.steps} steps, from the same noise"
-    save_grid(out / "before_after.png", torch.cat(list(rows.values())), args.previews, making, list(rows),
-              [captions[i % len(captions)] for i in range(args.previews)] * len(rows))
+    save_grid(out / "before_after.png", torch.cat(list(rows.values())), len(shown), making, list(rows),
+              shown * len(rows))
     names = "task", "ckpt", "use_ema", "objective", "lora", "lr", "seed", "steps"
     result = {"software": SOFTWARE} | {name: vars(args)[name] for name in names}
     result |= {"prediction": validation.sd.prediction, "size": size, "velocity_error_before": before[0],
                "velocity_error_after": after[0]}
     if args.data and args.task != "depth":      # sample.py draws these where it gets no prompt
-        result["captions"] = list(dict.fromkeys(captions))[:8]
+        result["captions"] = list(dict.fromkeys(validation.captions))[:8]
     with replacing(out / "result.json") as temporary:
         temporary.write_text(json.dumps(result) + "\n")
     weights = out / f"{weights_name(args)}.safetensors"

@@ -15,6 +15,7 @@ hang, executed (code in a file ran), half-written (a *.partial.* file remains), 
 import argparse
 import collections
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -25,16 +26,18 @@ import shutil
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -45,8 +48,9 @@ import train
 from model import TINY, StableDiffusion
 from support.checkpoint import save_checkpoint
 from support.names import UNET, VAE, folder_names
-from tests.runs import call, metadata, save_photo, save_photos, working_in, works
+from tests.runs import call, metadata, picture_bytes, save_photo, save_photos, save_tar, working_in, works
 from tools import evaluate, measure_depth, merge
+from toy import make_prior
 
 CASES = 1100
 SECONDS = 60                    # time limit of a command
@@ -72,6 +76,8 @@ class Case:
     names: str = ""                 # text that the error must contain
     known_bad: bool = False         # the input must be refused
     may_be_skipped: bool = False    # or skipped with a warning
+    environment: dict = field(default_factory=dict)     # variables of the process
+    stderr: object = io.StringIO                        # -> the stream that it is started with
 
 
 # ------------------------------------------------------------------ good files
@@ -153,9 +159,12 @@ def make_good(folder):
     save_depth_folder(good)
     save_clip(good)
     (good / "prompts.txt").write_text("a red boat\na tree\n")
+    save_tar(good / "a.tar", {f"{i}.{end}": content for i in range(3)
+                              for end, content in (("png", picture_bytes(i)), ("txt", b"a boat"))})
     with working_in(good, good / "tiny.safetensors"):
         works(train, LEARN + LORA + f"--size 32 --steps 1 --data photos --ckpt {good}/tiny.safetensors --out runs/one")
         works(sample, DRAW + "--pairs 3 --prompt a --prompt b --out pairs")
+        works(make_prior, "autoencoder --steps 1 --batch 1 --scenes 2 --validation 1 --device cpu --out prior")
         shutil.copy("runs/one/lora.safetensors", "lora.safetensors")
     return good
 
@@ -211,6 +220,34 @@ def break_header(rng, path):
     return f"header, {how}", how in ("deep", "length", "no JSON", "list", "offsets", "entry", "metadata")
 
 
+PARTS = [UNET, f"{UNET}input_blocks", f"{UNET}middle_block", f"{UNET}time_embed", VAE, f"{VAE}encoder.down",
+         f"{VAE}decoder.up", "cond_stage_model", "resblocks", "token_embedding", ""]
+
+
+def break_parts(rng, path):
+    """Remove a whole part of a checkpoint, or store the tensors of a part as 4-bit numbers, a quarter of their bytes.
+    """
+    content = path.read_bytes()
+    size, = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8:8 + size]), content[8 + size:]
+    part, how, kept, changed = rng.choice(PARTS), rng.choice(["without", "4-bit"]), [], {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            changed[name] = entry
+            continue
+        piece = data[slice(*entry["data_offsets"])]
+        if part in name:
+            if how == "without":
+                continue
+            entry["dtype"], piece = "F4", piece[:len(piece) // 4]
+        start = sum(map(len, kept))
+        changed[name] = entry | {"data_offsets": [start, start + len(piece)]}
+        kept.append(piece)
+    text = json.dumps(changed).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(kept))
+    return f"{how} {part or 'everything'}", True
+
+
 def break_tensor(rng, path, key=""):
     """Break a tensor whose name contains `key`."""
     tensors, written = load_file(path), metadata(path)
@@ -259,6 +296,17 @@ def break_json(rng, path):
     value = break_value(rng, json.loads(path.read_text()))
     path.write_text(json.dumps(value))
     return f"JSON {value!r:.60}", False
+
+
+def break_config(rng, path):
+    """Give a list in a network's config.json another length, or a number another size; it may be unused."""
+    config = json.loads(path.read_text())
+    name = rng.choice([name for name, value in config.items() if isinstance(value, (list, int))])
+    value = config[name]
+    config[name] = rng.choice([[], value * 2, value * 50_000, value[:1], [0] * len(value), [10**9] * len(value)]
+                              if isinstance(value, list) else [0, -1, 7, 100_000, 10**30, [], [value], [value] * 7])
+    path.write_text(json.dumps(config))
+    return f"{name} {config[name]!r:.50}", False
 
 
 class Intruder:
@@ -315,7 +363,10 @@ METADATA = ["resolution", "prediction", "modelspec.prediction_type", "cfg", "sty
 
 def checkpoint(rng, good):
     path = copied(good, "tiny.safetensors")
-    what, bad = of_safetensors(rng, path, METADATA, rng.choice([UNET, VAE]))
+    if rng.random() < 0.25:
+        what, bad = break_parts(rng, path)
+    else:
+        what, bad = of_safetensors(rng, path, METADATA, rng.choice([UNET, VAE]))
     size = rng.choice(["", "--size 32 "])
     return Case(what, sample, f"--n 1 --steps 1 --device cpu {size}--ckpt {path}", path.name, bad)
 
@@ -330,7 +381,7 @@ def diffusers_folder(rng, good):
     path = copied(good, "folder")
     file = rng.choice(sorted(file for file in path.rglob("*") if file.is_file()))
     if file.suffix == ".json":
-        what, bad = rng.choice([break_bytes, break_json, break_json])(rng, file)
+        what, bad = rng.choice([break_bytes, break_json, break_config, break_config])(rng, file)
     else:
         what, bad = of_safetensors(rng, file, ["format"])
     return Case(f"{file}: {what}", sample, DRAW + f"--ckpt {path}", "folder", bad)
@@ -372,6 +423,19 @@ def run_state(rng, good):
     return Case(what, train, f"--resume {path.parent} --steps 2", "runs/one", bad)
 
 
+def prior_state(rng, good):
+    """Break the state of a run of toy.make_prior."""
+    path = copied(good, "prior") / "state.safetensors"
+    words = f"autoencoder --resume {path.parent} --steps 2"
+    if rng.random() < 0.5:
+        written = metadata(path)
+        settings = break_value(rng, json.loads(written["args"]))
+        save_file(load_file(path), path, written | {"args": json.dumps(settings)})
+        return Case(f"args {settings!r:.60}", make_prior, words)
+    what, bad = of_safetensors(rng, path, ["args", "step", "base_hash", "data", "version"])
+    return Case(what, make_prior, words, "prior", bad)
+
+
 def finished_run(rng, good):
     path = copied(good, "runs/one") / "result.json"
     what, bad = rng.choice([break_bytes, break_json])(rng, path)
@@ -379,9 +443,29 @@ def finished_run(rng, good):
     return Case(what, sample, DRAW, "result.json" if bad else "", bad, may_be_skipped=True)
 
 
+def break_pairs(rng, path):
+    """Give pairs another shape, other numbers in their settings, or prompts that are no list."""
+    tensors, written = load_file(path), metadata(path)
+    about = json.loads(written["about"])
+    how = rng.choice(["shape", "shape", "size", "cfg", "prompts"])
+    if how == "shape":
+        shape = rng.choice([(3, 3, 8, 8), (3, 4, 0, 0), (3, 4, 7, 7), (3, 4, 8, 1000), (3, 9, 8, 8), (0, 4, 8, 8)])
+        tensors = {name: torch.zeros(shape, dtype=torch.float16) for name in tensors}
+    elif how == "size":
+        about["size"] = rng.choice([[0, 0], [32, -32], [10**30, 32], [32], [32, 32, 32], [33, 32], [1e300, 32], "ab"])
+    elif how == "cfg":
+        about["cfg"] = rng.choice([10**400, float("nan"), "x", [], None, float("inf")])
+    else:
+        written["prompts"] = json.dumps(rng.choice([{"0": 1, "1": 2, "2": 3}, "abc", 3, None, [1, 2, 3], [[]] * 3]))
+    save_file(tensors, path, written | {"about": json.dumps(about)})
+    return f"{how} of pairs", True
+
+
 def pairs(rng, good):
     path = copied(good, "pairs") / "pairs-000000.safetensors"
     if rng.random() < 0.3:
+        what, bad = break_pairs(rng, path)
+    elif rng.random() < 0.4:
         written = metadata(path)
         name = rng.choice(["prompts", "about"])
         written[name] = json.dumps(break_value(rng, json.loads(written[name])))
@@ -446,6 +530,26 @@ def prompt(rng, good):
         return Case("odd prompts", sample, DRAW + f"--prompts {path}", path.name)
     what, _ = break_bytes(rng, path)
     return Case(what, sample, DRAW + f"--prompts {path}", path.name, what in ("empty", "folder", "gone"))
+
+
+def tar(rng, good):
+    """Break a tar, or the pattern that names tars."""
+    os.cpu_count = lambda: 0
+    path, words = copied(good, "a.tar"), LEARN + LORA + "--size 32 --steps 1 --validation 4 --out run "
+    how = rng.choice(["bytes", "pax", "pattern"])
+    if how == "pattern":
+        pattern = rng.choice(["{" * 1000, "{a," * 1000 + "}" * 1000, "{a,b" * 1000, "{0.." * 500, "{0..9999999999}",
+                              "{0..1}" * 40, "{" * 50_000 + "}" * 50_000, "{1..0..0}", "{é..🦊}"]) + ".tar"
+        return Case(f"pattern {pattern:.20}", train, words + shlex.join(["--data", pattern]), "{", True)
+    if how == "bytes":
+        how, bad = break_bytes(rng, path)
+    else:
+        content, bad = rng.choice([b"9" * 20, b"99999999", b"-5", b"0", b"x"]) + b" path=a\n", False
+        header = tarfile.TarInfo("pax")
+        header.type, header.size = tarfile.XHDTYPE, len(content)
+        path.write_bytes(header.tobuf() + content.ljust(512, b"\0") + path.read_bytes())
+        how = f"pax header {content!r}"
+    return Case(how, train, words + f"--data {path}", path.name, bad, may_be_skipped=True)
 
 
 def depth_data(rng, good):
@@ -541,9 +645,20 @@ FLAGS = [  # (script, good command line without the flag, {flag: values that mus
 ]
 
 
+TEXT_FLAGS = {sample: ["--ckpt", "--lora", "--prompts", "--data", "--out"], evaluate: ["--real", "--prompts"],
+              train: ["--ckpt", "--init-lora", "--data", "--cache", "--out", "--resume"], depth: ["--ckpt", "--out"],
+              measure_depth: ["--truth", "--list"]}         # which an empty variable of a shell leaves empty
+
+
 def flag(rng, good):
     shutil.copy(copied(good, "photos") / "boat.jpg", "photo.jpg")
     module, words, flags = rng.choice(FLAGS)
+    if rng.random() < 0.2:
+        name, value = rng.choice(TEXT_FLAGS[module]), rng.choice(["", "", "--"])
+        if value == "--":
+            name = rng.choice([name, *sorted(flags)]).strip()
+        words += rng.choice([f"{name}={value}", f"{name} {shlex.quote(value)}"] if value == "" else [f"{name}={value}"])
+        return Case(f"{module.__name__} {name} {value!r}", module, words, name.strip("-"), known_bad=True)
     name = rng.choice(sorted(flags))
     value = rng.choice(flags[name])
     names = name.strip(" -") if flags[name] in (WHOLE, REAL) else ""
@@ -551,8 +666,51 @@ def flag(rng, good):
     return Case(f"{module.__name__} {name} {value!r:.30}", module, words, names, known_bad=True)
 
 
+def narrow(rng, good):
+    """Draw pictures that are narrower than the texts below them."""
+    height, width = rng.choice([(8, 8), (16, 8), (128, 16), (512, 8), (8, 128), (64, 24)])
+    size = f"--size {height} {width} "
+    if rng.random() < 0.5:
+        return Case(size, sample, f"--n 3 --steps 1 --cfg 1 --device cpu {size} --prompt 'a small red circle'")
+    return Case(size, train, LEARN + LORA + f"{size} --steps 1 --out run")
+
+
+def processes(rng, good):
+    """Set what torchrun sets to what it never sets."""
+    name = rng.choice(["RANK", "WORLD_SIZE"])
+    value = rng.choice(["x", "-1", "1.5", "9" * 20, "nan"] + (["0"] if name == "WORLD_SIZE" else ["1", "7"]))
+    others = rng.choice([{}, {"RANK": "0", "WORLD_SIZE": "1"}])
+    words = rng.choice([(sample, DRAW), (train, LEARN + LORA + "--size 32 --steps 1 --out run"),
+                        (sample, DRAW + "--pairs 2 --prompt a --out pairs")])
+    return Case(f"{name}={value}", *words, names=name, known_bad=True, environment={**others, name: value})
+
+
+class Full(io.StringIO):
+    """A stream on a full disk."""
+
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+class Closed(io.StringIO):
+    """A stream that has been closed."""
+
+    def write(self, text):
+        raise ValueError("I/O operation on closed file")
+
+
+def streams(rng, good):
+    """Start a command without a usable stderr: it works all the same, and warnings and bars are lost."""
+    stderr = rng.choice([Full, Closed, lambda: None])
+    words = rng.choice([(sample, DRAW), (train, LEARN + LORA + "--size 32 --steps 1 --out run"),
+                        (sample, DRAW + "--pairs 2 --prompt a --out pairs"), (sample, DRAW + "--data photos")])
+    copied(good, "photos")
+    return Case(f"stderr {getattr(stderr, '__name__', 'None')}", *words, stderr=stderr)
+
+
 KINDS = [checkpoint, lora_file, prompt, diffusers_folder, flag, run_state, pickled_checkpoint, caption, pairs, picture,
-         depth_errors, finished_run, weights, checkpoint, depth_data, flag, diffusers_folder, lora_file, run_state]
+         depth_errors, finished_run, weights, checkpoint, depth_data, flag, diffusers_folder, lora_file, run_state,
+         prior_state, tar, narrow, pairs, processes, streams]
 
 
 # ------------------------------------------------------------------ running a case
@@ -576,7 +734,10 @@ def outcome(case):
     before = contents(".")
     signal.alarm(SECONDS)
     try:
-        result = call(case.module, case.words)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in case.environment.items():
+                patch.setenv(name, value)
+            result = call(case.module, case.words, case.stderr)
     except Hang:
         return "hang", ""
     except Exception:

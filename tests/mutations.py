@@ -159,9 +159,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("train.py: --init-lora merged, not continued", ', trainable=args.lora == "init")', ")"),
     ]),
     "sample.py": ("tests/test_sample.py tests/test_written.py", [
-        ("sample.py: other pictures beside single ones", "set(pictures_in(folder)) - set(files)", "set()"),
-        ("sample.py: single pictures replace others", "        check_replaceable(path)\n    return files",
-         "        pass\n    return files"),
+        ("sample.py: --first with the noise of picture 0", "noises([args.first + i for i in batch]", "noises(batch"),
+        ("sample.py: --first with the prompt of picture 0", "for i in numbers]", "for i in range(n)]"),
         ("sample.py: sigma grid start", "flow.f_table[-1].item()", "flow.f_table[-2].item()"),
         ("sample.py: sigmas printed too short", "{sigma:.4f}", "{sigma:.3f}"),
         ("sample.py: sigmas of naive models printed", 'if objective_of(flow) in ("fm", "fm-flip"):', "if False:"),
@@ -274,13 +273,21 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("pairs: made again from the first", "range(made, len(wanted), args.", "range(0, len(wanted), args."),
         ("pairs: batches of pairs never joined", "            join_batches(shard, settings)", "            pass"),
         ("pairs: pairs of other settings mixed", 'if made["settings"] != settings:', "if False:"),
+        ("pairs: pairs of any shape", 'if about["shape"] != shape:', "if False:"),
         ("pairs: pairs of other prompts mixed", "sha256(json.dumps(prompts).encode())", "sha256(b'')"),
         ("pairs: the command without the LoRA", 'words += ["--init-lora", str(args.lora)]', "pass"),
         ("pairs: the command without the prediction", 'words += ["--prediction", args.prediction]', "pass"),
     ]),
-    "support/pictures.py": ("tests/test_data.py tests/test_files.py", [
-        ("data: grid by columns", "i % self.columns * (self.width + self.gap), self.gap + i //",
-         "i // self.columns * (self.width + self.gap), self.gap + i %"),
+    "support/pictures.py": ("tests/test_data.py tests/test_files.py tests/test_written.py", [
+        ("data: grid by columns", "i % self.columns * (self.column + self.gap), self.gap + i //",
+         "i // self.columns * (self.column + self.gap), self.gap + i %"),
+        ("pictures: other pictures beside single ones", "set(pictures_in(folder)) - set(files)", "set()"),
+        ("pictures: single pictures replace others", "        check_replaceable(path)\n    return files",
+         "        pass\n    return files"),
+        ("pictures: Exif comment of the wrong type", "TiffTags.UNDEFINED, 1)", "TiffTags.BYTE, 1)"),
+        ("pictures: names with commas not quoted", "if set(',:\"\\n') & set(value) else", "if False else"),
+        ("pictures: columns too narrow for a caption", "max(self.width, NARROWEST) if captions",
+         "self.width if captions"),
         ("atomic write of pictures", "    with replacing(path) as temporary:\n        picture.save(temporary, ",
          "    if True:\n        picture.save(path, "),
     ]),
@@ -297,6 +304,11 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("processes: orphans of torchrun train on", "return self.torchrun not in (None, os.getppid())", "return False"),
         ("processes: a killed worker is a bug", "if not WORKER_LOST.search(str(error)):", "if True:"),
         ("processes: nohup overruled", "if signal.getsignal(number) != signal.SIG_IGN]", "]"),
+    ]),
+    "support/prompts.py": ("tests/test_sample.py tests/test_train.py", [
+        ("prompts: cut a token late", "decode(tokens[TOKENS:])", "decode(tokens[TOKENS + 1:])"),
+        ("prompts: short means few characters", "<= TOKENS and text.isascii()", "<= TOKENS"),
+        ("prompts: captions warned of in every step", "            self.warned = True\n", "            pass\n"),
     ]),
     "support/run.py": ("tests/test_train.py tests/test_run.py tests/test_written.py", [
         ("run: the same noise every step", "seed_of(self.args.seed, step * self.args.grad_accum + i)",
@@ -334,9 +346,13 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     ]),
     "support/validation.py": ("tests/test_train.py", [
         ("validation: velocity error not a mean", "mask).item() * len(x1)", "mask).item()"),
+        ("validation: --prompt with other noise than sample.py", "self.noise.shape[1:], seed=0)",
+         "self.noise.shape[1:], seed=1)"),
     ]),
     "tools/evaluate.py": ("tests/test_evaluate.py", [
         ("evaluate: FID at the real size", "CroppedPictures(args.real, samples.size)", "CroppedPictures(args.real)"),
+        ("evaluate: 10 before 2", "sorted(pictures_in(folder), key=natural_order)", "sorted(pictures_in(folder))"),
+        ("evaluate: tokenizers of a hub", '["hf_tokenizer_name"] if for_prompts else []', "[]"),
         ("evaluate: CLIP mean over batches", "(pictures * texts).sum(1).mean().", "(pictures * texts).mean()."),
     ]),
     "tools/measure_depth.py": ("tests/test_measure_depth.py", [

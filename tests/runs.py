@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import re
 import shlex
 import sys
 import tarfile
@@ -58,16 +59,16 @@ def at_work(tiny, tmp_path):
         yield
 
 
-def call(module, words):
-    """Run a script's main() with these command-line arguments -> exit code, stdout, stderr."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+def call(module, words, stderr=io.StringIO):
+    """Run a script's main() with these command-line arguments -> exit code, stdout, stderr. stderr(): the stream."""
+    out, err, code = io.StringIO(), stderr(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *shlex.split(words)])
         try:
             cli(module.main)
         except SystemExit as stop:
             code = stop.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue() if err else "")
 
 
 def works(module, words):
@@ -95,6 +96,12 @@ def trained_captions(words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.EXAMPLES, "text-to-image", spied)
         return works(train, words), seen
+
+
+def python_blocks(page):
+    """-> the pieces of Python on a page such as docs/method.md, in their order."""
+    text = (Path(train.__file__).parent / page).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def metadata(path):

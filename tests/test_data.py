@@ -18,7 +18,7 @@ from data import BucketKeys, ImageFolder, Keys, Memoised, to_floats
 from support import folders
 from support.files import save_tensors
 from support.pairs import Pairs, read_pairs
-from support.pictures import save_grid, save_picture, to_pil
+from support.pictures import GridPlan, save_grid, save_picture, to_pil
 from tests.runs import save_photo, save_photos
 
 
@@ -390,7 +390,7 @@ def test_a_file_whose_noise_latents_prompts_and_settings_do_not_match_is_an_erro
               ({name: tensor.int() for name, tensor in whole.items()}, ["a", "b"], about)]
     for tensors, prompts, settings in broken:
         save_tensors(path, tensors, {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
-        with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or not made by sample.py --pairs"):
+        with pytest.raises(ValueError, match="pairs-000000.safetensors: (not pairs of sample.py|cannot be read)"):
             Pairs(tmp_path, validation=1)
     whole["noise"] *= math.nan
     save_tensors(path, whole, {"prompts": '["a", "b"]', "about": json.dumps(about)})
@@ -410,10 +410,10 @@ def test_a_truncated_or_foreign_file_of_pairs_is_an_error_that_names_it(tmp_path
     path = tmp_path / "pairs-000000.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-10])
-    with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or not made by"):
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: (not pairs of sample.py|cannot be read)"):
         read_pairs(path)
     save_tensors(path, {"weight": torch.ones(1)})
-    with pytest.raises(ValueError, match="pairs-000000.safetensors: truncated, or not made by"):
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: (not pairs of sample.py|cannot be read)"):
         Pairs(tmp_path, validation=1)
     with pytest.raises(ValueError, match="empty has no pairs-"):
         Pairs(tmp_path / "empty", validation=1)
@@ -461,3 +461,14 @@ def test_a_grid_has_row_labels_at_the_left_and_captions_below_the_pictures(tmp_p
     assert (full[4:132, :left] < 100).any() and (full[4 + row:132 + row, :left] < 100).any()        # two labels
     assert (full[132:row, left:left + 132] < 100).any() and (full[132 + row:, left + 136:] < 100).any()     # "x"
     assert not (full[132 + row:, left:left + 132] < 100).any()                                      # the empty caption
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (128, 16), (512, 8), (8, 512)])
+def test_a_grid_of_narrow_pictures_has_readable_captions_that_do_not_overlap(tmp_path, height, width):
+    captions = ["a small red circle " * 9, "x" * 500, "", "東京 " * 40]
+    plan = GridPlan(4, height, width, 2, captions=captions)
+    assert all(plan.font.getlength(line) <= plan.column + plan.gap for lines in plan.captions[:3] for line in lines)
+    save_grid(tmp_path / "grid.png", torch.zeros(4, 3, height, width), 2, "a test", captions=captions)
+    assert Image.open(tmp_path / "grid.png").size == plan.size
+    xs, ys = zip(*map(plan.place, range(4)))
+    assert xs[1] - xs[0] >= max(plan.width, 40) and ys[2] - ys[0] >= plan.height + 5 * plan.line

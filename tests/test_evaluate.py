@@ -89,6 +89,44 @@ def test_pictures_are_centre_cropped_and_scaled_to_the_given_size_or_that_of_the
     assert evaluate.CroppedPictures(tmp_path, (8, 6))[1].shape == (3, 6, 8)
 
 
+def named(folder, *names):
+    """-> a new folder with pictures of these names."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, i, i)).save(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("names", [
+    [f"{i}.png" for i in range(12)], [f"image_{i}.png" for i in range(8, 12)], ["00008.png", "00009.png", "00010.png"],
+    ["step 9/2.png", "step 9/10.png", "step 10/1.png"], ["9_b.png", "10_a.jpg", "x.png", "y.png"]])
+def test_prompts_are_matched_to_pictures_in_the_order_of_their_numbers(tmp_path, capsys, names):
+    pictures = evaluate.CroppedPictures(named(tmp_path / "s", *names)).paths
+    assert [str(path.relative_to(tmp_path / "s")) for path in pictures] == names
+    (tmp_path / "prompts.txt").write_text("".join(f"{name}\n" for name in names))
+    assert evaluate.read_prompts(tmp_path / "prompts.txt", pictures) == names
+    assert f"'{names[0]}' for {pictures[0].name}, ..., '{names[-1]}' for {pictures[-1].name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [["1.png", "01.png"], ["1.jpg", "1.png"], ["a/2.png", "a/02.webp", "a/3.png"]])
+def test_prompts_for_pictures_of_one_number_are_refused(tmp_path, names):
+    pictures = evaluate.CroppedPictures(named(tmp_path / "s", *names)).paths
+    (tmp_path / "prompts.txt").write_text("x\n" * len(names))
+    with pytest.raises(ValueError, match="prompts.txt: does .* come first"):
+        evaluate.read_prompts(tmp_path / "prompts.txt", pictures)
+
+
+def test_networks_for_which_open_clip_would_ask_a_hub_are_refused(tmp_path):
+    """By open_clip's own list: those whose tokenizer or text network is not part of open_clip."""
+    refused = {name for name in open_clip.list_models() if evaluate.hub_files(name, True)}
+    for name in "roberta-ViT-B-32", "nllb-clip-base", "mt5-base-ViT-B-32", "ViT-B-16-SigLIP", "ViT-L-14-CLIPA":
+        assert name in refused
+    for name in sorted(set(open_clip.list_models()) - refused):
+        assert isinstance(open_clip.get_tokenizer(name), open_clip.SimpleTokenizer), name
+    assert not evaluate.hub_files("ViT-B-16-SigLIP", False) and evaluate.hub_files("roberta-ViT-B-32", False)
+    assert not evaluate.hub_files("none", True)
+
+
 @pytest.fixture
 def small_clip(folder):
     """-> a random CLIP with BatchNorm, named small-clip, and its transform. Writes clip.pt and head.pt, the weights."""
@@ -122,7 +160,8 @@ def test_clip_score_and_aesthetics_are_means_over_pictures_of_open_clips_own_num
 
 @pytest.mark.parametrize("words, error", [
     ("", "nothing to measure"), ("--real none", "none has 0 pictures"), ("--clip x w.pt", "goes with --prompts"),
-    ("--prompts prompts.txt", "goes with"), ("--clip x none.pt --prompts prompts.txt", "none.pt: no such file"),
+    ("--prompts prompts.txt", "goes with"), ("--clip nllb-clip-base w.pt --prompts prompts.txt", "would download"),
+    ("--clip x none.pt --prompts prompts.txt", "none.pt: no such file"),
     ("--real real --inception none.pth", "none.pth: no such file"), ("--real real --batch 0", "--batch 0"),
     ("--clip x w.pt --prompts short.txt", "1 lines for 12 pictures")])
 def test_wrong_arguments_are_refused_before_anything_is_measured(folder, measure, monkeypatch, words, error):

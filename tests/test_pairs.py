@@ -175,14 +175,42 @@ def test_pairs_of_another_model_or_other_prompts_are_not_mixed_even_under_the_sa
     assert error in line and "unet_hash" in line
 
 
-@pytest.mark.parametrize("name", ["ckpt", "unet_hash", "prediction"])
-def test_pairs_with_damaged_settings_are_refused(tiny, name):
-    make_pairs()
+def change_pairs(about=None, prompts=None, shape=None):
+    """Change the settings, the prompts or the shape of the tensors in pairs/pairs-000000.safetensors."""
     path = Path("pairs/pairs-000000.safetensors")
-    tensors, about = load_file(path), metadata(path)
-    about["about"] = json.dumps({**json.loads(about["about"]), name: [1]})
-    save_file(tensors, path, about)
-    assert "not made by sample.py --pairs" in refusal(train, TRAIN + "--task reflow --data pairs")
+    tensors, written = load_file(path), metadata(path)
+    written["about"] = json.dumps({**json.loads(written["about"]), **(about or {})})
+    if prompts is not None:
+        written["prompts"] = json.dumps(prompts)
+    if shape is not None:
+        tensors = {name: torch.zeros(shape).half() for name in tensors}
+    save_file(tensors, path, written)
+
+
+@pytest.mark.parametrize("change", [
+    {"about": {"ckpt": [1]}}, {"about": {"unet_hash": [1]}}, {"about": {"prediction": [1]}}, {"about": {"cfg": "x"}},
+    {"about": {"cfg": 10**400}}, {"about": {"cfg": float("nan")}}, {"about": {"size": [32.5, 32]}},
+    {"about": {"size": [True, 32]}}, {"about": {"size": [10**30, 32]}}, {"about": {"size": [-32, 32]}},
+    {"about": {"size": [33, 32]}}, {"about": {"size": [32]}}, {"about": {"size": [64, 32]}},
+    {"prompts": {str(i): "x" for i in range(4)}}, {"prompts": "abcd"}, {"prompts": ["x", "y", "z", 1]},
+    {"shape": (4, 3, 8, 8)}, {"shape": (4, 4, 0, 0)}, {"shape": (4, 4, 7, 7)}, {"shape": (0, 4, 8, 8), "prompts": []}],
+    ids=str)
+def test_pairs_that_sample_py_did_not_make_so_are_refused_by_name(tiny, change):
+    make_pairs()
+    change_pairs(**change)
+    line = refusal(train, TRAIN + "--task reflow --data pairs")
+    assert "pairs-000000.safetensors" in line and not Path("run").exists()
+    assert "pairs-000000" in refusal(sample, f"{FEW} --pairs 4 --steps 1 --cfg 1 --prompt x --out pairs")
+
+
+def test_pairs_that_are_not_finite_are_not_written(tiny):
+    write_lora("lora.safetensors", tiny)
+    tensors, about = load_file("lora.safetensors"), metadata("lora.safetensors")
+    save_file({name: torch.full_like(tensor, 1e20) for name, tensor in tensors.items()}, "lora.safetensors", about)
+    for words in "--pairs 2 --out pairs", "--n 1":
+        line = refusal(sample, f"{FEW} {words} --prompt x --ckpt {tiny} --lora lora.safetensors")
+        assert "lora.safetensors: it draws NaN or infinity" in line
+    assert not os.listdir("pairs") and not Path("samples.png").exists()
 
 
 # ------------------------------------------------------------------ training the model that made them

@@ -20,7 +20,7 @@ from schedule import sd_schedule
 from tests import runs
 from tests.checkpoints import random_checkpoint
 from tests.mutations import MUTATIONS
-from tests.runs import call, save_photo, save_shards, working_in
+from tests.runs import call, python_blocks, save_photo, save_shards, working_in
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -37,11 +37,6 @@ def commands(page):
     text = page.read_text().replace("\\\n", " ")
     lines = re.findall(r"^    (?:.*&& )?python ((?:-m )?[\w./]+(?: .*)?)$", text, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
-
-
-def python_blocks(name):
-    """-> the pieces of Python on a page, in their order."""
-    return re.findall(r"^```python\n(.*?)^```", text_of(name), re.MULTILINE | re.DOTALL)
 
 
 def module_of(words):

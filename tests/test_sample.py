@@ -23,8 +23,10 @@ from support import load
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.load import find_files, load_flow, make_flow, picture_size
 from support.lora_file import merge_lora, save_lora
+from support.prompts import cut_off, read_prompts
 from tests import runs
-from tests.runs import FEW, SHORT, call, refusal, save_photos, works
+from tests.checkpoints import NARROW, PROMPTS, clip_tokenizer, full_pipeline, relative
+from tests.runs import FEW, SHORT, call, python_blocks, refusal, save_photos, works
 from toy.scenes import Scenes
 
 tiny, at_work = runs.tiny, runs.at_work
@@ -81,17 +83,56 @@ def test_the_noise_of_picture_i_depends_on_the_seed_and_i_alone():
     assert len({image.sum().item() for image in [*five, *noises(range(5), shape, 4)]}) == 10
 
 
-def test_a_picture_does_not_depend_on_batch_size_or_number_of_pictures():
+def test_in_float32_a_picture_depends_on_batch_size_and_number_of_pictures_by_one_level_at_most():
     four = pictures("--n 4 --batch 1 --prompt x --prompt y")
     assert near(four, pictures("--n 4 --batch 3 --prompt x --prompt y"))
     assert near(four[:2], pictures("--prompt x --prompt y"))
+
+
+@pytest.mark.parametrize("words", ["--prompt x --prompt y", ""])
+def test_one_picture_of_a_series_is_drawn_again_by_its_number(words):
+    all_five, last = pictures(f"--n 5 {words}"), pictures(f"--n 1 --first 4 {words}")
+    assert near(all_five[4:], last) and not near(all_five[3:4], last)
+    assert "--first is for pictures" in refusal(sample, FEW + "--first 1 --pairs 2")
+
+
+def test_the_lines_for_one_picture_in_diffusers_draw_the_same_one(files):
+    """The code of docs/other_tools.md, with a random checkpoint and pictures of 64 pixels."""
+    words = f"--ckpt {files['sd21']} --steps 4 --cfg 4 --size 64 --prompt 'a red boat' --device cpu --precision fp32 "
+    works(sample, words + "--first 5 --n 1 --singles --out s.png")
+    code = python_blocks("docs/other_tools.md")[1].replace("(4, 64, 64)", "(4, 8, 8)")
+    pipe = full_pipeline(NARROW["sd21"], load_file(files["sd21"]), "v")
+    pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    pipe.set_progress_bar_config(disable=True)
+    names = {"pipe": pipe}
+    exec(code, names)
+    ours, theirs = (np.asarray(image).astype(int) for image in (Image.open("s/0005.png"), names["image"]))
+    assert ours.shape == theirs.shape and ours.std() > 20 and abs(ours - theirs).max() <= 3, abs(ours - theirs).max()
+
+
+LONG = "tag, " * 37 + "tag"         # 75 tokens
+
+
+def test_what_is_cut_off_a_prompt_is_what_lies_beyond_75_tokens_or_5000_characters():
+    """Counted by transformers' tokenizer."""
+    for prompt in [*PROMPTS, LONG, LONG + " boat", "東" * 80]:
+        assert bool(cut_off(prompt)) == (len(clip_tokenizer()(prompt).input_ids) > 77), prompt
+    assert cut_off(LONG + ", a Red boat") == ", a red boat" and cut_off(5000 * " " + "boat") == "boat"
+
+
+def test_prompts_that_are_too_long_get_one_warning_with_their_number_and_what_is_cut_off():
+    words = FEW + f"--steps 1 --prompt '{LONG}' --prompt x --prompt '{LONG} boat' --negative '{LONG} blur'"
+    warning, = [line for line in call(sample, words).err.splitlines() if line.startswith("warning")]
+    assert warning == ("warning: 2 of 4 prompts have more than 75 tokens, which is all that the text encoder reads; "
+                       "cut off from the first: 'boat'")
+    assert "warning" not in call(sample, FEW + f"--steps 1 --prompt '{LONG}'").err
 
 
 def test_prompts_are_those_of_the_command_line_then_a_file_then_captions():
     Path("prompts.txt").write_text("a red boat\n\na tall tree\n")
     save_photos("photos")
     args = Namespace(prompt=["x"], prompts="prompts.txt", data="photos")
-    assert sample.read_prompts(args) == ["x", "a red boat", "a tall tree", "a red boat", "a roof", "a tall tree"]
+    assert read_prompts(args) == ["x", "a red boat", "a tall tree", "a red boat", "a roof", "a tall tree"]
     a, b = pictures("--prompts prompts.txt")
     (first,), (second, other) = pictures("--prompt 'a red boat'"), pictures("--prompt 'a red boat' --n 2")
     assert near([a, a], [first, second]) and not near([b], [other])
@@ -145,7 +186,30 @@ def test_print_sigmas_prints_the_documented_sigmas_and_draws_nothing():
                                      "diffusers: sigmas=[14.6146, 2.3553, 0.8796, 0.3055, 0.0000]"]
     assert not Path("samples.png").exists()
     out = works(sample, "--steps 2 --print-sigmas --device cpu --zero-snr")         # its first level is infinite
-    assert out.splitlines()[-1] == "diffusers: sigmas=[4096.0000, 0.9995, 0.0000]"
+    *_, sigmas, hint = out.splitlines()
+    assert sigmas == "diffusers: sigmas=[4096.0000, 0.9995, 0.0000]" and hint == (
+        "zero terminal SNR: ModelSamplingDiscrete with zsnr in ComfyUI, rescale_betas_zero_snr=True in diffusers' "
+        "scheduler")
+
+
+def test_with_zero_snr_the_printed_sigmas_need_diffusers_rescaled_betas(tiny):
+    """diffusers finds the network's timestep of a sigma by its own schedule."""
+    from diffusers import EulerDiscreteScheduler
+    sd, flow = load_flow(tiny, zero_snr=True)
+    x0, context, errors = noises([0, 1], (4, 8, 8), 0), sd.encode_text(["x", "y"]), {}
+    with torch.no_grad():
+        ours = flow.sample(x0, context, 10)
+        for rescaled in True, False:
+            scheduler = EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+                timestep_spacing="leading", rescale_betas_zero_snr=rescaled)
+            scheduler.set_timesteps(sigmas=sample.sigma_grid(flow, 10))
+            x = x0 * scheduler.init_noise_sigma
+            for t_dm in scheduler.timesteps:
+                output = sd.unet(scheduler.scale_model_input(x, t_dm), t_dm.expand(2), context)
+                x = scheduler.step(output, t_dm, x).prev_sample
+            errors[rescaled] = relative(x, ours)
+    assert errors[True] < 5e-3 and errors[False] > 4 * errors[True], errors
 
 
 @pytest.mark.parametrize("objective", ["fm", "fm-flip"])

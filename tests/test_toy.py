@@ -424,6 +424,16 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(task, tmp_p
         make(monkeypatch, "decoder", "--resume", "killed")
 
 
+@pytest.mark.parametrize("change", [{"batch": "x"}, {"batch": None, "lr": -1}, {"scenes": [4]}, {"seed": 1.5},
+                                    {"warmup": {}}, {"device": []}, {"precision": "x"}, {"new": 1}])
+def test_settings_of_wrong_types_in_a_state_are_refused_by_its_name(tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    args = {"task": "prior", "steps": 3, "batch": 2, "device": "cpu", **make_prior.FIXED, **change}
+    save_tensors("run/state.safetensors", {}, {"args": json.dumps(args), "step": "2"})
+    with pytest.raises(ValueError, match="run/state.safetensors: "):
+        make(monkeypatch, "prior", "--resume", "run")
+
+
 def test_the_autoencoders_pictures_are_both_styles_in_turn_and_every_eighth_is_grey_log_depth():
     pictures = make_prior.AutoencoderPictures(16, 3)
     solid, outline = Scenes(16, 64, 64, "solid", 3), Scenes(16, 64, 64, "outline", 3)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import depth
@@ -27,6 +28,8 @@ from support.checkpoint import load_checkpoint, modelspec, save_checkpoint
 from support.files import replacing
 from support.load import load_flow
 from support.pairs import read_pairs
+from support.pictures import to_pil
+from support.prompts import CaptionWatch
 from support.validation import VALIDATION_SEED, Validation, warn_if_slow
 from tests import runs
 from tests.runs import (
@@ -504,6 +507,49 @@ def test_before_after_has_a_row_of_pictures_for_each_number_of_steps(words, rows
     assert torch.equal(images[-2 * len(after) - 2:], torch.cat([before, *after])) and not torch.equal(before, after[0])
 
 
+@pytest.mark.parametrize("words", ["", "--data photos --cache cache", "--task reflow --data pairs"])
+def test_previews_also_draw_the_users_prompts_from_the_noise_of_sample_py(words, monkeypatch):
+    save_photos("photos")
+    make_pairs()
+    grids = {}
+    monkeypatch.setattr("support.validation.save_grid", lambda path, images, columns, *rest, captions=None: (
+        grids.setdefault(path.name, (images, columns, captions or rest[-1]))))
+    short = SHORT.replace("--size 32", "") if "reflow" in words else SHORT
+    prompts = "--prompt 'a red boat' --prompt=-x "
+    works(train, f"{short} {words} {prompts} --steps 2 --lora 2 --preview-every 2 --batch 1 --out run")
+    images, columns, captions = grids["before_after.png"]
+    assert columns == 4 and captions[2:4] == captions[-2:] == ["a red boat", "-x"] and len(captions) == len(images)
+    preview, _, captions = grids["step_000002.png"]
+    assert captions[2:] == ["a red boat", "-x"] and len(preview) == 4
+    works(sample, f"--device cpu --precision fp32 --lora run/lora.safetensors {prompts} --singles")
+    for i, picture in enumerate(preview[2:]):
+        drawn = np.asarray(Image.open(f"samples/{i:04d}.png")).astype(int)
+        assert abs(np.asarray(to_pil(picture)) - drawn).max() <= 1
+    assert "-x" not in json.loads(Path("run/result.json").read_text()).get("captions", [])
+    works(train, "--resume run --steps 3")
+
+
+def test_captions_that_are_too_long_get_one_warning_with_their_number_so_far():
+    save_photos("photos")
+    Path("photos/boat.txt").write_text("tag, " * 37 + "tag a red boat")
+    words = SHORT + "--data photos --lora 2 --preview-every 0 --save-every 1 --caption-dropout 0 "
+    for more in "--cache cache", "":
+        warnings = [line for line in call(train, words + f"{more} --out run{len(more)}").err.splitlines()
+                    if line.startswith("warning")]
+        assert warnings in [[f"warning: 1 of {n} captions so far have more than 75 tokens, which is all that the text "
+                             "encoder reads; cut off from the first: 'a red boat'"] for n in (2, 4)]
+
+
+def test_the_warning_of_long_captions_waits_for_enough_of_them(capsys):
+    watch = CaptionWatch()
+    for i in range(100):
+        watch.look(["東" * 80, *["x"] * 9])
+        watch.report(now=False)
+        assert (len(capsys.readouterr().err) > 0) == (i == 25), i       # 26 batches of 10: the first 256 and a few
+    watch.report(now=True)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_run_that_would_take_days_prints_a_warning_with_its_time(monkeypatch, capsys, whole):
     paper = Namespace(batch=4, grad_accum=16, steps=20_000)                         # 3 x 64 forward passes per step
     warn_if_slow(paper, 0.1)
@@ -702,6 +748,7 @@ REFUSED = {
     "--cache c --task depth --data a": "--cache is for", "--data {}/none": "none is missing",
     "--data {}/empty": "no readable image",
     "--task depth --caption-dropout 0.1": "--caption-dropout: --task depth uses no captions",
+    "--task depth --prompt x": "--prompt: --task depth uses no captions",
     "--task reflow": "--pairs N", "--task reflow --data {}/empty --objective dm": "velocity field",
     "--task reflow --data {}/empty": "no pairs-", "--task depth --data {}/empty": "no picture with a depth file",
     "--task depth --data {}/empty --weights 1 2": "--weights 1.0 2.0 for 1 folders",

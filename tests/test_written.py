@@ -3,10 +3,13 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
+import piexif
+import piexif.helper
 import pytest
 from PIL import Image
 
@@ -24,27 +27,55 @@ from tools import merge
 
 tiny, at_work = runs.tiny, runs.at_work
 pytestmark = pytest.mark.usefixtures("at_work")
-USER_COMMENT = 0x9286
 
 
 def making(path):
-    """-> the text that other tools show: "parameters" of a .png, the Exif comment of other formats."""
+    """-> the text that other tools show: "parameters" of a .png, else piexif's own reading of the Exif comment, which a
+    .png has too."""
     with Image.open(path) as picture:
-        if "parameters" in picture.info:
-            return picture.info["parameters"]
-        comment = picture.getexif().get_ifd(0x8769)[USER_COMMENT]
-        assert comment.startswith(b"UNICODE\0")
-        return comment[8:].decode("utf-16-be")
+        exif, parameters = piexif.load(picture.info["exif"]), picture.info.get("parameters")
+    comment = piexif.helper.UserComment.load(exif["Exif"][piexif.ExifIFD.UserComment])
+    assert parameters in (None, comment)
+    return comment
+
+
+def as_a1111_reads(text):
+    """-> prompt, negative prompt, {setting: value}: the settings are the last line, a value in quotes is JSON."""
+    *above, last = text.strip().split("\n")
+    number = next(i for i, line in enumerate(above) if line.startswith("Negative prompt:"))
+    found = re.findall(r'([\w][\w /-]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)', last)
+    settings = {name: json.loads(value) if value.startswith('"') else value for name, value in found}
+    negative = "\n".join(above[number:]).removeprefix("Negative prompt:").strip()
+    return "\n".join(above[:number]), negative, settings
+
+
+def as_comfyui_reads(text):
+    """-> prompt, negative prompt: without the last line that begins with "Negative prompt:", nothing is imported."""
+    end = text.rindex("\nSteps:")
+    middle = text.rindex("\nNegative prompt:", 0, end)
+    return text[:middle].strip(), text[middle + 18:end].strip()
 
 
 @pytest.mark.parametrize("end", ["png", "jpg", "webp"])
 def test_a_pictures_file_has_its_prompt_its_settings_and_its_number(tiny, end):
-    works(sample, f"{FEW} --prompt 'a red café' --negative grey --cfg 3 --seed 5 --n 2 --singles --out s.{end}")
-    settings = (r"Negative prompt: grey\nSteps: 2, Sampler: Euler, Seed: 5, Model hash: [0-9a-f]{10}, Model: tiny, "
-                r"Objective: diff2flow, CFG scale: 3, Size: 32x32")
-    assert re.fullmatch(rf"a red café\na red café\n{settings}", making(f"s.{end}"))
-    assert re.fullmatch(rf"a red café\n{settings}, Picture: 1", making("s/0001.png"))
-    assert maker_of(f"s.{end}") == maker_of("s/0001.png") == SOFTWARE
+    words = f"{FEW} --prompt 'a red café' --cfg 3 --seed 5 --n 2 --first 3 --singles --out s.{end} --negative "
+    settings = {"Steps": "2", "Sampler": "Euler", "Seed": "5", "Model": "tiny", "Objective": "diff2flow",
+                "CFG scale": "3", "Size": "32x32"}
+    for negative in "grey", "":
+        works(sample, f"{words} '{negative}'")
+        for path, prompt, number in (f"s.{end}", "a red café\na red café", "3 to 4"), ("s/0004.png", "a red café", "4"):
+            prompts, unwanted, found = as_a1111_reads(making(path))
+            assert (prompts, unwanted) == as_comfyui_reads(making(path)) == (prompt, negative)
+            assert len(found.pop("Model hash")) == 10 and found == settings | {"Picture": number}
+    assert maker_of(f"s.{end}") == maker_of("s/0004.png") == SOFTWARE
+
+
+@pytest.mark.parametrize("name", ["a, b", "Size: 1x1", 'the "best" v2', "a\nb", "plain-v1.5 (1)", "back\\slash, é"])
+def test_a_models_name_with_the_separators_of_settings_is_read_back(tiny, name):
+    shutil.copy(tiny, f"{name}.safetensors")
+    works(sample, FEW + "--n 1 --prompt x --ckpt " + shlex.quote(f"{name}.safetensors"))
+    *_, settings = as_a1111_reads(making("samples.png"))
+    assert settings["Model"] == name and settings["Size"] == "32x32" and settings["Picture"] == "0"
 
 
 def test_a_prompt_that_utf_8_cannot_encode_still_gives_a_picture():

@@ -12,8 +12,12 @@ Only Inception's weights are downloaded, and only without --inception. The last 
 """
 import argparse
 import json
+import os
+import re
 import tempfile
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"      # before open_clip is imported, which may ask the Hugging Face hub for files
 
 import numpy as np
 import open_clip
@@ -32,14 +36,19 @@ from support.load import pick_device
 FID_NETWORK = "inception-v3-compat"     # torch-fidelity's copy of the original TensorFlow network
 
 
+def natural_order(path):
+    """-> key that sorts names as people count: 2.png before 10.png."""
+    return [[int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)] for name in path.parts]
+
+
 class CroppedPictures(torch.utils.data.Dataset):
-    """The pictures of a folder: uint8 (3, H, W), centre-cropped and scaled to one size.
+    """The pictures of a folder in natural order: uint8 (3, H, W), centre-cropped and scaled to one size.
 
     size: (width, height) in pixels (None: the first picture's).
     """
 
     def __init__(self, folder, size=None):
-        self.paths = pictures_in(folder)
+        self.paths = sorted(pictures_in(folder), key=natural_order)
         if len(self.paths) < 2:
             raise ValueError(f"{folder} has {len(self.paths)} pictures ({' '.join(SUFFIXES)}): at least 2 are needed")
         self.size = open_rgb(self.paths[0]).size if size is None else size
@@ -170,6 +179,29 @@ def clip_results(samples, clip, prompts, aesthetics, batch, device):
     return results
 
 
+def read_prompts(path, pictures):
+    """A text file -> its lines, the prompts of the pictures at these paths. ValueError if their numbers differ, or if
+    the order of the pictures is unclear."""
+    prompts = read_text(path).splitlines()
+    if len(prompts) != len(pictures):
+        raise ValueError(f"--prompts {path}: {len(prompts)} lines for {len(pictures)} pictures: line i must be the "
+                         "prompt of picture i")
+    for one, next_one in zip(pictures, pictures[1:]):
+        if natural_order(one.with_suffix("")) == natural_order(next_one.with_suffix("")):
+            raise ValueError(f"--prompts {path}: does {one} or {next_one} come first? Give them different "
+                             "numbers")
+    print(f"prompts, by the numbers in file names: {prompts[0]!r:.60} for {pictures[0].name}, ..., "
+          f"{prompts[-1]!r:.60} for {pictures[-1].name}")
+    return prompts
+
+
+def hub_files(name, for_prompts):
+    """-> what open_clip's network of that name would fetch from the Hugging Face hub: a text network, a tokenizer."""
+    config = open_clip.get_model_config(name.replace("/", "-")) or {}
+    parts = ["hf_model_name", *(["hf_tokenizer_name"] if for_prompts else [])]
+    return [config["text_cfg"][part] for part in parts if config.get("text_cfg", {}).get(part)]
+
+
 def check(args):
     """ValueError for options that do not fit together, and for missing files of weights."""
     check_range(args, 1, 1e9, "batch")
@@ -181,6 +213,9 @@ def check(args):
     if args.clip is not None and ":" in args.clip[0]:
         raise ValueError(f"--clip {args.clip[0]}: it would be downloaded; pass a name of open_clip's own, such as "
                          "ViT-L-14")
+    if args.clip is not None and (wanted := hub_files(args.clip[0], args.prompts is not None)):
+        raise ValueError(f"--clip {args.clip[0]}: open_clip would download {wanted[0]} for it; pass a network that "
+                         "needs no download, such as ViT-L-14")
     clip_weights = None if args.clip is None else args.clip[1]
     for flag, path in ("--inception", args.inception), ("--clip", clip_weights), ("--aesthetics", args.aesthetics):
         if path is not None and not Path(path).is_file():
@@ -195,7 +230,8 @@ def arguments():
     add("--real", help="folder of real pictures, which are cropped and scaled to the samples' size: measures FID")
     add("--inception", help="file of torch-fidelity's Inception weights (default: torch-fidelity downloads it)")
     add("--clip", nargs=2, metavar=("MODEL", "WEIGHTS"), help="open_clip's name of a network, and its file of weights")
-    add("--prompts", help="text file, line i for the i-th picture in the order of file names: measures the CLIP score")
+    add("--prompts", help="text file, line i for the i-th picture in the order of the numbers in file names, 2 before "
+        "10: measures the CLIP score")
     add("--aesthetics", help="file of the weights of LAION's predictor, which needs ViT-L-14-quickgelu: measures the "
         "aesthetics score")
     add("--batch", type=int, default=32, help="pictures per forward pass (default: 32)")
@@ -207,10 +243,7 @@ def main():
     args = arguments()
     check(args)
     samples, device, results = CroppedPictures(args.samples), pick_device(args.device), {}
-    prompts = [] if args.prompts is None else read_text(args.prompts).splitlines()
-    if args.prompts is not None and len(prompts) != len(samples):
-        raise ValueError(f"--prompts {args.prompts}: {len(prompts)} lines for {len(samples)} pictures: line i must be "
-                         "the prompt of picture i")
+    prompts = [] if args.prompts is None else read_prompts(args.prompts, samples.paths)
     if args.real is not None:
         results["fid"] = fid(samples, CroppedPictures(args.real, samples.size), args.inception, args.batch, device)
     if args.clip is not None:

@@ -43,7 +43,7 @@ RECIPES = {
 }
 FIXED = dict(  # settings of train.py that are the same for all three
     decay="cosine", grad_accum=1, clip=1.0, ema=0.999, caption_dropout=0.1, objective="dm", style="solid", lora="none",
-    keep=False, data=None, use_ema=False, previews=16)
+    keep=False, data=None, use_ema=False, previews=16, prompt=None)
 
 
 # ------------------------------------------------------------------ settings
@@ -90,7 +90,6 @@ def arguments():
         check_range(args, 1e-12, 1, "lr")
     if args.prediction and args.task != "prior":
         raise ValueError(f"--prediction {args.prediction}: only the prior predicts v or eps")
-    return argparse.Namespace(**vars(args), **FIXED)
 
 
 # ------------------------------------------------------------------ the autoencoder

@@ -276,7 +276,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
          "        pass\n    return files"),
         ("pictures: Exif comment of the wrong type", "TiffTags.UNDEFINED, 1)", "TiffTags.BYTE, 1)"),
         ("pictures: names with commas not quoted", "if set(',:\"\\n') & set(value) else", "if False else"),
-        ("pictures: columns too narrow for a caption", "max(self.width, NARROWEST) if captions", "self.width if captions"),
+        ("pictures: columns too narrow for a caption", "max(self.width, NARROWEST) if", "self.width if"),
         ("atomic write of pictures", "    with replacing(path) as temporary:\n        picture.save(temporary, ",
          "    if True:\n        picture.save(path, "),
     ]),

@@ -381,8 +381,10 @@ def pickled_checkpoint(rng, good):
 def diffusers_folder(rng, good):
     path = copied(good, "folder")
     file = rng.choice(sorted(file for file in path.rglob("*") if file.is_file()))
-    if file.suffix == ".json":
-        what, bad = rng.choice([break_bytes, break_json, break_config, break_config])(rng, file)
+    if file.name == "config.json" and rng.random() < 0.5:
+        what, bad = break_config(rng, file)
+    elif file.suffix == ".json":
+        what, bad = rng.choice([break_bytes, break_json, break_json])(rng, file)
     else:
         what, bad = of_safetensors(rng, file, ["format"])
     return Case(f"{file}: {what}", sample, DRAW + f"--ckpt {path}", "folder", bad)

@@ -636,6 +636,13 @@ def test_a_lora_of_a_file_in_stable_diffusions_layout_trains_on_photographs_and_
 
 # ------------------------------------------------------------------ waiting for data
 
+def test_a_clock_that_stands_still_ends_no_run(monkeypatch):
+    for module in "support.run", "support.validation":
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(time=lambda: 5.0))
+    works(train, SHORT + "--steps 1 --lora 2 --preview-every 1 --out run")
+    assert rows_of("run/metrics.jsonl")[0]["waiting"] == 0
+
+
 def test_the_share_of_time_spent_waiting_for_data_is_logged(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: now[0]))

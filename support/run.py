@@ -147,12 +147,8 @@ class Metrics:
         if not math.isfinite(loss + norm):
             bad = (~values.isfinite()).any(1).tolist().index(True)
             self.fail(step - len(values) + bad, *values[bad].tolist(), *self.rows[bad][1:])
-<<<<<<< HEAD
-        images, seconds = len(values) * self.args.batch * self.args.grad_accum, max(time.time() - self.clock, 1e-3)
-=======
         images = len(values) * self.args.batch * self.args.grad_accum
         seconds = max(time.time() - self.clock, 1e-6)           # a clock may stand still, or be set back
->>>>>>> D
         memory = torch.cuda.max_memory_allocated() / 2**30 if values.is_cuda else 0.0
         row = {"step": step, "loss": loss, "grad": norm, "lr": lr, "img_s": round(images / seconds, 2),
                "waiting": round(self.waited / seconds, 3), "mem_gb": round(memory, 2)}

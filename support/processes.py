@@ -1,5 +1,6 @@
 """The processes that torchrun starts, and the signals that end a run."""
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -116,24 +117,26 @@ class StopSignal:
 
 
 def read_ahead(loader):
-    """-> an iterator over a DataLoader's batches. A worker that was killed is an OSError here, where the next batch is
-    due; torch's handler of SIGCHLD would raise anywhere, as in the middle of a step."""
+    """Yields a DataLoader's batches. A worker that was killed is an OSError here, where the next batch is due; torch's
+    handler of SIGCHLD would raise anywhere, as in the middle of a step. At the end all workers are killed: they ignore
+    SIGTERM, by which torch and multiprocessing end them, and would be waited for."""
+    others = multiprocessing.active_children()
     batches = iter(loader)
+    workers = [process for process in multiprocessing.active_children() if process not in others]
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not WORKER_LOST.search(str(error)):
-                raise
-            reason = str(error).strip().split("\n")[-1]
-            raise OSError("a process that reads pictures ahead was killed, or had too little shared memory: try fewer, "
-                          "such as --workers 0 for none; in Docker also --shm-size 8g "
-                          f"({reason})") from error
-        yield batch
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not WORKER_LOST.search(str(error)):
+            raise
+        reason = str(error).strip().split("\n")[-1]
+        raise OSError("a process that reads pictures ahead was killed, or had too little shared memory: try fewer, as "
+                      f"by --workers 0; in Docker also --shm-size 8g ({reason})") from error
+    finally:
+        del batches
+        for process in workers:
+            process.kill()
 
 
 def ignore_interrupts(worker):

@@ -205,7 +205,7 @@ class Run:
             raise ValueError(f"--steps {args.steps}: {out} has done {self.start} steps already")
         self.grad_accum = args.grad_accum // ranks.count
         self.done = self.saved = self.start         # steps
-        self.optimizer = self.ema = None
+        self.optimizer = self.ema = self.batches = None
         self.captions = CaptionWatch()
 
     def steps(self, loader, optimizer, ema, flow=None):
@@ -222,7 +222,8 @@ class Run:
         if flow is not None:
             net = flow.net = self.ranks.wrap(flow.net)
             net.register_forward_pre_hook(metrics.remember_timesteps)
-        batches = metrics.timed(read_ahead(loader))
+        self.batches = read_ahead(loader)
+        batches = metrics.timed(self.batches)
         bar = tqdm(range(self.start, args.steps), initial=self.start, total=args.steps, unit="step", dynamic_ncols=True,
                    disable=not is_main)
         self.stop.deferred = True
@@ -312,6 +313,9 @@ def open_run(args, out, ranks, command, base_hash=None):
                 print(f"an error after step {run.done} of {args.steps}, see below; step {run.saved} is saved: resume "
                       f"with: {command}", file=sys.stderr)
             raise
+        finally:
+            if run.batches is not None:
+                run.batches.close()         # its workers end
         ranks.leave()
 
 

@@ -82,20 +82,22 @@ def resumed_arguments(parser, args, tasks):
     if settings["task"] not in tasks:
         raise ValueError(f"--resume {args.resume}: a run of toy.make_prior; resume it with that program")
     resumed = parsed_again(parser, settings, vars(args), state_file(args.resume))
-    for name in set(MOVABLE) - {"out", *given}:
-        paths = getattr(resumed, name) or []
+    gone = {}
+    for name in ("data", "ckpt", "init_lora", "cache"):
+        paths = [] if name in given else getattr(resumed, name) or []
         for path in paths if isinstance(paths, list) else [paths]:
             if not os.path.exists(os.path.dirname(path) if path.endswith(".tar") else path):
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{path}: no such file or folder; if the run's {flag} is at another place now, pass "
-                                 f"{flag} with --resume")
+                gone[path] = "--" + name.replace("_", "-")
+    if gone:
+        raise ValueError(f"{', '.join(gone)}: no such file or folder; if the files of the run have moved, pass "
+                         f"{' and '.join(sorted(set(gone.values())))} with --resume")
     resumed.given = sorted(given)
     return resumed
 
 
 def resumed_settings(folder, given, may_change):
     """-> the settings of the run in `folder`, updated by the `given` flags. ValueError for a flag not in may_change."""
-    settings = {**saved_settings(folder), "out": None}      # the folder that it had at its start, which may have moved
+    settings = {**saved_settings(folder), "out": None, "resume": None}      # the folder may have moved since its start
     for name, value in given.items():
         if name in ("resume", "task") and settings.get(name) in (None, value):
             continue

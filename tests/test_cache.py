@@ -84,7 +84,7 @@ def test_a_cache_that_only_a_resumed_runs_state_names_is_read_but_not_written_to
     assert sorted(Path("cache").rglob("*")) == before
     assert encoded("--resume run --steps 5 --cache cache") == (1, 0)
     Path("cache").rename("moved")
-    assert "cache: no such file or folder; if the run's --cache is at" in refusal(train, "--resume run --steps 6")
+    assert "cache: no such file or folder; if the files of the run have" in refusal(train, "--resume run --steps 6")
     assert encoded("--resume run --steps 6 --cache moved") == (0, 0)
 
 

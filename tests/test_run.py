@@ -235,6 +235,28 @@ def test_a_killed_worker_is_one_line_with_the_way_out_and_the_run_saves_and_resu
     assert metadata("run/state.safetensors")["step"] == str(step + 1)
 
 
+def test_an_error_in_a_worker_saves_and_ends_the_run_and_its_workers(tiny):
+    """torch raises it with a reference to itself, by which the DataLoader lives on."""
+    Path("spied.py").write_text(
+        "import data, support.files, train\nplain, calls = data.random_crop, []\n"
+        "def random_crop(image, height, width, rng):\n"
+        "    calls.append(0)\n"
+        "    if len(calls) > 8:                  # in this worker\n"
+        "        raise OSError('a.jpg: gone')\n"
+        "    return plain(image, height, width, rng)\n"
+        "loading = train.load_batches\n"
+        "def load_batches(*args):                # not for validation\n"
+        "    data.random_crop = random_crop\n"
+        "    return loading(*args)\n"
+        "train.load_batches = load_batches\nsupport.files.cli(train.main)\n")
+    save_photos("photos")
+    words = RUN + f"--ckpt {tiny} --data photos --steps 1000 --out run"
+    done = subprocess.run([sys.executable, "spied.py", *words.split()], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: a.jpg: gone"
+    assert int(metadata("run/state.safetensors")["step"]) >= 4
+
+
 @pytest.mark.parametrize("message", ["unable to write to file </torch_1_2_3>: No space left on device (28)",
                                      "DataLoader worker (pid 7) is killed by signal: Bus error. ",
                                      "unable to allocate shared memory(shm) for file </torch_1>: File exists (17)"])
@@ -494,6 +516,8 @@ def test_a_run_resumes_from_another_working_directory_and_as_a_copy(whole, tiny,
     for folder in "../run", "copy":
         works(train, f"--resume {folder} --steps 4")
     assert same("../run/state.safetensors", "copy/state.safetensors")
+    os.rename("copy", "again")
+    works(train, "--resume again --steps 5")
 
 
 def test_resuming_on_another_base_is_refused_and_on_other_files_it_warns(tiny):
@@ -518,9 +542,9 @@ def test_a_run_whose_checkpoint_and_data_have_moved_names_the_flags_and_resumes_
     works(train, words + "--steps 4 --out long")
     works(train, words + "--steps 2 --out short")
     os.rename("old", "new")
-    ckpt = " --ckpt new/base.safetensors"
-    assert "old/base.safetensors: no such file or folder; if the run's --ckpt is at" in refusal(train, "--resume short")
-    assert "old/photos: no such file or folder; if the run's --data is at" in refusal(train, "--resume short" + ckpt)
+    ckpt, line = " --ckpt new/base.safetensors", refusal(train, "--resume short")
+    assert "old/base.safetensors: no such file" in line and "pass --ckpt and --data with --resume" in line
+    assert "old/photos: no such file or folder" in refusal(train, "--resume short" + ckpt)
     works(train, "--resume short --steps 4 --data new/photos" + ckpt)
     assert same("short/state.safetensors", "long/state.safetensors")
     assert saved_settings("short")["ckpt"] == os.path.abspath("new/base.safetensors")

@@ -26,11 +26,15 @@ def read_prompts(args):
 
 
 def cut_off(text):
-    """-> the end of a prompt that the text encoder does not read, as the tokenizer spells it, or ""."""
+    """-> the end of a prompt that the text encoder does not read, or ""."""
     if len(text) <= TOKENS and text.isascii():          # a token has at least one byte
         return ""
     tokens = tokenizer().encode(text[:LONGEST])
-    return (tokenizer().decode(tokens[TOKENS:]) + text[LONGEST:]).strip()
+    if len(tokens) <= TOKENS:
+        return text[LONGEST:].strip()
+    kept = len("".join(tokenizer().decode(tokens[:TOKENS]).split()))    # the tokenizer changes case and white space
+    letters = [i for i, letter in enumerate(text) if not letter.isspace()]
+    return text[letters[min(kept, len(letters) - 1)]:].strip()
 
 
 def warn_of_cut(ends, n, what):

@@ -307,7 +307,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("processes: nohup overruled", "if signal.getsignal(number) != signal.SIG_IGN]", "]"),
     ]),
     "support/prompts.py": ("tests/test_sample.py tests/test_train.py", [
-        ("prompts: cut a token late", "decode(tokens[TOKENS:])", "decode(tokens[TOKENS + 1:])"),
+        ("prompts: cut a token late", "decode(tokens[:TOKENS])", "decode(tokens[:TOKENS + 1])"),
         ("prompts: short means few characters", "<= TOKENS and text.isascii()", "<= TOKENS"),
         ("prompts: captions warned of in every step", "            self.warned = True\n", "            pass\n"),
     ]),

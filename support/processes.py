@@ -33,7 +33,7 @@ class Ranks:
         self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         if self.count > 1:
             backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            with reading("MASTER_ADDR and MASTER_PORT", "an address where the processes of torchrun meet"):
+            with reading("RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT in the environment", "as torchrun sets it"):
                 dist.init_process_group(backends, timeout=timedelta(hours=2))   # the others wait while rank 0 saves
         if not self.is_main:
             sys.stdout = open(os.devnull, "w")

@@ -90,6 +90,7 @@ def arguments():
         check_range(args, 1e-12, 1, "lr")
     if args.prediction and args.task != "prior":
         raise ValueError(f"--prediction {args.prediction}: only the prior predicts v or eps")
+    return argparse.Namespace(**vars(args), **FIXED)
 
 
 # ------------------------------------------------------------------ the autoencoder

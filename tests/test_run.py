@@ -725,7 +725,7 @@ def test_ranks_that_make_no_sense_are_refused(rank, count, monkeypatch):
     assert f"RANK={rank} and WORLD_SIZE={count} in the environment" in refusal(train, RUN)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "MASTER_ADDR and MASTER_PORT: not an address where" in refusal(train, RUN)
+    assert "MASTER_ADDR or MASTER_PORT in the environment: not as torchrun" in refusal(train, RUN)
 
 
 def test_a_step_that_processes_cannot_share_equally_is_refused(tiny):

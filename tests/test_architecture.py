@@ -46,7 +46,9 @@ def test_imports_form_no_circle():
 
 @pytest.mark.parametrize("module, allowed", [
     ("schedule", set()), ("diff2flow", set()), ("model", set()), ("lora", set()), ("support.names", set()),
-    ("support.files", set()), ("data", {"support.files"}), ("toy.scenes", {"data"})])
+    ("support.files", set()), ("support.decode", {"support.files"}),
+    ("support.folders", {"support.decode", "support.files"}), ("data", {"support.decode", "support.folders"}),
+    ("toy.scenes", {"data"})])
 def test_the_lowest_modules_import_nothing_else_of_this_project(module, allowed):
     assert ours(IMPORTS[module]) == allowed
 

@@ -130,8 +130,12 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
          "range(start, stop, batch)"),
         ("data: noise depends on the seed alone", "default_rng((seed, i)).standard_normal",
          "default_rng((seed, 0)).standard_normal"),
-        ("data: held-out pictures trained on", "if item in others]", "]"),
-        ("data: the first pictures held out", "sorted(self.items, key=", "list(self.items) or sorted(self.items, key="),
+        ("data: held-out pictures trained on", "for i, item in enumerate(self.items) if i not in chosen]",
+         "for i, item in enumerate(self.items)]"),
+        ("data: the first pictures held out", "sorted(range(len(self)), key=", "range(len(self)) or sorted((), key="),
+        ("data: batches of buckets in the order of their shapes", "[batches[i] for i in rng.permutation(len(batches))]",
+         "batches"),
+        ("data: buckets filled up with the same crops", "(epoch + (turn << 32)) * self.n", "epoch * self.n"),
     ]),
     "train.py": ("tests/test_train.py tests/test_cache.py tests/test_pairs.py", [
         ("depth: mask inverted", '"mask": 1 - has_hole', '"mask": has_hole'),
@@ -172,7 +176,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("depth: near is 1", "(2 * (log_depth - low) /", "(2 * (high - log_depth) /"),
         ("depth: flipped without its picture", "depth.flip(-1), valid.flip(-1)", "depth, valid.flip(-1)"),
         ("depth: ensemble is its first sample", "torch.stack(samples).mean(0)", "samples[0]"),
-        ("depth: pictures without depth trained on", "        if valid.any():\n", "        if True:\n"),
+        ("depth: pictures without depth trained on", "            if not valid.any():\n", "            if False:\n"),
         ("depth: held-out pictures trained on", "self.folders[i] = sorted(by_hash[count:])", "pass"),
     ]),
     "support/cache.py": ("tests/test_cache.py", [
@@ -205,6 +209,10 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("checkpoint: height by width", '"modelspec.resolution": f"{size[1]}x{size[0]}"',
          '"modelspec.resolution": f"{size[0]}x{size[1]}"'),
     ]),
+    "support/decode.py": ("tests/test_folders.py tests/test_data.py", [
+        ("decode: any format is opened", "io.BytesIO(content), formats=formats())", "io.BytesIO(content))"),
+        ("decode: pictures that we wrote", "maker_of(path) == SOFTWARE:", "False:"),
+    ]),
     "support/depth_files.py": ("tests/test_depth.py", [
         ("depth: distance taken for depth", "planar_depth(read_hdf5(path))", "read_hdf5(path)"),
     ]),
@@ -226,6 +234,11 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("files: half-written files of anybody", "whole != path.name and any(", "any("),
         ("files: a full disk is found late", "file.write(bytes(min(2**24, size - start)))", "pass"),
         ("files: no chmod is an error", "if error.errno not in UNSUPPORTED:\n", "if True:\n"),
+    ]),
+    "support/folders.py": ("tests/test_folders.py tests/test_data.py", [
+        ("folders: links are followed for ever", "            if real in seen:\n", "            if False:\n"),
+        ("folders: accents as they are", 'unicodedata.normalize("NFC", path', 'str.strip(path'),
+        ("folders: hidden pictures are read", 'name.startswith(".") or name in HIDDEN', "False"),
     ]),
     "support/load.py": ("tests/test_sample.py tests/test_written.py tests/test_pairs.py tests/test_train.py", [
         ("load: bf16 on AMX not seen", 'capabilities.get("amx_bf16", False) or ', ""),
@@ -343,7 +356,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     "support/tars.py": ("tests/test_tars.py", [
         ("tars: every worker reads all tars", "sys.maxsize, 1, reader, readers)", "sys.maxsize, 1, 0, 1)"),
         ("tars: truncated tars accepted", "if not has_content or any(file.read()):", "if not has_content:"),
-        ("tars: held-out pictures trained on", "if name_of(sample) not in self.held_out)", ")"),
+        ("tars: held-out pictures trained on", "if (sample.tar, sample.key) not in self.held_out)", ")"),
+        ("tars: no picture at all is waited for", "if without == set(self.tars):", "if False:"),
     ]),
     "support/validation.py": ("tests/test_train.py", [
         ("validation: velocity error not a mean", "mask).item() * len(x1)", "mask).item()"),

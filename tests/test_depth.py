@@ -217,7 +217,7 @@ def test_pictures_without_depth_and_depth_without_a_picture_are_counted(tmp_path
         f"without depth (first {tmp_path}/a.jpg); 4 depth files without a picture (first {tmp_path}/c.npy)\n")
     for path in (tmp_path / "clone/frames/rgb/Camera_0").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="no picture with a depth file: .*; 2 pictures without depth .*; 5 depth "):
+    with pytest.raises(ValueError, match="with a depth file: .*; 2 pictures without depth .*; 5 depth files"):
         find_depth(tmp_path)
 
 

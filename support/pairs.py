@@ -28,7 +28,7 @@ PAIRS_PER_FILE = 256
 def read_pairs(path, tensors=("noise", "latent")):
     """A file of `sample.py --pairs` -> {"prompts": n strings, "settings": dict, "shape": (z, h, w), and the named
     tensors (n, z, h, w) in float16}. ValueError for a damaged file."""
-    with reading(path, "pairs of sample.py --pairs, which makes them again if you delete the file"), \
+    with reading(path, "a complete file of pairs (sample.py --pairs makes it again once it is deleted)"), \
             open_tensors(path) as file:
         metadata = file.metadata()
         prompts, settings = from_json(metadata["prompts"]), from_json(metadata["about"])

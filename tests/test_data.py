@@ -390,7 +390,7 @@ def test_a_file_whose_noise_latents_prompts_and_settings_do_not_match_is_an_erro
               ({name: tensor.int() for name, tensor in whole.items()}, ["a", "b"], about)]
     for tensors, prompts, settings in broken:
         save_tensors(path, tensors, {"prompts": json.dumps(prompts), "about": json.dumps(settings)})
-        with pytest.raises(ValueError, match="pairs-000000.safetensors: (not pairs of sample.py|cannot be read)"):
+        with pytest.raises(ValueError, match="pairs-000000.safetensors: (not a complete file of pairs|cannot be read)"):
             Pairs(tmp_path, validation=1)
     whole["noise"] *= math.nan
     save_tensors(path, whole, {"prompts": '["a", "b"]', "about": json.dumps(about)})
@@ -410,10 +410,10 @@ def test_a_truncated_or_foreign_file_of_pairs_is_an_error_that_names_it(tmp_path
     path = tmp_path / "pairs-000000.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-10])
-    with pytest.raises(ValueError, match="pairs-000000.safetensors: (not pairs of sample.py|cannot be read)"):
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: (not a complete file of pairs|cannot be read)"):
         read_pairs(path)
     save_tensors(path, {"weight": torch.ones(1)})
-    with pytest.raises(ValueError, match="pairs-000000.safetensors: (not pairs of sample.py|cannot be read)"):
+    with pytest.raises(ValueError, match="pairs-000000.safetensors: (not a complete file of pairs|cannot be read)"):
         Pairs(tmp_path, validation=1)
     with pytest.raises(ValueError, match="empty has no pairs-"):
         Pairs(tmp_path / "empty", validation=1)

@@ -7,13 +7,14 @@ import shutil
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from model import TINY, StableDiffusion
-from support.checkpoint import load_checkpoint, read_config, save_checkpoint
+from support.checkpoint import load_checkpoint, open_checkpoint, read_config, save_checkpoint
 from tests import checkpoints
 from tests.checkpoints import CONFIGS, NARROW, PROMPTS, TEXT, UNET, VAE, hollow_checkpoint, manifest, relative, same
 
@@ -88,16 +89,20 @@ def test_a_non_pruned_file_loads_its_plain_weights_or_with_use_ema_its_ema_weigh
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
 def test_a_lightning_ckpt_loads_without_lightning(files, tmp_path, monkeypatch, legacy):
-    """Such files contain the callback's class, pickled by name, as a dictionary key."""
+    """Such files contain the callback's class, pickled by name, as a dictionary key, and numpy's numbers."""
     tensors, name = load_file(files["sd15"]), "pytorch_lightning.callbacks.model_checkpoint"
+    path = tmp_path / "lightning.ckpt"
     callback = type("ModelCheckpoint", (), {"__module__": name})
     with monkeypatch.context() as context:
         for parent in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
             context.setitem(sys.modules, parent, types.ModuleType(parent))
         sys.modules[name].ModelCheckpoint = callback
-        torch.save({"epoch": 0, "callbacks": {callback: {"best_model_score": torch.tensor(0.5)}},
-                    "state_dict": tensors}, tmp_path / "lightning.ckpt", _use_new_zipfile_serialization=not legacy)
-    save_checkpoint(load_checkpoint(tmp_path / "lightning.ckpt"), tmp_path / "converted.safetensors")
+        scores = {"best_model_score": torch.tensor(0.5), "best": np.float64(0.1), "step": np.int32(3), "x": np.ones(2)}
+        torch.save({"epoch": 0, "callbacks": {callback: scores}, "state_dict": tensors}, path,
+                   _use_new_zipfile_serialization=not legacy)
+    if legacy:                                                      # as written with numpy 1
+        path.write_bytes(path.read_bytes().replace(b"numpy._core", b"numpy.core"))
+    save_checkpoint(load_checkpoint(path), tmp_path / "converted.safetensors")
     assert same(load_file(tmp_path / "converted.safetensors"), tensors)
 
 
@@ -123,13 +128,24 @@ def test_prediction_is_the_arguments_else_the_metadatas_else_eps_for_sd1(files, 
     assert load_checkpoint(path).prediction == "v" and "(from the file's prediction)" in capsys.readouterr().out
     assert load_checkpoint(path, prediction="eps").prediction == "eps" and "(as asked)" in capsys.readouterr().out
     assert load_checkpoint(files["sd15"]).prediction == "eps"
-    assert "eps-prediction (as all of SD 1.x)" in capsys.readouterr().out
+    assert "eps-prediction (SD 1.x usually is eps; if this one is not: --prediction v)" in capsys.readouterr().out
 
 
 def test_prediction_is_read_from_modelspec_metadata(files, tmp_path):
     path = tmp_path / "spec.safetensors"
     save_file(load_file(files["sd21"]), path, metadata={"modelspec.prediction_type": "epsilon"})
     assert load_checkpoint(path).prediction == "eps"
+
+
+@pytest.mark.parametrize("name, line, prediction", [
+    ("sd15", 'parameterization: "v"', "v"), ("sd15", "parameterization: v  # 2023", "v"),
+    ("sd21", "parameterization: 'eps'", "eps"), ("sd15", "# parameterization: v", "eps"), ("sd15", "\0\xff", "eps")])
+def test_the_prediction_is_read_from_a_yaml_of_the_original_code_beside_the_file(
+        files, tmp_path, capsys, name, line, prediction):
+    shutil.copy(files[name], tmp_path / "mine.safetensors")
+    (tmp_path / "mine.yaml").write_text(f"model:\n  params:\n    {line}\n", encoding="latin1")
+    assert load_checkpoint(tmp_path / "mine.safetensors").prediction == prediction
+    assert ("(from the parameterization in mine.yaml)" in capsys.readouterr().out) == line.startswith("param")
 
 
 @pytest.mark.parametrize("std, prediction", [(0.0901, "v"), (0.0899, "eps")])
@@ -215,8 +231,8 @@ def test_a_missing_tensor_is_named(tmp_path, name, key):
 @pytest.mark.parametrize("key, shape, error", [
     (UNET + "input_blocks.4.0.in_layers.0.weight", (641,), r"in_layers.0.weight is (641,), expected (320,)"),
     (UNET + "middle_block.1.norm.weight", (), "is (), expected (1280,)"),
-    (UNET + "input_blocks.4.0.in_layers.2.weight", (641, 320, 3, 3), "no model has these tensor shapes"),
-    (VAE + "encoder.down.1.block.0.conv1.weight", (257, 128, 3, 3), "no model has these tensor shapes"),
+    (UNET + "input_blocks.4.0.in_layers.2.weight", (641, 320, 3, 3), "not a checkpoint of Stable Diffusion 1.x or 2.x"),
+    (VAE + "encoder.down.1.block.0.conv1.weight", (257, 128, 3, 3), "not a checkpoint of Stable Diffusion 1.x or 2.x"),
     (VAE + "quant_conv.weight", (), "Stable Diffusion 1.x or 2.x is needed"),
     (UNET + "input_blocks.0.0.weight", (320, 9, 3, 3), "takes 9 channels: an inpainting"),
     (TEXT + "transformer.text_model.embeddings.token_embedding.weight", (49000, 768), "49000 words"),
@@ -347,6 +363,39 @@ def test_the_part_that_a_file_lacks_is_named(files, tmp_path, prefixes, missing)
         write(tensors, tmp_path))
 
 
+@pytest.mark.parametrize("pattern", [r"encoder\.down\.", r"resblocks\.", r"input_blocks\.([1-9]|1\d)\."])
+def test_a_file_without_the_blocks_of_a_network_is_refused(files, tmp_path, pattern):
+    tensors = {key: value for key, value in load_file(files["sd21"]).items() if not re.search(pattern, key)}
+    message = refusal(write(tensors, tmp_path))
+    assert "no blocks at all" in message or "incomplete checkpoint" in message
+
+
+def test_a_tensor_of_a_type_that_torch_cannot_compute_with_is_refused(files, tmp_path):
+    tensors = load_file(files["sd15"])
+    name = next(key for key in tensors if key.endswith("attn1.to_q.weight"))
+    rows, columns = tensors[name].shape
+    tensors[name] = torch.zeros(rows, columns // 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)     # two per byte
+    assert "not a checkpoint of Stable Diffusion 1.x or 2.x, or damaged (NotImplementedError" in refusal(
+        write(tensors, tmp_path))
+
+
+def test_a_unet_of_8_channels_is_a_depth_model_only_if_its_metadata_says_so(files, tmp_path):
+    """Those of InstructPix2Pix say nothing. Depth models of ours from before their latents came last say task alone."""
+    name, tensors = UNET + "input_blocks.0.0.weight", load_file(files["sd15"])
+    tensors[name] = torch.randn(len(tensors[name]), 8, 3, 3)
+    message = refusal(write(tensors, tmp_path))
+    assert "takes 8 channels, and neither its metadata nor the layout of Marigold" in message
+    assert "InstructPix2Pix" in message and "takes 8 channels" in refusal(write(tensors, tmp_path, {"task": "reflow"}))
+    old = load_checkpoint(write(tensors, tmp_path, {"task": "depth"}))
+    new = load_checkpoint(write(tensors, tmp_path, {"task": "depth", "image_input": "first"}))
+    weights = [sd.unet.input_blocks[0][0].weight for sd in (old, new)]
+    assert old.is_depth_model and torch.equal(weights[1], tensors[name])
+    assert torch.equal(weights[0], torch.cat([tensors[name][:, 4:], tensors[name][:, :4]], 1))
+    save_checkpoint(old, tmp_path / "again.safetensors")
+    again = load_checkpoint(tmp_path / "again.safetensors")
+    assert torch.equal(again.unet.input_blocks[0][0].weight, weights[0])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1])
 def test_weights_that_are_not_floating_point_or_not_finite_are_refused_with_the_tensors_name(files, tmp_path, value):
     name, tensors = UNET + "out.2.bias", load_file(files["sd21"])
@@ -445,23 +494,51 @@ def test_a_scheduler_without_prediction_type_as_in_sd_1_5s_official_folder_means
     assert load_checkpoint(tmp_path / "folder").prediction == "eps"
 
 
+def widen(folder, channels):
+    """Give the UNet of a folder more input channels."""
+    path, = (folder / "unet").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["conv_in.weight"] = torch.randn(len(tensors["conv_in.weight"]), channels, 3, 3)
+    save_file(tensors, path)
+
+
+ODD_CONFIGS = [
+    ("unet", {"down_block_types": ["CrossAttnDownBlock2D"]}), ("unet", {"block_out_channels": []}),
+    ("unet", {"layers_per_block": 999_999}), ("unet", {"layers_per_block": [2, 2]}),
+    ("vae", {"block_out_channels": []}), ("vae", {"layers_per_block": 500_000}),
+    ("text_encoder", {"num_hidden_layers": 0}), ("text_encoder", {"num_hidden_layers": 999_999}), ("text_encoder", {"hidden_size": "x"})]
+
+
+@pytest.mark.parametrize("part, changes", ODD_CONFIGS, ids=str)
+def test_the_sizes_of_a_folder_are_those_of_its_tensors_whatever_its_config_json_says(folder, tmp_path, part, changes):
+    (tmp_path / "folder").mkdir()
+    for path in folder.iterdir():                                   # links: the tensors are only read
+        (tmp_path / "folder" / path.name).symlink_to(path)
+    (tmp_path / "folder" / part).unlink()
+    shutil.copytree(folder / part, tmp_path / "folder" / part)
+    edit_json(tmp_path / "folder", f"{part}/config.json", **changes)
+    assert open_checkpoint(tmp_path / "folder").config == open_checkpoint(folder).config
+
+
 DAMAGED_FOLDERS = {
     "a folder of StableDiffusionXLPipeline": lambda folder: edit_json(
         folder, "model_index.json", _class_name="StableDiffusionXLPipeline"),
     "vae/ is missing or has no .safetensors file (.bin files are not read)": lambda folder: next(
         (folder / "vae").glob("*.safetensors")).rename(folder / "vae" / "diffusion_pytorch_model.bin"),
     "text_encoder/ is missing": lambda folder: shutil.rmtree(folder / "text_encoder"),
-    "unet/config.json: missing or damaged": lambda folder: (folder / "unet/config.json").write_text("{"),
-    "scheduler_config.json: missing": lambda folder: shutil.rmtree(folder / "scheduler"),
-    "unet/config.json: missing or damaged (TypeError)": lambda folder: (folder / "unet/config.json").write_text("5"),
-    "impossible sizes in a config.json": lambda folder: edit_json(
-        folder, "unet/config.json", layers_per_block=[2, 2]),
-    "lacks 'block_out_channels'": lambda folder: (folder / "vae/config.json").write_text("{}"),
+    "unet/config.json: not JSON as diffusers writes it": lambda folder: (folder / "unet/config.json").write_text("{"),
+    "scheduler_config.json: not JSON as diffusers writes it, or damaged ([Errno 2]": lambda folder: shutil.rmtree(
+        folder / "scheduler"),
+    "unet/config.json: not JSON as diffusers writes it, or damaged (TypeError": lambda folder: (
+        folder / "unet/config.json").write_text("5"),
     "noise schedule of its scheduler is ('linear', 0.00085, 0.012)": lambda folder: edit_json(
         folder, "scheduler/scheduler_config.json", beta_schedule="linear"),
     "[2, 4, 8, 8] attention heads": lambda folder: edit_json(
         folder, "unet/config.json", attention_head_dim=[2, 4, 8, 8]),
-    "takes 9 channels: an inpainting": lambda folder: edit_json(folder, "unet/config.json", in_channels=9),
+    "takes 9 channels: an inpainting": lambda folder: widen(folder, 9),
+    "takes 8 channels, and neither its metadata nor the layout of Marigold": lambda folder: widen(folder, 8),
+    "a folder of StableDiffusionInstructPix2PixPipeline": lambda folder: [widen(folder, 8), edit_json(
+        folder, "model_index.json", _class_name="StableDiffusionInstructPix2PixPipeline")],
     "first unet/down_blocks.0.attentions.1": lambda folder: change(
         folder, "unet", lambda name: name.replace("down_blocks.0.attentions.1", "unknown")),
     "without model_index.json": lambda folder: (folder / "model_index.json").unlink(),

@@ -2,15 +2,20 @@
 import re
 import subprocess
 import sys
+from functools import partial, partialmethod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import MarigoldDepthPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import depth
 import lora
-from support.checkpoint import load_checkpoint, modelspec
+from data import noises
+from support.checkpoint import load_checkpoint, modelspec, save_checkpoint
 from support.load import load_flow
 from support.lora_file import load_lora, save_lora
 from tests.checkpoints import NARROW, full_pipeline, randn, relative, same
@@ -20,6 +25,7 @@ from tools import merge
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/other_tools.md").read_text(), re.MULTILINE | re.DOTALL)
 RECIPE, = (code for code in BLOCKS if "sigmas" in code)
+MARIGOLD, = (code for code in BLOCKS if "Marigold" in code)
 PREDICTIONS = pytest.mark.parametrize("name, prediction", [("sd15", "eps"), ("sd21", "v"), ("sd21", "eps")])
 
 
@@ -137,9 +143,33 @@ def test_diffusers_opens_a_merged_file_and_computes_the_same_as_our_base_and_lor
     assert relative(theirs, ours) < 1e-4 and relative(unadapted, ours) > 0.05
 
 
+@PREDICTIONS
+def test_a_depth_model_gives_its_depth_in_marigolds_pipeline_by_the_code_in_the_docs(
+        base, name, prediction, tmp_path, monkeypatch):
+    sd = load_checkpoint(base)
+    sd.add_image_input()
+    sd.unet.input_blocks[0][0].weight.copy_(randn(32, 8, 3, 3) / 8)                 # halves that differ
+    save_checkpoint(sd, tmp_path / "depth.safetensors", task="depth", resolution="64")
+    full_pipeline(NARROW[name], load_file(base), prediction).save_pretrained(tmp_path / "config")
+    for kind, more in (UNet2DConditionModel, {"subfolder": "unet"}), (StableDiffusionPipeline, {}):
+        plain = partial(kind.from_single_file, config=str(tmp_path / "config"), local_files_only=True, **more)
+        monkeypatch.setattr(kind, "from_single_file", plain)
+    monkeypatch.setattr(MarigoldDepthPipeline, "__call__", partialmethod(
+        MarigoldDepthPipeline.__call__, latents=noises([0], (4, 8, 8), 3)))
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    names = {"image": Image.fromarray(pixels)}
+    code = MARIGOLD.replace("processing_resolution=512", "processing_resolution=64")
+    exec(code if prediction == "v" else code.replace('"v_prediction"', '"epsilon"'), names)
+    theirs = torch.from_numpy(names["depth"][0, :, :, 0]) * 2 - 1
+    sd, flow = load_flow("depth.safetensors", task="depth", objective="dm")
+    ours = depth.predict(sd, flow, names["image"], 10, seed=3)
+    assert (ours - theirs).abs().max() < 1e-3 and relative(ours, theirs) < 1e-4 and ours.std() > 0.01
+
+
 @pytest.mark.parametrize("words, error", [
     ("{}/none.safetensors --ckpt {}/base.safetensors --out {}/x.safetensors", "none.safetensors: no such file"),
-    ("{}/base.safetensors --ckpt {}/base.safetensors --out {}/x.safetensors", "not a LoRA with kohya's keys"),
+    ("{}/base.safetensors --ckpt {}/base.safetensors --out {}/x.safetensors", "not a LoRA"),
     ("{}/base.safetensors --ckpt {}/base.safetensors --out {}/x.ckpt", "it must end in .safetensors")])
 def test_files_that_cannot_be_merged_give_a_one_line_error_and_nothing_is_written(files, tmp_path, words, error):
     save_file(load_file(files["sd15"]), tmp_path / "base.safetensors")
@@ -178,72 +208,13 @@ def test_the_metadata_of_a_merged_file_is_that_of_a_checkpoint_not_of_a_lora(fil
     assert written["ss_network_module"] == "networks.lora" and written["ss_network_dim"] == "Dynamic"
 
 
-# ------------------------------------------------------------------ adapters of other kinds, merged by diffusers
-
-def peft_state(unet):
-    """-> PEFT's state of random adapters of diffusers' UNet, which has none afterwards."""
-    from peft import LoraConfig, get_peft_model_state_dict
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"]))
-    torch.manual_seed(3)
-    for name, parameter in unet.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.1 * torch.randn_like(parameter)
-    state = {key: value.clone() for key, value in get_peft_model_state_dict(unet).items()}
-    unet.unload_lora()
-    return state
-
-
-def peft_file(state):
-    return {f"unet.{key}": value for key, value in state.items()}
-
-
-def older_file(state):
-    """The names that diffusers wrote until 0.21: unet.PATH.processor.to_q_lora.down.weight."""
-    sides = {"A": "down", "B": "up"}
-    return {"unet." + re.sub(r"\.(to_\w)\.lora_([AB])", lambda m: f".processor.{m[1]}_lora.{sides[m[2]]}", key): value
-            for key, value in state.items()}
-
-
-@pytest.mark.parametrize("kind, write", [
-    ("a LoRA with PEFT's names", peft_file), ("a LoRA with the names of older diffusers", older_file)])
-def test_the_error_for_another_kind_of_adapter_names_a_conversion_that_works(files, tmp_path, kind, write):
-    pipe = full_pipeline(NARROW["sd15"], load_file(files["sd15"]))
-    file = tmp_path / "other.safetensors"
-    save_file(write(peft_state(pipe.unet)), file)
-    message = refusal_of_lora(file, files["sd15"])
-    assert f": {kind}, which is not supported; diffusers merges it: " in message
-    steps = re.search(r"pipe\.load.*\(FOLDER\)", message)[0].split(", ")
-    names = {"pipe": pipe, "FILE": str(file), "FOLDER": str(tmp_path / "folder")}
-    plain = load_checkpoint(files["sd15"])
-    eval(steps[0], names)
-    context = torch.randn(1, 77, 128)
-    x, t_dm = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
-    with torch.no_grad():
-        theirs = pipe.unet(x, t_dm, context).sample
-    for step in steps[1:]:
-        eval(step, names)
-    ours = load_checkpoint(tmp_path / "folder")
-    assert relative(ours.unet(x, t_dm, context), theirs) < 1e-4 < 0.01 < relative(plain.unet(x, t_dm, context), theirs)
-
+# ------------------------------------------------------------------ LoRA files that do not load
 
 def refusal_of_lora(file, base):
     with pytest.raises(ValueError) as caught:
         load_lora(file, load_checkpoint(base).unet)
     assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.mark.parametrize("key, kind", [
-    ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", "a LoRA that includes the text encoder"),
-    ("lora_unet_conv_in.dora_scale", "a DoRA"), ("lora_unet_conv_in.hada_w1_a", "a LoHa"),
-    ("lora_unet_conv_in.lokr_w1", "a LoKr"),
-    ("lora_unet_conv_in.lora_mid.weight", "a LoRA with a third matrix, lora_mid"),
-    ("lora_unet_input_blocks_1_1_proj_in.lora_up.weight", "a LoRA with CompVis' names of the layers")])
-def test_the_error_for_an_adapter_that_comfyui_reads_names_its_kind_and_comfyui(files, tmp_path, key, kind):
-    file = tmp_path / "other.safetensors"
-    save_file({key: torch.ones(4, 4, 1, 1)}, file)
-    assert f": {kind}, which is not supported; ComfyUI merges it: its nodes Load LoRA" in refusal_of_lora(
-        file, files["sd15"])
 
 
 def test_the_error_for_a_pickled_lora_has_a_command_that_converts_it(files, tmp_path):

@@ -212,7 +212,7 @@ def open_data(args, sd):
         if args.ckpt is None and dataset.made_with["base_hash"] != sd.unet_hash:
             raise ValueError(f"{args.data[0]}: its pairs were made with {dataset.made_with['base']}: pass it as --ckpt")
         check_base(args.data[0], dataset.made_with, sd, args.prediction)
-        if dataset.settings.get("lora") and not args.init_lora:
+        if dataset.settings.get("lora") and not args.init_lora and dataset.made_with["base_hash"] == sd.unet_hash:
             print(f"warning: {args.data[0]}: made with the LoRA {dataset.settings['lora']}: pass it as --init-lora")
         held_out = [dataset.pair(len(dataset) + i) for i in range(n)]
         words = f"{len(dataset):,} pairs in {args.data[0]}"

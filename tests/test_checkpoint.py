@@ -506,7 +506,8 @@ ODD_CONFIGS = [
     ("unet", {"down_block_types": ["CrossAttnDownBlock2D"]}), ("unet", {"block_out_channels": []}),
     ("unet", {"layers_per_block": 999_999}), ("unet", {"layers_per_block": [2, 2]}),
     ("vae", {"block_out_channels": []}), ("vae", {"layers_per_block": 500_000}),
-    ("text_encoder", {"num_hidden_layers": 0}), ("text_encoder", {"num_hidden_layers": 999_999}), ("text_encoder", {"hidden_size": "x"})]
+    ("text_encoder", {"num_hidden_layers": 0}), ("text_encoder", {"num_hidden_layers": 999_999}),
+    ("text_encoder", {"hidden_size": "x"})]
 
 
 @pytest.mark.parametrize("part, changes", ODD_CONFIGS, ids=str)

@@ -22,6 +22,7 @@ from support.pairs import Pairs, read_pairs
 from tests import runs
 from tests.runs import FEW, call, metadata, refusal, same, works
 from tests.test_sample import write_lora, write_run
+from tools import merge
 from toy.scenes import Scenes
 
 tiny, at_work = runs.tiny, runs.at_work
@@ -266,6 +267,25 @@ def test_the_printed_command_trains_the_model_that_made_the_pairs(tiny, trained_
     assert script == "train.py" and "warning" not in out
     assert trained_model.flow.f_table[-1] == 0 and trained_model.flow.prediction == "v"
     check_that_model_made(trained_model, "my pairs")
+
+
+def test_the_printed_commands_merge_several_loras_and_train_the_model_that_made_the_pairs(tiny, trained_model):
+    for name in "a b", "c":
+        write_lora(f"{name}.safetensors", tiny)
+    tensors = load_file(tiny)
+    tensors |= {averaged_name(name): tensor * 1.1 for name, tensor in tensors.items() if name.startswith(UNET)}
+    save_file(tensors, "ema.safetensors", {"prediction": "eps"})
+    options = "--prediction v --use-ema --zero-snr"
+    command = make_pairs(f"--ckpt ema.safetensors --lora 'a b.safetensors:0.5' --lora c.safetensors {options}")
+    command = command.splitlines()[-1].removeprefix("next: ")
+    assert command == ("python -m tools.merge 'a b.safetensors:0.5' c.safetensors --ckpt ema.safetensors --out "
+                       f"merged.safetensors {options} && "
+                       "python train.py --task reflow --data pairs --ckpt merged.safetensors")
+    merging, training = command.split(" && ")
+    works(merge, merging.removeprefix("python -m tools.merge ") + " --dtype fp32")
+    out = works(train, f"{training.removeprefix('python train.py ')} {TRAIN} --lora 2")
+    assert "--init-lora" not in out and trained_model.flow.prediction == "v" and trained_model.flow.f_table[-1] == 0
+    check_that_model_made(trained_model, "pairs")
 
 
 def test_the_printed_command_names_the_base_that_was_found_for_a_lora(tiny, trained_model):

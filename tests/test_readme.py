@@ -197,6 +197,7 @@ def test_every_command_of_the_manual_runs_in_its_order(page, stand_ins):
             shutil.copytree(newest, "runs/NAME", dirs_exist_ok=True)
 
     run(["train.py", "--ckpt", "sd21.safetensors", "--data", "photos/", "--lora", "4", "--out", "runs/first"])
+    shutil.copy("runs/first/lora.safetensors", "style.safetensors")
     for words in run_here(page):
         run(shortened(words))
 

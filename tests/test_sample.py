@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import depth
 import lora
 import sample
 import train
@@ -297,6 +298,38 @@ def test_a_depth_model_is_refused_for_pictures_and_a_text_to_image_model_for_dep
         sample, f"{FEW} --ckpt {tiny} --lora {adapter}")
     with pytest.raises(ValueError, match="not trained for depth; use sample.py for it"):
         load_flow(tiny, task="depth")
+
+
+@pytest.mark.parametrize("words", ["", "--lora 2"])
+def test_a_depth_model_from_before_the_image_came_first_computes_the_same(tiny, words):
+    """The metadata of such a file has no image_input; its halves of the first conv are the other way round."""
+    works(train, f"{SHORT} --task depth --preview-every 0 --out run --lora {'2' if words else 'none'}")
+    path, conv = next(Path("run").glob("[lm]o*.safetensors")), "model.diffusion_model.input_blocks.0.0.weight"
+    tensors, about = load_file(path), runs.metadata(path)
+    assert about.pop("image_input") == "first"
+    for name in {conv, "lora_unet_conv_in.lora_down.weight"} & tensors.keys():
+        tensors[name] = tensors[name].roll(4, 1)
+    save_file(tensors, "old.safetensors", about)
+    new, old = (load_flow(*((tiny, file) if words else (file,)), task="depth")[0].state_dict()
+                for file in (path, "old.safetensors"))
+    assert all(torch.allclose(new[name], old[name], atol=1e-7) for name in new)
+    assert not torch.allclose(new[conv][:, :4], new[conv][:, 4:], atol=1e-5)
+
+
+@pytest.mark.parametrize("module, words", [
+    (sample, "--n 2 --size 32 --singles --out a.png"), (sample, "--size 32 --pairs 2 --prompt x --out p"),
+    (depth, "photo.jpg --size 32 --out d")])
+@pytest.mark.parametrize("factor", [1e10, 1e36])
+def test_a_model_that_draws_numbers_that_are_too_large_is_refused_and_nothing_is_written(tiny, module, words, factor):
+    sd = load_checkpoint(tiny)
+    if module is depth:
+        sd.add_image_input()
+    sd.unet.out[2].weight *= factor
+    save_checkpoint(sd, "big.safetensors", torch.float32)
+    runs.save_photo("photo.jpg")
+    line = refusal(module, f"{words} --steps 2 --device cpu --precision fp32 --ckpt big.safetensors")
+    assert line.startswith("error: big.safetensors: it draws NaN, infinity or numbers above 65504")
+    assert {path.name for path in Path().rglob("*") if path.is_file()} == {"big.safetensors", "photo.jpg"}
 
 
 def test_without_a_depth_run_the_error_says_what_to_train_or_pass(tiny):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import MarigoldDepthPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, MarigoldDepthPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +16,7 @@ import depth
 import lora
 from data import noises
 from support.checkpoint import load_checkpoint, modelspec, save_checkpoint
-from support.load import load_flow
+from support.load import load_flow, picture_size
 from support.lora_file import load_lora, save_lora
 from tests.checkpoints import NARROW, full_pipeline, randn, relative, same
 from tests.runs import metadata, refusal, works
@@ -165,6 +165,22 @@ def test_a_depth_model_gives_its_depth_in_marigolds_pipeline_by_the_code_in_the_
     sd, flow = load_flow("depth.safetensors", task="depth", objective="dm")
     ours = depth.predict(sd, flow, names["image"], 10, seed=3)
     assert (ours - theirs).abs().max() < 1e-3 and relative(ours, theirs) < 1e-4 and ours.std() > 0.01
+
+
+def test_a_folder_of_marigold_is_a_depth_model_with_the_depth_of_its_pipeline(files, tmp_path):
+    plain = full_pipeline(NARROW["sd21"], load_file(files["sd21"]))
+    unet = UNet2DConditionModel.from_config(plain.unet.config, in_channels=8)
+    unet.load_state_dict(plain.unet.state_dict() | {"conv_in.weight": randn(32, 8, 3, 3).float() / 8})
+    scheduler = DDIMScheduler.from_config(plain.scheduler.config, prediction_type="v_prediction", clip_sample=False,
+                                          timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    theirs = MarigoldDepthPipeline(unet, plain.vae, scheduler, plain.text_encoder, plain.tokenizer, "depth", True, True)
+    theirs.save_pretrained(tmp_path / "marigold")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    expected = theirs(image, 4, processing_resolution=64, latents=noises([0], (4, 8, 8), 3)).prediction[0, :, :, 0]
+    sd, flow = load_flow(tmp_path / "marigold", task="depth", objective="dm")
+    ours = depth.predict(sd, flow, image, 4, seed=3, size=[64])
+    assert sd.prediction == "v" and sd.zero_snr and picture_size(sd) == (576, 768)
+    assert relative(ours, torch.from_numpy(expected) * 2 - 1) < 1e-4 and ours.std() > 0.01
 
 
 @pytest.mark.parametrize("words, error", [

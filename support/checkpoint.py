@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from model import Config, StableDiffusion
+from model import LATENT_SCALE, Config, StableDiffusion
 from support.files import from_json, open_tensors, read_text, reading, save_tensors
 from support.names import HF_CLIP, OPEN_CLIP, UNET, VAE, file_names, folder_names
 
@@ -172,7 +172,7 @@ class DiffusersFolder:
                 self.places[name], self.shapes[name] = (path, stored), tuple(file.get_slice(stored).get_shape())
 
     def read_config(self):
-        """-> Config, from the tensors' shapes; which text encoder it is, and the heads, from config.json files."""
+        """-> Config, from the tensors' shapes. config.json files say which text encoder it is and how many heads."""
         def count(pattern):
             return count_names(self.shapes, pattern)
 
@@ -196,6 +196,10 @@ class DiffusersFolder:
         heads = heads if isinstance(heads, list) else [heads] * levels
         if heads != [config.heads(width) for width in config.unet_widths]:
             raise ValueError(f"{self.path}: {heads} attention heads are not those of Stable Diffusion 1.x or 2.x")
+        scale = self.json("vae/config.json").get("scaling_factor", LATENT_SCALE)
+        if scale != LATENT_SCALE:
+            raise ValueError(f"{self.path}: its autoencoder scales latents by {scale}, Stable Diffusion's by "
+                             f"{LATENT_SCALE}")
         if config.text_layers_used < config.text_layers:
             raise ValueError(f"{self.path}: a text encoder of {config.text_layers} layers, where SD 2.x has 23")
         return config
@@ -344,7 +348,7 @@ def check_architecture(file):
     numbers = [number for entry in vars(config).values() for number in (entry if isinstance(entry, tuple) else [entry])
                if not isinstance(number, bool)]
     if not all(1 <= number < 10**6 for number in numbers) or not config.unet_widths or not config.vae_widths:
-        raise ValueError(f"{file.path}: impossible sizes in the tensors' shapes, or no blocks at all: {numbers}")
+        raise ValueError(f"{file.path}: its tensors have impossible sizes, or a network has no blocks: {numbers}")
     if config.in_channels not in (config.latent_channels, 2 * config.latent_channels):
         raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels: an inpainting, depth or "
                          "upscaling variant, which is not supported")

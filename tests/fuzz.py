@@ -310,7 +310,8 @@ def of_safetensors(rng, path, names, key=""):
                        lambda r, p: break_metadata(r, p, names)])(rng, path)
 
 
-METADATA = ["resolution", "prediction", "modelspec.prediction_type", "cfg", "style", "objective", "task", "zero_snr"]
+METADATA = ["resolution", "prediction", "modelspec.prediction_type", "cfg", "style", "objective", "task", "zero_snr",
+            "image_input", "lora_adapter_metadata"]
 
 
 def checkpoint(rng, good):

@@ -271,8 +271,9 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("pairs: batches of pairs never joined", "            join_batches(shard, settings)", "            pass"),
         ("pairs: pairs of other settings mixed", 'if made["settings"] != settings:', "if False:"),
         ("pairs: pairs of other prompts mixed", "sha256(json.dumps(prompts).encode())", "sha256(b'')"),
-        ("pairs: the command without the LoRA", 'words += ["--init-lora", str(args.lora)]', "pass"),
-        ("pairs: the command without the prediction", 'words += ["--prediction", args.prediction]', "pass"),
+        ("pairs: the command without the LoRA", 'words += ["--init-lora", *args.lora]', "pass"),
+        ("pairs: several LoRAs are not merged", "if len(loras) > 1 or any(", "if False and any("),
+        ("pairs: the command without the prediction", 'options = ["--prediction", args.prediction, *options]', "pass"),
     ]),
     "support/pictures.py": ("tests/test_data.py tests/test_files.py", [
         ("data: grid by columns", "i % self.columns * (self.width + self.gap), self.gap + i //",

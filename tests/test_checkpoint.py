@@ -367,7 +367,7 @@ def test_the_part_that_a_file_lacks_is_named(files, tmp_path, prefixes, missing)
 def test_a_file_without_the_blocks_of_a_network_is_refused(files, tmp_path, pattern):
     tensors = {key: value for key, value in load_file(files["sd21"]).items() if not re.search(pattern, key)}
     message = refusal(write(tensors, tmp_path))
-    assert "no blocks at all" in message or "incomplete checkpoint" in message
+    assert "a network has no blocks" in message or "incomplete checkpoint" in message
 
 
 def test_a_tensor_of_a_type_that_torch_cannot_compute_with_is_refused(files, tmp_path):
@@ -532,6 +532,8 @@ DAMAGED_FOLDERS = {
         folder / "scheduler"),
     "unet/config.json: not JSON as diffusers writes it, or damaged (TypeError": lambda folder: (
         folder / "unet/config.json").write_text("5"),
+    "its autoencoder scales latents by 0.13025": lambda folder: edit_json(
+        folder, "vae/config.json", scaling_factor=0.13025),
     "noise schedule of its scheduler is ('linear', 0.00085, 0.012)": lambda folder: edit_json(
         folder, "scheduler/scheduler_config.json", beta_schedule="linear"),
     "[2, 4, 8, 8] attention heads": lambda folder: edit_json(

@@ -261,15 +261,14 @@ class Run:
         in part, or that are not finite, are not saved."""
         if not self.ranks.is_main or self.done == self.saved:
             return
-        changed = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
-        tensors = [*self.ema.trained.values(), *self.ema.average.values()]
-        if changed != self.done or not all(tensor.isfinite().all() for tensor in tensors):
-            return
         try:
-            self.save_state()
-            with self.ema.in_place():
-                self.save_weights(self.done)
-        except OSError as error:
+            changed = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+            tensors = [*self.ema.trained.values(), *self.ema.average.values()]
+            if changed == self.done and all(tensor.isfinite().all() for tensor in tensors):
+                self.save_state()
+                with self.ema.in_place():
+                    self.save_weights(self.done)
+        except Exception as error:      # of the disk, of a broken GPU; the error that came first is raised
             print(f"step {self.done} could not be saved: {error}", file=sys.stderr)
 
     def micro_batches(self, step, batches, net):

@@ -6,7 +6,7 @@ import os
 import posixpath
 import sys
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -211,35 +211,29 @@ def captioned_pictures(folder, default=""):
     captions = captions_in(files, left_out)
     texts = {stem_of(path): path for path in files if suffix_of(path) == ".txt"}
     jsons = {stem_of(path): path for path in files if suffix_of(path) == ".json"}
-    pictures = [path for path in files if suffix_of(path) in SUFFIXES]
-    items, found = [], defaultdict(list)
+    pictures, items = [path for path in files if suffix_of(path) in SUFFIXES], []
+    skipped = {"ours": f"pictures that {SOFTWARE} wrote, skipped", "unreadable": "images unreadable and skipped"}
+    instead = f", which get {default!r}" if default else ""
     for path in progress(pictures, "reading the first bytes of images", unit="image"):
-        kind, stem, name = kind_of(path), stem_of(path), same_name(path)
+        kind, stem = kind_of(path), stem_of(path)
         if kind != "picture":
-            found[kind].append(path)
+            left_out.add(skipped[kind], path)
             continue
-        text, caption = texts.get(stem), captions.get(name, "")
+        text, caption = texts.get(stem), captions.get(same_name(path))
         if not text and not caption and stem in jsons:
             try:
-                caption = read_caption(jsons[stem])
+                caption = read_caption(jsons[stem]) or caption
             except ValueError:
-                found["damaged"].append(jsons[stem])
-        items.append((path, text, caption))
+                left_out.add("captions in JSON that cannot be read", jsons[stem])
         if text and caption:
-            found["both"].append(path)
-        elif text and is_empty(text) or not text and not caption and name in captions:
-            found["empty"].append(path)
-        elif not text and not caption:
-            found["lacking"].append(path)
+            left_out.add("images with two captions, of which the .txt file is used", path)
+        elif text is None and caption is None:
+            left_out.add(f"images without a caption{instead}", path)
+        elif not caption and (text is None or is_empty(text)):
+            left_out.add(f"images with an empty caption{instead}", path)
+        items.append((path, text, caption or ""))
     stems = {stem_of(path) for path in files if suffix_of(path) not in (".txt", ".json")}
-    found["alone"] = [path for stem, path in texts.items() if stem not in stems]
-    instead = f", which get {default!r}" if default else ""
-    for what, words in (
-            ("unreadable", "images unreadable and skipped"), ("ours", f"pictures that {SOFTWARE} wrote, skipped"),
-            ("lacking", f"images without a caption{instead}"), ("empty", f"images with an empty caption{instead}"),
-            ("both", "images with two captions, of which the .txt file is used"),
-            ("damaged", "captions in JSON that cannot be read"), ("alone", "captions without an image")):
-        left_out.add(words, *found[what])
+    left_out.add("captions without an image", *(path for stem, path in texts.items() if stem not in stems))
     if not items:
         tars = any(suffix_of(path) == ".tar" for path in files)
         raise ValueError(f"{folder} has no readable image{f': {left_out}' if left_out else ''}: pass a folder with "

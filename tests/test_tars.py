@@ -89,7 +89,7 @@ def test_tars_may_have_jpg_png_and_webp_with_captions_in_json_and_no_other_file_
         "deep/2.webp": picture_bytes(9, "WEBP"), "deep/2.txt": "\ufeffBlüte\n".encode()})
     assert captions(Tars([str(tmp_path / "a.tar")], 8, 8).hold_out(3)[0], 3) == ["a boat", "", "Blüte"]
     assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/a.tar: 3 pictures; 2 of other kinds: 1 .pyd, 1 .pth (first 0.pyd)\n"
+        f"warning: {tmp_path}/a.tar: 3 pictures; 2 of other kinds: 1 .pyd, 1 .pth (first 0.pth)\n"
         f"warning: 1 of 3 validation pictures (tars from {tmp_path}/a.tar on) are without a caption\n")
     tars = Tars([str(tmp_path / "a.tar")], 8, 8, default="a cat")
     assert captions(tars.hold_out(3)[0], 3) == ["a boat", "a cat", "Blüte"]

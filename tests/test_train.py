@@ -661,7 +661,7 @@ def test_the_share_of_time_spent_waiting_for_data_is_logged(monkeypatch):
 
 
 def test_a_clock_that_stands_still_or_goes_back_is_no_error(monkeypatch):
-    now = iter([5.0, 5.0, 3.0, 3.0])
+    now = iter([5.0, 5.0, 5.0, 3.0, 3.0])
     monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: next(now)))
     metrics = run.Metrics(Namespace(batch=2, grad_accum=1), Path("."), 0)
     bar, one = SimpleNamespace(set_postfix_str=lambda text: None), torch.ones(())

@@ -24,7 +24,7 @@ from tools import merge
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/other_tools.md").read_text(), re.MULTILINE | re.DOTALL)
-RECIPE, = (code for code in BLOCKS if "sigmas" in code)
+RECIPE, = (code for code in BLOCKS if "sigmas" in code and "load_lora_weights" in code)
 MARIGOLD, = (code for code in BLOCKS if "Marigold" in code)
 PREDICTIONS = pytest.mark.parametrize("name, prediction", [("sd15", "eps"), ("sd21", "v"), ("sd21", "eps")])
 

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from data import ImageFolder, pictures_in
+from data import ImageFolder
 from support import files, lock, run
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.files import save_tensors
+from support.folders import pictures_in
 from support.processes import StopSignal
 from support.state import saved_settings
 from tests import runs

@@ -43,7 +43,8 @@ def make_pairs(words="", folder="pairs", n=4):
 
 def start_processes(monkeypatch, rank, count):
     """sample.py runs as process `rank` of `count`, without torchrun."""
-    monkeypatch.setattr(sample, "Ranks", lambda device: SimpleNamespace(rank=rank, count=count, is_main=rank == 0))
+    monkeypatch.setattr(sample, "Ranks", lambda device: SimpleNamespace(
+        rank=rank, count=count, is_main=rank == 0, wait=lambda: None))
 
 
 # ------------------------------------------------------------------ making

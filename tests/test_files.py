@@ -149,7 +149,7 @@ def test_half_written_files_are_removed_by_their_names_and_nothing_else(tmp_path
              "tree.partial.0123abcd.png")
     for name in names:
         (tmp_path / name).write_text("mine")
-    remove_partial(tmp_path, "000?.png")
+    remove_partial(tmp_path, "000*.png")
     assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 

@@ -75,9 +75,10 @@ def arguments():
     add("--resume", help="folder of a run to resume with its own settings")
     args = parse(parser)
     if args.resume:
+        task = state.saved_settings(args.resume)["task"]
+        if task != args.task:
+            raise ValueError(f"--resume {args.resume}: a run of the task {task}, not {args.task}")
         saved = state.resumed_settings(args.resume, state.given_flags(parser, args), (*state.STEERABLE, "out"))
-        if saved["task"] != args.task:
-            raise ValueError(f"--resume {args.resume}: a run of the task {saved['task']}, not {args.task}")
         own = {name: value for name, value in saved.items() if name not in ("task", *FIXED)}
         args = state.parsed_again(parser, own, vars(args), state.state_file(args.resume), [args.task])
     for name, value in RECIPES[args.task].items():

@@ -31,6 +31,7 @@ from support.state import names_hash, restore, save_state, saved_step, state_fil
 
 RESUMABLE = 75      # exit code of a run that was stopped and has saved: sysexits' EX_TEMPFAIL, try again
 LOGS = "metrics.jsonl", "validation.jsonl"
+OF_SYSTEMS = ".DS_Store", "Thumbs.db", "desktop.ini", ".ipynb_checkpoints"      # left by programs that show a folder
 FILES = ("state.safetensors", "lora*.safetensors", "model*.safetensors", *LOGS, "metrics.png", "result.json",
          "step_*.png", "before_after.png")
 
@@ -42,7 +43,8 @@ def check_new(folder):
     was killed before its first save are fine."""
     if (folder / "state.safetensors").exists():
         raise ValueError(f"{folder} has a run already: continue it with --resume {folder}, or choose another --out")
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    files = [path for path in folder.iterdir() if path.name not in OF_SYSTEMS] if folder.is_dir() else []
+    for path in sorted(files):
         name = PARTIAL.sub("", path.name)           # of a half-written file: its whole name
         if path.name != lock.NAME and not any(map(Path(name).match, FILES)):
             raise ValueError(f"--out {folder}: it contains {path.name}, which is not a file of a run: choose another")

@@ -215,6 +215,7 @@ def test_a_run_refuses_a_folder_of_other_files_and_takes_one_of_a_run_killed_bef
     save_photo("run/step_000001.png")
     assert "step_000001.png exists already" in refusal(train, words + "run")
     os.unlink("run/step_000001.png")
+    Path("run/.DS_Store").touch()                       # Finder has shown the folder
     works(train, words + "run")
     os.unlink("run/state.safetensors")
     works(train, words + "run")

@@ -269,6 +269,9 @@ def load_batches(args, sd, dataset, run, autocast):
     scenes are encoded here, once, under `autocast`."""
     images_per_step = args.batch * args.grad_accum
     places = (run.start * images_per_step, args.steps * images_per_step, args.batch, run.ranks.rank, run.ranks.count)
+    if not args.data:
+        prepared = Memoised(dataset, autocast(partial(encode_item, sd)))
+        return DataLoader(prepared, args.batch, sampler=Keys(len(dataset), args.seed, *places))
     workers = min(8, os.cpu_count()) if args.workers is None else args.workers
     if isinstance(dataset, Tars):
         dataset.start, keys = run.start, None
@@ -277,8 +280,6 @@ def load_batches(args, sd, dataset, run, autocast):
         keys = BucketKeys(dataset.shapes(sd.multiple), args.seed, *places)
     else:
         keys = Keys(len(dataset), args.seed, *places)
-    if not args.data:
-        return DataLoader(Memoised(dataset, autocast(partial(encode_item, sd))), args.batch, sampler=keys)
     return DataLoader(dataset, args.batch, sampler=keys, num_workers=workers, worker_init_fn=ignore_interrupts,
                       pin_memory=sd.device.type == "cuda")
 

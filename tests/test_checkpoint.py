@@ -350,8 +350,9 @@ def test_files_of_lower_precision_load_and_are_saved_in_that_precision(files, tm
     sd, exact = load_checkpoint(write(before, tmp_path)), load_checkpoint(files["sd15"])
     assert all(relative(a, b) < rounding for a, b in zip(sd.parameters(), exact.parameters()))
     save_checkpoint(sd, tmp_path / "again.safetensors")
-    assert all(a.dtype == b.dtype and torch.equal(a.float(), b.float())
-               for a, b in zip(before.values(), (load_file(tmp_path / "again.safetensors")[key] for key in before)))
+    after = load_file(tmp_path / "again.safetensors")
+    assert all(value.dtype == after[key].dtype and torch.equal(value.float(), after[key].float())
+               for key, value in before.items())
 
 
 @pytest.mark.parametrize("prefixes, missing", [

@@ -27,7 +27,7 @@ from diff2flow import OBJECTIVES
 from support import state
 from support.cache import fill_cache
 from support.files import check_range, cli, parse
-from support.load import BUNDLED_PRIOR, check_base, load_model, make_flow, pick_device, pick_precision, picture_size
+from support.load import BUNDLED_PRIOR, load_model, make_flow, pick_device, pick_precision, picture_size
 from support.pairs import Pairs
 from support.processes import Ranks, ignore_interrupts
 from support.run import open_run, run_folder, save_weights, training_metadata
@@ -218,12 +218,8 @@ def open_data(args, sd):
     """-> data set, held-out items, [height, width], and in words what is trained on and what is held out."""
     n = args.validation
     if args.task == "reflow":
-        dataset = Pairs(args.data[0], n, lambda size: sd.latent_shape(picture_size(sd, size)))
-        if args.ckpt is None and dataset.made_with["base_hash"] != sd.unet_hash:
-            raise ValueError(f"{args.data[0]}: its pairs were made with {dataset.made_with['base']}: pass it as --ckpt")
-        check_base(args.data[0], dataset.made_with, sd, args.prediction)
-        if dataset.settings.get("lora") and not args.init_lora and dataset.made_with["base_hash"] == sd.unet_hash:
-            print(f"warning: {args.data[0]}: made with the LoRA {dataset.settings['lora']}: pass it as --init-lora")
+        dataset = Pairs(args.data[0], n)
+        dataset.check_model(sd, args.ckpt, args.init_lora, args.prediction)
         held_out = [dataset.pair(len(dataset) + i) for i in range(n)]
         words = f"{len(dataset):,} pairs in {args.data[0]}"
         return dataset, held_out, dataset.settings["size"], words, f"{n} other pairs"

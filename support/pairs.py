@@ -17,7 +17,15 @@ from tqdm import tqdm
 
 from data import noises, progress
 from support.files import from_json, open_tensors, reading, remove_partial, save_tensors, try_writing
-from support.load import BUNDLED_PRIOR, check_drawn, objective_of, split_strength, unconditional
+from support.load import (
+    BUNDLED_PRIOR,
+    check_base,
+    check_drawn,
+    objective_of,
+    picture_size,
+    split_strength,
+    unconditional,
+)
 from support.lora_file import adapts_text
 
 PAIRS_PER_FILE = 256
@@ -77,11 +85,10 @@ def files_of_shard(shard):
 
 class Pairs(Dataset):
     """The pairs in a folder: latents x1 and noise x0 (z, h, w), caption. The last `validation` pairs are held out:
-    `pair` reads them, indexing does not. `settings`: how the pairs were made. shape: a model's function of [height,
-    width] -> (z, h, w), which the latents must have."""
+    `pair` reads them, indexing does not. `settings`: how the pairs were made."""
 
-    def __init__(self, folder, validation, shape=None):
-        self.files, self.starts, self.settings, n = [], [], None, 0
+    def __init__(self, folder, validation):
+        self.folder, self.files, self.starts, self.shapes, self.settings, n = folder, [], [], [], None, 0
         shards = {path.with_name(path.name.split(".")[0] + ".safetensors")
                   for path in Path(folder).glob("pairs-*.safetensors")}
         if not shards:
@@ -91,11 +98,9 @@ class Pairs(Dataset):
                 if self.settings not in (None, about["settings"]):
                     raise ValueError(f"{path}: its pairs were made with other settings than those of {self.files[0]}")
                 self.settings = about["settings"]
-                if shape is not None:
-                    with reading(path, "pairs for this checkpoint"):
-                        check_shape(path, about, shape(self.settings["size"]))
                 self.files.append(path)
                 self.starts.append(n)
+                self.shapes.append(about["shape"])
                 n += len(about["prompts"])
         if n <= validation:
             raise ValueError(f"{folder} has {n} pairs, of which {validation} are held out (--validation): make more")
@@ -103,6 +108,23 @@ class Pairs(Dataset):
         self.made_with = {"base": self.settings.get("ckpt"), "base_hash": self.settings.get("unet_hash")}
         if self.settings.get("prediction"):
             self.made_with["prediction"] = self.settings["prediction"]
+
+    def check_model(self, sd, ckpt, init_lora, prediction):
+        """Compare the model that made the pairs to `sd`, read from ckpt (None: the bundled prior). ValueError if it was
+        forgotten, predicts something else, or has latents of another shape; else a warning. prediction: the given one.
+        """
+        is_same = self.made_with["base_hash"] == sd.unet_hash
+        if ckpt is None and not is_same:
+            raise ValueError(f"{self.folder}: its pairs were made with {self.made_with['base']}: pass it as --ckpt")
+        check_base(self.folder, self.made_with, sd, prediction)
+        if is_same and self.settings.get("lora") and not init_lora:
+            print(f"warning: {self.folder}: made with the LoRA {self.settings['lora']}: pass it as --init-lora")
+        for path, shape in zip(self.files, self.shapes):
+            with reading(path, "pairs for this checkpoint"):
+                expected = sd.latent_shape(picture_size(sd, self.settings["size"]))
+                if shape != expected:
+                    raise ValueError(f"{path}: its latents are {list(shape)}, those of {sd.source.path} "
+                                     f"{list(expected)}: pass the --ckpt that made them, or make them again")
 
     def __len__(self):
         return self.n

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import noises
 from diff2flow import OBJECTIVES
-from support.files import check_range, cli, parse, remove_partial
+from support.files import check_range, cli, parse
 from support.load import (
     BUNDLED_PRIOR,
     check_drawn,
@@ -37,12 +37,12 @@ from support.pairs import make_pairs, pair_settings, reflow_command
 from support.pictures import (
     GridPlan,
     check_picture_file,
+    prepare_files,
     save_grid,
     save_picture,
     settings_text,
     single_files,
     to_pil,
-    try_picture,
 )
 from support.processes import Ranks
 from support.prompts import check_length, read_prompts
@@ -210,13 +210,9 @@ def main():
                      **{"CFG scale": f"{args.cfg:g}", "Size": f"{size[1]}x{size[0]}"})
     shown = numbers[:len(in_grid)]
     about = making("\n".join(in_grid), Picture=shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}")
-    grid_size = GridPlan(len(in_grid), *size, columns, captions=in_grid).size
-    check_picture_file(args.out, grid_size)
-    if ranks.is_main:       # what cannot be written is an error now, not after the work
-        try_picture(args.out, grid_size, about)
-        for path in files[:1]:
-            remove_partial(path.parent, *(file.name for file in files))
-            try_picture(path, size[::-1], making(max(prompts, key=len)))
+    if ranks.is_main:
+        grid_size = GridPlan(len(in_grid), *size, columns, captions=in_grid).size
+        prepare_files(args.out, grid_size, about, files, size, making(max(prompts, key=len)))
     ranks.wait()
     print(f"{n} pictures of {size[0]}x{size[1]}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
           f"seed {args.seed}, {precision} on {device}")

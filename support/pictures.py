@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageDraw, ImageFont, TiffTags
 from PIL.PngImagePlugin import PngInfo
 
-from support.files import SOFTWARE, check_replaceable, partial_name, replacing, try_writing
+from support.files import SOFTWARE, check_replaceable, partial_name, remove_partial, replacing, try_writing
 from support.folders import pictures_in
 from support.load import objective_of, split_strength
 
@@ -81,6 +81,16 @@ def try_picture(path, size, making):
     finally:
         trial.unlink(missing_ok=True)
     try_writing(path, math.prod(size))          # about as many bytes as a picture of so many pixels has
+
+
+def prepare_files(path, grid_size, about, files, size, making):
+    """An error before any picture is drawn, if the grid `path` or the single pictures `files` cannot be written. about,
+    making: their texts; size: [height, width] of a picture. Removes half-written files of killed processes."""
+    check_picture_file(path, grid_size)
+    try_picture(path, grid_size, about)
+    for single in files[:1]:
+        remove_partial(single.parent, *(file.name for file in files))
+        try_picture(single, size[::-1], making)
 
 
 class GridPlan:

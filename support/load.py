@@ -264,6 +264,6 @@ def picture_size(sd, size=None):
         raise ValueError(f"--size takes one number, or height and width, not {len(size)} numbers")
     height, width = size[0], size[-1]
     if height % sd.multiple or width % sd.multiple or not sd.multiple <= min(height, width) <= LARGEST:
-        raise ValueError(f"{where}size {height}x{width}: both sides must be multiples of {sd.multiple} for this checkpoint, "
-                         f"at most {LARGEST}")
+        raise ValueError(f"{where}size {height}x{width}: both sides must be multiples of {sd.multiple} for this "
+                         f"checkpoint, at most {LARGEST}")
     return height, width

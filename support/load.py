@@ -254,8 +254,8 @@ def check_drawn(sd, *tensors):
 def picture_size(sd, size=None):
     """[side] or [height, width] in pixels (None: from the metadata, else 512) -> height, width. ValueError if it does
     not fit the networks."""
-    where = "" if size is not None else f"{sd.source.path}, in its metadata: "
-    if size is None:
+    given = size is not None
+    if not given:
         text = sd.metadata.get("resolution", "512")
         size = [int(side) for side in text.split() if side.isdecimal()]
         if not 1 <= len(size) <= 2 or " ".join(map(str, size)) != text:
@@ -264,6 +264,7 @@ def picture_size(sd, size=None):
         raise ValueError(f"--size takes one number, or height and width, not {len(size)} numbers")
     height, width = size[0], size[-1]
     if height % sd.multiple or width % sd.multiple or not sd.multiple <= min(height, width) <= LARGEST:
+        where = "" if given else f"{sd.source.path}, in its metadata: "
         raise ValueError(f"{where}size {height}x{width}: both sides must be multiples of {sd.multiple} for this "
                          f"checkpoint, at most {LARGEST}")
     return height, width

@@ -375,8 +375,11 @@ def test_a_worker_that_outlives_its_killed_run_does_not_hold_the_folder():
     Path("run").mkdir()
     with lock.lock_file(Path("run")) as file:
         assert lock.take(file, "run", lock.fcntl.LOCK_EX)
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        context = multiprocessing.get_context("fork")
+        started = context.Event()
+        worker = context.Process(target=lambda: (started.set(), time.sleep(60)))
         worker.start()
+        started.wait()
     try:
         with lock.owned(Path("run")):
             assert worker.is_alive()

@@ -1,7 +1,7 @@
 """Broken input of every kind must give a result or a one-line error that names the file: no traceback, no lost file.
 
     python -m tests.fuzz                1,100 cases, two to seven minutes on one core; exit code 1 if there is a fault
-    python -m tests.fuzz --cases 100    the first hundred cases, which include all kinds
+    python -m tests.fuzz --cases 50     the first fifty cases, which include all kinds
     python -m tests.fuzz 417            case 417 alone, with all of its output
 
 A case depends on its number alone. It copies good files, breaks one of them, and runs a command on it in this process,

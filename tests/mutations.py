@@ -137,7 +137,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
          "batches"),
         ("data: buckets filled up with the same crops", "(epoch + (turn << 32)) * self.n", "epoch * self.n"),
     ]),
-    "train.py": ("tests/test_train.py tests/test_cache.py tests/test_pairs.py", [
+    "train.py": ("tests/test_train.py tests/test_init_lora.py tests/test_cache.py tests/test_pairs.py", [
         ("depth: mask inverted", '"mask": 1 - has_hole', '"mask": has_hole'),
         ("train.py: warm-up from 0", "args.lr * (step + 1) / args.warmup", "args.lr * step / args.warmup"),
         ("train.py: cosine to 0", "0.01 + 0.99 * 0.5", "0.5"),

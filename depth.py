@@ -199,8 +199,7 @@ def find_pictures(paths):
 def predict_pictures(args):
     """Write the depth of all pictures in args.inputs to the folder args.out."""
     pictures, out, device = find_pictures(args.inputs), Path(args.out), pick_device(args.device)
-    precision, autocast = pick_precision(args.precision, device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    _, dtype = pick_precision(args.precision, device)
     for name in pictures:
         check_depth_files(out / name)
     args.ckpt, args.lora, args.use_ema = find_files(args.ckpt, args.lora, args.use_ema, task="depth")
@@ -214,8 +213,7 @@ def predict_pictures(args):
         try_writing(f"{out / name}.npy", 10**6)         # an error now, not after the work
     print(f"depth of {len(pictures)} pictures, {args.steps} steps, mean of {args.ensemble} samples, seed {args.seed}")
     for name, path in tqdm(pictures.items(), "depth", unit="picture", dynamic_ncols=True):
-        with autocast:
-            depth = predict(sd, flow, open_rgb(path), args.steps, args.ensemble, args.seed, args.size)
+        depth = predict(sd, flow, open_rgb(path), args.steps, args.ensemble, args.seed, args.size)
         save_depth(out / name, depth.numpy(), making)
     print(f"{out / name}.npy ... depth of {len(pictures)} pictures")
 

@@ -61,26 +61,6 @@ TINY = Config(unet_widths=(96, 64), unet_res_blocks=1, attention=(False, True), 
 
 # ------------------------------------------------------------------ blocks
 
-def full_precision(x):
-    """Norms are computed in float32 or float64, under autocast too."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class GroupNorm(nn.GroupNorm):
-    def __init__(self, channels, eps=1e-5):
-        super().__init__(32, channels, eps=eps)
-
-    def forward(self, x):
-        weight, bias = full_precision(self.weight), full_precision(self.bias)
-        return F.group_norm(full_precision(x), self.num_groups, weight, bias, self.eps).to(x.dtype)
-
-
-class LayerNorm(nn.LayerNorm):
-    def forward(self, x):
-        weight, bias = full_precision(self.weight), full_precision(self.bias)
-        return F.layer_norm(full_precision(x), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
 def zero_(module):
     """Zero the parameters: the last layer of a residual branch starts at zero."""
     for parameter in module.parameters():
@@ -101,10 +81,11 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels, out_channels, embedding):
         super().__init__()
-        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
         self.out_layers = nn.Sequential(
-            GroupNorm(out_channels), nn.SiLU(), nn.Identity(),
+            nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Identity(),
             zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1)))
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -131,9 +112,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Identity())
 
+    def project(self, x, context):
+        return self.to_q(x), self.to_k(context), self.to_v(context)
+
     def forward(self, x, context):
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)              # (B, heads, N or L, C / heads)
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+                   for y in self.project(x, context))
         return self.to_out(attend(q, k, v).transpose(1, 2).flatten(-2))
 
 
@@ -168,7 +152,7 @@ class TransformerBlock(nn.Module):
         self.attn1 = Attention(channels, channels, heads)
         self.ff = FeedForward(channels)
         self.attn2 = Attention(channels, context_width, heads)
-        self.norm1, self.norm2, self.norm3 = LayerNorm(channels), LayerNorm(channels), LayerNorm(channels)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(channels), nn.LayerNorm(channels), nn.LayerNorm(channels)
 
     def forward(self, x, context):
         y = self.norm1(x)
@@ -184,7 +168,7 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear = config.linear_projection
         projection = nn.Linear if self.linear else functools.partial(nn.Conv2d, kernel_size=1)
-        self.norm = GroupNorm(channels, eps=1e-6)
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = projection(channels, channels)
         self.transformer_blocks = nn.ModuleList([
             TransformerBlock(channels, config.context_width, config.heads(channels))])
@@ -270,7 +254,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(block(channels + skips.pop(), width, level, *up))
                 channels = width
         self.out = nn.Sequential(
-            GroupNorm(channels), nn.SiLU(), zero_(nn.Conv2d(channels, config.out_channels, 3, padding=1)))
+            nn.GroupNorm(32, channels), nn.SiLU(), zero_(nn.Conv2d(channels, config.out_channels, 3, padding=1)))
 
     def run(self, layers, x, embedding, context):
         """x through `layers` one after another; with .checkpointing, activations are recomputed in the backward
@@ -322,8 +306,10 @@ class VAEResBlock(nn.Module):
 
     def __init__(self, channels, out_channels):
         super().__init__()
-        self.norm1, self.conv1 = GroupNorm(channels, eps=1e-6), nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = GroupNorm(out_channels, eps=1e-6), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1 = nn.GroupNorm(32, channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
@@ -338,7 +324,7 @@ class VAEAttention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = GroupNorm(channels, eps=1e-6)
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -382,7 +368,7 @@ class Encoder(nn.Module):
                 stage["downsample"] = VAEDownsample(channels)
             self.down.append(stage)
         self.mid = vae_middle(channels)
-        self.norm_out = GroupNorm(channels, eps=1e-6)
+        self.norm_out = nn.GroupNorm(32, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
@@ -415,7 +401,7 @@ class Decoder(nn.Module):
                 stage["upsample"] = Upsample(channels)
             stages.insert(0, stage)
         self.up = nn.ModuleList(stages)
-        self.norm_out = GroupNorm(channels, eps=1e-6)
+        self.norm_out = nn.GroupNorm(32, channels, eps=1e-6)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, x):

@@ -68,6 +68,7 @@ def arguments():
         "models of fm and fm-flip as they were trained)")
     add("--precision", choices=["bf16", "fp32"],
         help="of forward passes (default: bf16 where the device has it, else fp32)")
+    add("--compile", action="store_true", help="torch.compile the UNet: minutes first, then faster steps on a GPU")
     add("--device", help="cuda or cpu (default: cuda if there is one)")
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", help="what to draw; repeat it for more pictures (default: captions that the model "
@@ -153,17 +154,16 @@ def print_sigmas(flow, steps):
               "diffusers' scheduler")
 
 
-def make_pictures(args, sd, flow, prompts, size, files, making, ranks, autocast):
+def make_pictures(args, sd, flow, prompts, size, files, making, ranks):
     """Draw a picture for each prompt, numbered from args.first on -> the pictures of the grid, in the main process.
     files: paths of --singles, or []; making: settings_text of a prompt. Processes of torchrun take the batches in turn.
     """
     shape, pictures = sd.latent_shape(size), {}
-    with autocast:
-        uncond = unconditional(sd, args.cfg, args.negative)
+    uncond = unconditional(sd, args.cfg, args.negative)
     for start in range(ranks.rank * args.batch, len(prompts), ranks.count * args.batch):
         batch = range(len(prompts))[start:start + args.batch]
         title = f"pictures {batch[0] + 1} to {batch[-1] + 1}"
-        with tqdm(desc=title, total=args.steps, unit="step", leave=False, disable=not ranks.is_main) as bar, autocast:
+        with tqdm(desc=title, total=args.steps, unit="step", leave=False, disable=not ranks.is_main) as bar:
             x0 = noises([args.first + i for i in batch], shape, args.seed).to(sd.device)
             context = sd.encode_text([prompts[i] for i in batch])
             x1 = flow.sample(x0, context, args.steps, uncond, args.cfg, callback=lambda x_fm: bar.update())
@@ -182,15 +182,14 @@ def make_pictures(args, sd, flow, prompts, size, files, making, ranks, autocast)
 def main():
     args = arguments()
     prompts, device = read_prompts(args), pick_device(args.device)
-    precision, autocast = pick_precision(args.precision, device)
-    dtype, ranks = torch.bfloat16 if precision == "bf16" else torch.float32, Ranks(device)
+    (precision, dtype), ranks = pick_precision(args.precision, device), Ranks(device)
     args.ckpt, args.lora, args.use_ema = find_files(args.ckpt, args.lora, args.use_ema, task="text-to-image")
     sd, flow = load_flow(args.ckpt, args.lora, device=device, dtype=dtype, objective=args.objective,
                          prediction=args.prediction, use_ema=args.use_ema, zero_snr=args.zero_snr)
     if args.print_sigmas:
         print_sigmas(flow, args.steps)
         return
-    pack(sd)
+    pack(sd, args.compile)
     args.cfg, size = guidance(sd, args.cfg, bool(args.pairs)), list(picture_size(sd, args.size))
     n = args.pairs or args.n or len(prompts) or 8
     prompts = prompts or captions_of(args, sd, args.first + n)
@@ -198,7 +197,7 @@ def main():
         check_length(prompts, args.negative)
     if args.pairs:
         settings = pair_settings(args, sd, flow, prompts, size)
-        make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast)
+        make_pairs(args, sd, flow, prompts, size, settings, ranks)
         print(f"next: {reflow_command(args)}")
         return
     numbers = range(args.first, args.first + n)
@@ -216,7 +215,7 @@ def main():
     ranks.wait()
     print(f"{n} pictures of {size[0]}x{size[1]}, {args.steps} steps, cfg {args.cfg:g}, objective {objective_of(flow)}, "
           f"seed {args.seed}, {precision} on {device}")
-    pictures = make_pictures(args, sd, flow, prompts, size, files, making, ranks, autocast)
+    pictures = make_pictures(args, sd, flow, prompts, size, files, making, ranks)
     ranks.leave()
     if ranks.is_main:
         save_grid(args.out, torch.stack(pictures), columns, about, captions=in_grid)

@@ -109,7 +109,7 @@ class EncodedFolder(Dataset):
 
 
 @torch.no_grad()
-def fill_cache(args, sd, images, autocast, ranks):
+def fill_cache(args, sd, images, ranks):
     """-> EncodedFolder of the ImageFolder `images`, after encoding what the cache lacks. A cache that only the state of
     a resumed run names is not written to: the run may be somebody else's."""
     folder, precision = Path(args.cache), args.precision
@@ -127,6 +127,6 @@ def fill_cache(args, sd, images, autocast, ranks):
         return sd.encode_text([caption])[0].to(dtype)
 
     encoded = EncodedFolder(images, latents, embeddings)
-    with contextlib.nullcontext() if only_read else shared(folder, "*.safetensors"), autocast:
+    with contextlib.nullcontext() if only_read else shared(folder, "*.safetensors"):
         encoded.fill(encode, encode_text, ranks, only_read)
     return encoded

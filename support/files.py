@@ -71,6 +71,8 @@ def cli(main):
         message = re.split(r"\n[\w.]+Error: ", str(error))[-1]     # a DataLoader worker's error contains its traceback
         if isinstance(error, MemoryError) or NO_MEMORY.search(message):     # torch has no error of its own on a CPU
             message = f"out of memory: lower --batch or --size; train.py takes --checkpointing too ({message})"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            message = f"torch.compile failed, perhaps for want of a compiler: leave --compile out ({message[:200]})"
         elif isinstance(error, RuntimeError):
             raise                                                   # a bug
         message = " ".join(message.split())

@@ -46,12 +46,25 @@ def has_bf16(device):
 
 
 def pick_precision(name, device):
-    """"bf16", "fp32" or None (bf16 where the device has it) -> the name, and the autocast context of forward passes."""
+    """"bf16", "fp32" or None (bf16 where the device has it) -> the name, and the dtype of frozen weights."""
     if name is None:
         name = "bf16" if has_bf16(device) else "fp32"
         if name == "fp32" and device.type == "cuda":
             print(f"{torch.cuda.get_device_name(device)} has no bf16: float32 (--precision bf16 overrides it)")
-    return name, torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16")
+    return name, torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def compute_in_bf16(sd):
+    """Let float32 weights compute in bf16, by autocast: for training all of them, which needs float32."""
+    autocast = torch.autocast(sd.device.type, torch.bfloat16)
+    for owner, name in (sd.unet, "forward"), (sd, "encode"), (sd, "decode"), (sd, "encode_text"):
+        setattr(owner, name, autocast(getattr(owner, name)))
+
+
+def compile_unet(sd, mode=None):
+    """torch.compile the UNet in place, at its first call. mode: "reduce-overhead" for CUDA graphs."""
+    print("--compile: the first step, and the first with another batch or size, takes up to minutes")
+    sd.unet.compile(mode=mode)
 
 
 # ------------------------------------------------------------------ files

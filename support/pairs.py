@@ -191,7 +191,7 @@ def pair_settings(args, sd, flow, prompts, size):
             "prompts_hash": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
 
 
-def make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast):
+def make_pairs(args, sd, flow, prompts, size, settings, ranks):
     """Write args.pairs pairs (noise, latent, prompt) in float16 to the folder args.out. Pair i's noise depends on
     (seed, i) alone.
 
@@ -207,8 +207,7 @@ def make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast):
               for number in range(ranks.rank, math.ceil(args.pairs / PAIRS_PER_FILE), ranks.count)}
     total = sum(map(len, shards.values()))
     print(f"{total:,} pairs of {2 * 2 * math.prod(shape):,} bytes, {args.steps} steps, cfg {args.cfg:g}, into {out}/")
-    with autocast:
-        uncond = unconditional(sd, args.cfg, args.negative)
+    uncond = unconditional(sd, args.cfg, args.negative)
     with tqdm(total=total, unit="pair", dynamic_ncols=True) as bar:
         for number, wanted in shards.items():
             shard = out / f"pairs-{number:06d}.safetensors"
@@ -218,8 +217,7 @@ def make_pairs(args, sd, flow, prompts, size, settings, ranks, autocast):
                 batch = wanted[start:start + args.batch]
                 texts = [prompts[i % len(prompts)] for i in batch]
                 x0 = noises(batch, shape, args.seed).half()
-                with autocast:
-                    x1 = flow.sample(x0.to(sd.device), sd.encode_text(texts), args.steps, uncond, args.cfg)
+                x1 = flow.sample(x0.to(sd.device), sd.encode_text(texts), args.steps, uncond, args.cfg)
                 check_drawn(sd, x1)
                 save_pairs(batch_file(shard, start), x0, x1.half().cpu(), texts, settings)
                 bar.update(len(batch))

@@ -34,9 +34,9 @@ class Validation:
     items are; `shown` are the captions of a preview.
     """
 
-    def __init__(self, args, out, sd, flow, example, items, source, autocast):
+    def __init__(self, args, out, sd, flow, example, items, source):
         self.args, self.sd, self.flow, self.example, self.out = args, sd, flow, example, out
-        self.source, self.autocast, self.seconds_per_item = source, autocast, 0.0
+        self.source, self.seconds_per_item = source, 0.0
         self.latents = default_collate(items)
         self.captions, self.prompts, x1 = self.latents["caption"], args.prompt or [], self.latents["x1"]
         self.shown = [self.captions[i % len(items)] for i in range(args.previews)] + self.prompts
@@ -61,10 +61,9 @@ class Validation:
         total, n, begin = 0.0, len(self.captions), time.time()
         times = spread_times(n, self.noise.device)
         for indices, x0, batch in self.batches(n, "velocity error"):
-            with self.autocast:
-                x1, _, context, mask = self.example(self.sd, batch)
-                t_fm = times[indices.start:indices.stop]
-                total += velocity_error(self.flow, x1, x0, t_fm, context, mask).item() * len(x1)
+            x1, _, context, mask = self.example(self.sd, batch)
+            t_fm = times[indices.start:indices.stop]
+            total += velocity_error(self.flow, x1, x0, t_fm, context, mask).item() * len(x1)
         self.seconds_per_item = (time.time() - begin) / n
         return total / n
 
@@ -82,10 +81,9 @@ class Validation:
     def draw(self, steps, cfg=None):
         """-> pictures (len(shown), 3, H, W) by that many Euler steps. cfg: None for guidance_after_training."""
         cfg, pictures = guidance_after_training(self.args) if cfg is None else cfg, []
-        with self.autocast:
-            uncond = unconditional(self.sd, cfg)
-            for x0, context in self.to_draw(f"samples of {steps} steps"):
-                pictures.append(self.sd.decode(self.flow.sample(x0, context, steps, uncond, cfg)).float())
+        uncond = unconditional(self.sd, cfg)
+        for x0, context in self.to_draw(f"samples of {steps} steps"):
+            pictures.append(self.sd.decode(self.flow.sample(x0, context, steps, uncond, cfg)).float())
         return torch.cat(pictures)
 
     def preview(self, step):

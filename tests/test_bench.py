@@ -1,4 +1,5 @@
 """tools/bench.py: both sides compute the same, and the table has what was measured."""
+import itertools
 import json
 import sys
 
@@ -26,8 +27,8 @@ def test_both_sides_compute_the_same_result(what, arch, tolerance):
     assert ours.shape == theirs.shape and (ours - theirs).norm() < tolerance * theirs.norm() and theirs.std() > 0.01
 
 
-@pytest.mark.parametrize("weights", ["base", "small", "none"])
-@pytest.mark.parametrize("dtype", ["fp32", "autocast"])
+@pytest.mark.parametrize("weights, dtype", [
+    *itertools.product(("base", "small"), ("fp32", "autocast", "bf16")), ("none", "fp32"), ("none", "autocast")])
 def test_both_sides_train_the_same_number_of_parameters(weights, dtype, monkeypatch):
     trained, plain = [], bench.torch.nn.utils.clip_grad_norm_
 

@@ -3,6 +3,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import SD21, TINY
@@ -43,20 +44,27 @@ def test_the_memory_kept_by_the_forward_pass_is_what_autograd_saves():
 
     with costs.as_on_cuda(nullcontext()), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         images = {"image": torch.zeros(2, 3, 64, 64), "caption": ["a red boat"] * 2}
-        costs.one_pass(sd, flow, torch.autocast("cpu", torch.bfloat16), images, lambda: None)
+        costs.one_pass(sd, flow, images, lambda: None)
     saved = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
     expected = costs.one_batch(TINY, "base", 64, batch=2).kept
     assert abs(saved / expected - 1) < 0.01, (saved, expected)
 
 
+def float32_inside(norm):
+    """As model.py computed norms when that step was measured."""
+    return lambda x, *options: norm(x, *options).to(x.dtype)
+
+
 @pytest.mark.parametrize("preset, measured", [("base", 12.31), ("none", 18.96)])
-def test_the_computed_memory_of_a_step_is_within_3_percent_of_that_measured_on_an_h100(preset, measured):
+def test_the_computed_memory_of_a_step_is_within_3_percent_of_that_measured_on_an_h100(preset, measured, monkeypatch):
     """In GiB, by `tools.bench train --size 512 --batch 4 --dtype autocast` on CUDA (2026-11-26): the UNet alone, in
-    float32, without gradients before the step. Temporaries inside kernels and memory lost between blocks are not
-    computed."""
+    float32, without gradients before the step; its norms cast their results back to bf16. Temporaries inside kernels
+    and memory lost between blocks are not computed."""
     mode = FakeTensorMode()
     sd, flow, trained = costs.build(SD21, preset, mode, precision="fp32")
     with costs.as_on_cuda(mode):
+        monkeypatch.setattr(F, "group_norm", float32_inside(F.group_norm))
+        monkeypatch.setattr(F, "layer_norm", float32_inside(F.layer_norm))
         stays, _ = costs.fill_memory(sd, flow, trained)
         for parameter in trained.values():
             parameter.grad = None

@@ -92,14 +92,15 @@ def settings(words):
 
 
 def loss_calls(words):
-    """Train -> for each training batch, the loss's arguments, a random number drawn there, and whether bf16 was on."""
+    """Train -> for each training batch, the loss's arguments, a random number drawn there, and the dtype of the context.
+    """
     plain, calls = Diff2Flow.loss, []
 
     def spied(self, x1, context, x0=None, t_fm=None, mask=None):
         with torch.random.fork_rng():
             drawn = torch.rand(()).item()
         calls.append(SimpleNamespace(x1=x1, context=context, x0=x0, t_fm=t_fm, mask=mask, drawn=drawn,
-                                     bf16=torch.is_autocast_enabled("cpu")))
+                                     dtype=context.dtype))
         return plain(self, x1, context, x0, t_fm, mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Diff2Flow, "loss", spied)
@@ -362,9 +363,9 @@ def test_the_loss_gets_the_given_captions_and_precision_and_other_random_numbers
     empty = load_checkpoint(tiny).encode_text(["", ""])
     assert len(calls) == 4 and all(torch.allclose(call.context.float(), empty, atol=0.1) for call in calls)
     assert len({call.drawn for call in calls}) == 4 and all(call.t_fm is None for call in calls)
-    assert all(call.bf16 for call in calls) and all(math.isfinite(row["loss"]) for row in rows_of("run/metrics.jsonl"))
+    assert all(call.dtype == torch.bfloat16 for call in calls) and all(math.isfinite(row["loss"]) for row in rows_of("run/metrics.jsonl"))
     call = loss_calls(words + "--caption-dropout 0 --out other")[0]
-    assert not call.bf16 and not torch.allclose(call.context, empty, atol=0.5)
+    assert call.dtype == torch.float32 and not torch.allclose(call.context, empty, atol=0.5)
 
 
 def test_each_scene_is_encoded_once():

@@ -116,7 +116,7 @@ def prepare(case):
         sd.unet.time_embed.float()
     if case.what != "sample":
         sd.first_stage_model = sd.cond_stage_model = None
-    return sd, x, t, context, torch.autocast(sd.device.type, torch.bfloat16, enabled=case.dtype != "fp32")
+    return sd, x, t, context, torch.autocast(sd.device.type, torch.bfloat16, enabled=case.dtype == "autocast")
 
 
 def to_faster_format(network, case):
@@ -137,13 +137,12 @@ def peer_unet(case, sd):
 
 def unet_ours(case):
     sd, x, t, context, amp = prepare(case)
-    pack(sd)
-    net = torch.compile(sd.unet) if case.compile else sd.unet
+    pack(sd, case.compile)
 
     @torch.no_grad()
     def step():
         with amp:
-            return net(x, t, context)
+            return sd.unet(x, t, context)
     return step
 
 
@@ -152,7 +151,7 @@ def unet_peer(case):
     net = peer_unet(case, sd)
     if case.device != "cpu":            # on a CPU it is not faster
         net.fuse_qkv_projections()
-    net = torch.compile(net) if case.compile else net
+    net = torch.compile(net, mode="reduce-overhead") if case.compile else net
 
     @torch.no_grad()
     def step():
@@ -168,8 +167,9 @@ def train_ours(case):
     else:
         lora.inject(sd.unet, case.weights)
     sd.unet.to(memory_format=torch.channels_last).train()
+    if case.compile:
+        sd.unet.compile()
     flow = make_flow(sd, "diff2flow")
-    flow.net = torch.compile(flow.net) if case.compile else flow.net
     trained = {name: parameter for name, parameter in sd.unet.named_parameters() if parameter.requires_grad}
     optimizer, ema = torch.optim.Adam(trained.values(), lr=1e-5, fused=True), EMA(trained)
 
@@ -187,8 +187,10 @@ def train_ours(case):
 def train_peer(case):
     """As in diffusers' examples/text_to_image: training all weights keeps an EMA, training a LoRA does not."""
     from diffusers import DDPMScheduler
-    from diffusers.training_utils import EMAModel
+    from diffusers.training_utils import EMAModel, cast_training_params
     sd, x1, _, context, amp = prepare(case)
+    if case.dtype == "bf16":                        # its adapters are float32
+        amp = torch.autocast(sd.device.type, torch.bfloat16)
     adapted = {} if case.weights == "none" else {
         unet_path(path, sd.config): len(adapter.down) for path, adapter in injected(sd.unet, case.weights).items()}
     net = peer_unet(case, sd).train()
@@ -197,6 +199,7 @@ def train_peer(case):
         net.requires_grad_(False)
         net.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=list(adapted), rank_pattern=adapted,
                                    alpha_pattern=adapted))
+        cast_training_params(net)
     else:
         net.requires_grad_()
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -231,9 +234,8 @@ def injected(unet, preset):
 
 def sample_ours(case):
     sd, x0, _, _, amp = prepare(case)
-    pack(sd)
+    pack(sd, case.compile)
     flow = make_flow(sd, "diff2flow")
-    flow.net = torch.compile(flow.net) if case.compile else flow.net
 
     def step():
         with amp:
@@ -255,7 +257,7 @@ def sample_peer(case):
         to_faster_format(network, case)
         if case.device != "cpu":
             network.fuse_qkv_projections()
-    pipe.unet = torch.compile(pipe.unet) if case.compile else pipe.unet
+    pipe.unet = torch.compile(pipe.unet, mode="reduce-overhead") if case.compile else pipe.unet
     pipe.set_progress_bar_config(disable=True)
 
     def step():
@@ -455,7 +457,8 @@ def arguments():
     add("--size", type=int, nargs="+", default=[256], help="height and width in pixels (default: 256)")
     add("--batch", type=int, nargs="+", default=[1], help="pictures per batch; for open, in the folder (default: 1)")
     add("--dtype", nargs="+", choices=["fp32", "autocast", "bf16"], default=["fp32"],
-        help="float32, bf16 autocast of float32 weights, or bf16 weights (default: fp32)")
+        help="float32, bf16 autocast of float32 weights, or bf16 weights, in training with float32 adapters (default: "
+        "fp32)")
     add("--weights", nargs="+", choices=["none", *lora.PRESETS], default=["base"],
         help="for train: a LoRA preset, or none for all weights (default: base)")
     add("--steps", type=int, default=4, help="for sample: Euler steps (default: 4)")

@@ -7,8 +7,8 @@
 It runs train.py's own code for one batch on torch's fake tensors, which have a shape, a dtype and a lifetime but no
 numbers. LiveBytes adds up the memory that they would take, FlopCounterMode counts multiplications and additions. The
 fake tensors are on the CPU, so that tests/test_costs.py can compare them with real ones. What differs on CUDA is set as
-it is there: bf16 autocast, fused attention in the UNet (which keeps q, k, v, the result and one number per row, no
-N x N matrix), and no fast path in the text encoder.
+it is there: float32 norms under autocast, fused attention in the UNet (which keeps q, k, v, the result and one number
+per row, no N x N matrix), and no fast path in the text encoder.
 
 Not counted: the CUDA context, cuDNN's workspaces, and memory lost between blocks. The hours assume the rate that a step
 of tools.bench reached on an H100, and leave out the reading of pictures and the previews.
@@ -85,6 +85,11 @@ def size_of(tensors):
 
 # ------------------------------------------------------------------ the model and a step, as in train.py
 
+def norm_on_cuda(norm):
+    """-> F.group_norm or F.layer_norm as CUDA's autocast computes it, in float32; the CPU's keeps bf16."""
+    return lambda x, *options: norm(x.float() if torch.is_autocast_enabled("cpu") else x, *options)
+
+
 @contextlib.contextmanager
 def as_on_cuda(mode):
     """Inside `with`, code on the CPU takes the same branches as on CUDA, and new tensors are of `mode`. No caption is
@@ -93,6 +98,8 @@ def as_on_cuda(mode):
     torch.backends.mha.set_fastpath_enabled(False)              # CUDA's autocast disables it
     try:
         with (mode, mock.patch.object(model, "attend", F.scaled_dot_product_attention),
+              mock.patch.object(F, "group_norm", norm_on_cuda(F.group_norm)),
+              mock.patch.object(F, "layer_norm", norm_on_cuda(F.layer_norm)),
               mock.patch.object(train, "drop_captions", lambda captions, share: captions)):
             yield
     finally:
@@ -114,14 +121,18 @@ def build(config, preset, mode, checkpointing=False, precision="bf16"):
     """-> sd, flow, {name: parameter} to train, as train.load_trainable returns them. Their tensors are of `mode`:
     FakeTensorMode(), or contextlib.nullcontext() for real ones."""
     args = Namespace(lora=preset, precision=precision, checkpointing=checkpointing, task="text-to-image",
-                     objective="diff2flow", ckpt=None, init_lora=None, prediction=None, use_ema=False, zero_snr=False)
-    with mock.patch.object(train, "load_model", without_file(config)):
+                     objective="diff2flow", ckpt=None, init_lora=None, prediction=None, use_ema=False, zero_snr=False,
+                     compile=False)
+    with (mock.patch.object(train, "load_model", without_file(config)),
+          mock.patch.object(train, "compute_in_bf16", lambda sd: None)):
         sd, _, _ = train.load_trainable(args, "meta")
     shapes = sd.state_dict()
     with mode:
         sd.load_state_dict({name: torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype).fill_(0.01)
                             for name, meta in shapes.items()}, assign=True)
         sd.text_encoder.attn_mask = torch.full((77, 77), float("-inf")).triu(1)
+        if precision == "bf16" and preset == "none":
+            train.compute_in_bf16(sd)
         trained = {name: parameter for name, parameter in sd.unet.named_parameters() if parameter.requires_grad}
         return sd, train.make_flow(sd, args.objective), trained
 
@@ -142,12 +153,11 @@ def fill_memory(sd, flow, trained):
     return {name: size_of(part) for name, part in parts.items()}, others + sum(parts.values(), [])
 
 
-def one_pass(sd, flow, amp, images, read):
+def one_pass(sd, flow, images, read):
     """One batch of the loop in train.train -> the results of read() after encoding, forward and backward pass."""
-    with amp:
-        x1, x0, context, mask = train.text_to_image(sd, train.encode_batch(sd, images))
-        marks = [read()]
-        loss = flow.loss(x1, context, x0, mask=mask)
+    x1, x0, context, mask = train.text_to_image(sd, train.encode_batch(sd, images))
+    marks = [read()]
+    loss = flow.loss(x1, context, x0, mask=mask)
     marks.append(read())
     loss.backward()
     return [*marks, read()]
@@ -159,14 +169,13 @@ def one_batch(config, preset, size, checkpointing=False, batch=4, precision="bf1
     operations}."""
     mode = mode or FakeTensorMode()
     sd, flow, trained = build(config, preset, mode, checkpointing, precision)
-    amp = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     with as_on_cuda(mode):
         stays, tensors = fill_memory(sd, flow, trained)
         images = {"image": torch.zeros(batch, 3, size, size), "caption": ["a red boat"] * batch}
         with LiveBytes([*tensors, images["image"]]) as live:
-            before, after, _ = one_pass(sd, flow, amp, images, lambda: live.now)
+            before, after, _ = one_pass(sd, flow, images, lambda: live.now)
         with count_flops() as counter:                      # in a second pass: it keeps tensors alive
-            encoding, forward, total = one_pass(sd, flow, amp, images, counter.get_total_flops)
+            encoding, forward, total = one_pass(sd, flow, images, counter.get_total_flops)
     flops = {"encoding": encoding, "forward": forward - encoding, "backward": total - forward}
     return SimpleNamespace(stays=stays, kept=after - before, peak=live.peak, flops=flops)
 

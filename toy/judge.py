@@ -192,7 +192,7 @@ class ShiftedDiffusion(Diffusion):
         return torch.cat([self.f_t(self.f_t_inv(t_fm[:-1]) - self.shift), t_fm[-1:]])
 
 
-def load_model(path, device, task, objective=None):
+def load_model(path, device, dtype, task, objective=None):
     """A checkpoint, or a LoRA file of train.py -> the model, its velocity field, and the description of it in results.
 
     objective: how to sample; None for the one in the file's metadata, which the model was trained with.
@@ -205,7 +205,7 @@ def load_model(path, device, task, objective=None):
         raise ValueError(f"{path}: its objective {objective!r} is none of {', '.join(OBJECTIVES)}")
     is_lora = has_metadata and is_lora_file(path)
     files = {"loras": path} if is_lora else {"ckpt": path}
-    sd, flow = load_flow(**files, device=device, task=task, objective=objective)
+    sd, flow = load_flow(**files, device=device, dtype=dtype, task=task, objective=objective)
     run, number = read_result(path), path.stem.rpartition("-")[2]
     return sd, flow, {"model": str(path), "objective": objective_of(flow), "prediction": flow.prediction, "run": run,
                       "own_sampler": trained_by in (None, objective_of(flow)),
@@ -213,17 +213,17 @@ def load_model(path, device, task, objective=None):
 
 
 def begin(args, *outputs):
-    """Check the arguments that all commands share, before the slow part -> the device, and its autocast context."""
+    """Check the arguments that all commands share, before the slow part -> the device, and the dtype of weights."""
     check_range(args, 1, 1e9, *(name for name in ("n", "batch", "steps", "ensemble") if name in args))
     check_range(args, 0, 2**32 - 1, "seed")
     check_range(args, -1e6, 1e6, *(["cfg"] if "cfg" in args else []))
     device = pick_device(args.device)
     for name in outputs:
         check_replaceable(Path(args.out) / name)
-    args.precision, autocast = pick_precision(args.precision, device)
+    args.precision, dtype = pick_precision(args.precision, device)
     args.device = str(device)
     print(json.dumps(vars(args)))
-    return device, autocast
+    return device, dtype
 
 
 def seeded_noise(args, shape):
@@ -321,8 +321,8 @@ def captions(args):
     check_range(args, 0, 1, "t_shift")
     if args.t_shift and args.objective != "dm":
         raise ValueError(f"--t-shift {args.t_shift:g}: only DDIM has timesteps to shift; add --objective dm")
-    out, (device, autocast) = Path(args.out), begin(args, "samples.png", "captions.jsonl")
-    models = [load_model(path, device, "text-to-image", args.objective) for path in args.models]
+    out, (device, dtype) = Path(args.out), begin(args, "samples.png", "captions.jsonl")
+    models = [load_model(path, device, dtype, "text-to-image", args.objective) for path in args.models]
     sizes = [tuple(picture_size(sd, args.size)) for sd, _, _ in models]
     settings = {name: vars(args)[name] for name in ("n", "seed", "style", "t_shift", "precision", "device")}
     classifier = load_classifier(args.style, device)
@@ -333,8 +333,7 @@ def captions(args):
             flow = ShiftedDiffusion(flow, args.t_shift)
         cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(size))
         for steps in args.steps:
-            with autocast:
-                samples, straight = sample_pictures(sd, flow, real.captions, noise, steps, cfg, args.batch)
+            samples, straight = sample_pictures(sd, flow, real.captions, noise, steps, cfg, args.batch)
             row = {**settings, **origin, "steps": steps, "cfg": cfg, "size": size, "real_scenes": REAL_SCENES,
                    "straightness": straight, **judge_pictures(samples, real, classifier)}
             rows.append(row)
@@ -364,13 +363,12 @@ def velocity_errors(sd, flow, world, noise, batch):
 @torch.no_grad()
 def velocity(args):
     """Write the velocity error of text-to-image models on held-out scenes."""
-    (device, autocast), rows = begin(args, "velocity.jsonl"), []
-    for sd, flow, origin in [load_model(path, device, "text-to-image") for path in args.models]:
+    (device, dtype), rows = begin(args, "velocity.jsonl"), []
+    for sd, flow, origin in [load_model(path, device, dtype, "text-to-image") for path in args.models]:
         size = picture_size(sd, args.size)
         world = Scenes(args.n, *size, args.style, HELD_OUT_SEED + args.seed)
         noise = seeded_noise(args, sd.latent_shape(size))
-        with autocast:
-            errors = velocity_errors(sd, flow, world, noise, args.batch)
+        errors = velocity_errors(sd, flow, world, noise, args.batch)
         rows.append({**origin, "n": args.n, "seed": args.seed, "style": args.style, "size": size,
                      "precision": args.precision, "velocity_error": sum(errors) / args.n,
                      "scenes": {"velocity_error": [float(f"{error:.4g}") for error in errors]}})
@@ -392,16 +390,15 @@ def mean_and_tenths(values):
 
 def plain(args):
     """Write the brightness of text-to-image models' samples: n of "a black image", and n of "a white image"."""
-    (device, autocast), rows, pictures = begin(args, "samples.png", "plain.jsonl"), [], []
+    (device, dtype), rows, pictures = begin(args, "samples.png", "plain.jsonl"), [], []
     prompts, shown = {"black": "a black image", "white": "a white image"}, min(args.n, 4)
-    for sd, flow, origin in [load_model(path, device, "text-to-image", args.objective) for path in args.models]:
+    for sd, flow, origin in [load_model(path, device, dtype, "text-to-image", args.objective) for path in args.models]:
         cfg, noise = guidance(sd, args.cfg), seeded_noise(args, sd.latent_shape(picture_size(sd)))
         for steps in args.steps:
             row = {**origin, "n": args.n, "seed": args.seed, "precision": args.precision, "steps": steps, "cfg": cfg,
                    "scenes": {}}
             for colour, prompt in prompts.items():
-                with autocast:
-                    samples, _ = sample_pictures(sd, flow, [prompt] * args.n, noise, steps, cfg, args.batch)
+                samples, _ = sample_pictures(sd, flow, [prompt] * args.n, noise, steps, cfg, args.batch)
                 values = brightness(samples)
                 row[colour] = mean_and_tenths(values)
                 row["scenes"][colour] = {"mean": [float(f"{value:.4g}") for value in values]}
@@ -426,8 +423,8 @@ def scene_errors(predictions, truths):
 def depth(args):
     """Write the error of depth that models of train.py --task depth predict for held-out scenes, as mean of an
     ensemble, aligned in log depth."""
-    (device, autocast), rows = begin(args, "depth.jsonl"), []
-    models = [load_model(path, device, "depth") for path in args.models]
+    (device, dtype), rows = begin(args, "depth.jsonl"), []
+    models = [load_model(path, device, dtype, "depth") for path in args.models]
     world = Scenes(args.n, SIZE, SIZE, "room", HELD_OUT_SEED + args.seed)
     items = [world[i] for i in range(args.n)]
     images = torch.stack([item["image"] for item in items]).to(device)
@@ -440,9 +437,8 @@ def depth(args):
         decoded_errors = scene_errors(decoded, truths)["absrel"]
         noise = torch.randn((max(args.ensemble), *picture.shape), generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:
-            with autocast:
-                members = [sd.decode(flow.sample(x0.to(device), picture, steps)).float().mean(1)
-                           for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
+            members = [sd.decode(flow.sample(x0.to(device), picture, steps)).float().mean(1)
+                       for x0 in tqdm(noise, f"{steps} steps", dynamic_ncols=True)]
             for ensemble in args.ensemble:
                 prediction = torch.stack(members[:ensemble]).mean(0).clamp(-1, 1).double().cpu().numpy()
                 scenes = scene_errors(prediction, truths)

@@ -29,7 +29,7 @@ from model import LATENT_SCALE, TINY, StableDiffusion
 from support import state
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.files import check_range, cli, parse
-from support.load import BUNDLED_PRIOR, make_flow, pick_device, pick_precision, picture_size
+from support.load import BUNDLED_PRIOR, compute_in_bf16, make_flow, pick_device, pick_precision, picture_size
 from support.pictures import save_grid
 from support.processes import Ranks
 from support.run import open_run, run_folder, save_weights
@@ -173,7 +173,7 @@ def preview_autoencoder(out, vae, pictures, step):
     tqdm.write(f"step {step}: squared error {F.mse_loss(decoded, shown):.4f} on held-out pictures, {path}")
 
 
-def train_autoencoder(args, run, sd, trained, autocast):
+def train_autoencoder(args, run, sd, trained):
     """The loop of train.py with autoencoder_loss."""
     vae, dataset = sd.first_stage_model, AutoencoderPictures(args.scenes, args.seed)
     optimizer, ema = torch.optim.Adam(trained.values(), lr=args.lr, fused=True), train.EMA(trained)
@@ -181,7 +181,7 @@ def train_autoencoder(args, run, sd, trained, autocast):
     for step, batches in run.steps(DataLoader(dataset, args.batch, sampler=keys), optimizer, ema):
         optimizer.param_groups[0]["lr"] = train.learning_rate(step, args)
         for batch in batches:
-            with autocast:
+            with torch.autocast(sd.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 images = batch["image"].to(sd.device, memory_format=torch.channels_last)
                 loss = autoencoder_loss(vae, images)
             loss.backward()
@@ -192,7 +192,7 @@ def train_autoencoder(args, run, sd, trained, autocast):
         ema.update(step, args.ema)
 
 
-def make_autoencoder(args, out, device, autocast):
+def make_autoencoder(args, out, device):
     sd, trained = load_autoencoder(args, device)
     held_out = AutoencoderPictures(args.validation, VALIDATION_SEED)
     pictures = torch.stack([held_out[i]["image"] for i in range(args.validation)]).to(device)
@@ -200,7 +200,7 @@ def make_autoencoder(args, out, device, autocast):
     with open_run(args, out, Ranks(device), resume_command(args, out)) as run:
         run.save_weights = lambda step: save_autoencoder(args, out, sd, pictures)
         run.preview = lambda step: preview_autoencoder(out, sd.first_stage_model, pictures, step)
-        train_autoencoder(args, run, sd, trained, autocast)
+        train_autoencoder(args, run, sd, trained)
     weights = str(out / "model.safetensors")
     command = ["python", "sample.py"] if args.task == "decoder" else ["python", "-m", "toy.make_prior", "prior"]
     print(f"weights: {weights}\nnext: {shlex.join([*command, '--ckpt', weights])}")
@@ -216,10 +216,12 @@ def load_prior(args, device):
     for name, parameter in sd.text_encoder.named_parameters():
         if name != "text_projection":       # for the pooled output, which Stable Diffusion does not use
             trained[f"text.{name}"] = parameter.requires_grad_()
+    if args.precision == "bf16":
+        compute_in_bf16(sd)
     return sd, trained
 
 
-def make_prior(args, out, device, autocast):
+def make_prior(args, out, device):
     """Train all weights of the UNet on scenes with captions, as train.py does, and the text encoder with them."""
     sd, trained = load_prior(args, device)
     flow, size = make_flow(sd, args.objective), list(picture_size(sd))
@@ -232,13 +234,12 @@ def make_prior(args, out, device, autocast):
     print(f"prior: {sum(p.numel() for p in trained.values()):,} trainable parameters, {sd.prediction}-prediction\n"
           f"{describe(args, out)}")
     with open_run(args, out, Ranks(device), resume_command(args, out), sd.unet_hash) as run:
-        with autocast:
-            latents = [train.encode_item(sd, item) for item in progress(items, "encoding held-out items")]
-        validation = Validation(args, out, sd, flow, train.text_to_image, latents, "other scenes", autocast)
+        latents = [train.encode_item(sd, item) for item in progress(items, "encoding held-out items")]
+        validation = Validation(args, out, sd, flow, train.text_to_image, latents, "other scenes")
         before = measure_before(validation)
         run.preview, run.save_weights = validation.preview, partial(save_weights, args, out, sd, metadata)
-        loader = train.load_batches(args, sd, dataset, run, autocast)
-        ema = train.train(args, run, sd, flow, trained, loader, train.text_to_image, autocast)
+        loader = train.load_batches(args, sd, dataset, run)
+        ema = train.train(args, run, sd, flow, trained, loader, train.text_to_image)
         with ema.in_place():
             after = measure(validation)
         finish(validation, items, size, before, after)
@@ -258,10 +259,10 @@ def resume_command(args, out):
 def main():
     args = arguments()
     device = pick_device(args.device)
-    args.precision, autocast = pick_precision(args.precision, device)
+    args.precision, _ = pick_precision(args.precision, device)
     out = run_folder(args)
     torch.manual_seed(args.seed)
-    (make_prior if args.task == "prior" else make_autoencoder)(args, out, device, autocast)
+    (make_prior if args.task == "prior" else make_autoencoder)(args, out, device)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Pictures with captions, and the order in which a run uses them.
 
-An item is a dict: image, uint8 (3, H, W), and caption. A key is epoch * n + i: `Keys` makes a new permutation for
-every epoch, and a picture's random crop depends on its key.
+An item is a dict: image, uint8 (3, H, W), caption, and for SDXL the sizes of its crop. A key is epoch * n + i: `Keys`
+makes a new permutation for every epoch, and a picture's random crop depends on its key.
 """
 import copy
 import hashlib
@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -111,8 +112,14 @@ def hash_of_name(name):
     return hashlib.sha256(name.replace(os.sep, "/").encode(errors="surrogateescape")).hexdigest()
 
 
+class Size(NamedTuple):
+    """Of a picture, in pixels."""
+    width: int
+    height: int
+
+
 def crop_box(image, height, width, right, down):
-    """The largest crop of `image` with the aspect ratio of height x width -> (left, top, right, bottom) in pixels.
+    """The largest crop of `image` (or of its Size) with the aspect ratio of height x width -> (left, top, right, bottom) in pixels.
 
     right, down: the crop's position, from 0 (left, top) to 1 (right, bottom).
     """
@@ -149,18 +156,29 @@ def centre_crop(image, height, width):
     return to_pixels(image.resize((width, height), Image.LANCZOS, box=crop_box(image, height, width, 0.5, 0.5)))
 
 
+def crop_sizes(image, box, height, width, is_mirrored=False):
+    """-> the six sizes that SDXL is told: height and width of the picture; top and left of its crop, in pixels after
+    scaling; height and width of the crop. A mirrored picture is mirrored before its crop."""
+    scale, (left, top, right, _) = width / (box[2] - box[0]), box
+    left = image.width - right if is_mirrored else left
+    return torch.tensor([image.height, image.width, round(top * scale), round(left * scale), height, width])
+
+
 def random_crop(image, height, width, rng):
-    """PIL image -> a random crop, scaled to height x width and flipped half of the time: uint8 (3, H, W)."""
+    """PIL image -> a random crop, scaled to height x width and flipped half of the time: uint8 (3, H, W), and its
+    crop_sizes."""
     box = crop_box(image, height, width, rng.random(), rng.random())
-    image = image.resize((width, height), Image.LANCZOS, box=box)
-    return to_pixels(ImageOps.mirror(image) if rng.random() < 0.5 else image)
+    crop, is_mirrored = image.resize((width, height), Image.LANCZOS, box=box), rng.random() < 0.5
+    return (to_pixels(ImageOps.mirror(crop) if is_mirrored else crop),
+            crop_sizes(image, box, height, width, is_mirrored))
 
 
 # ------------------------------------------------------------------ folders of pictures with captions
 
 class ImageFolder(Dataset):
-    """Pictures under `folder` with their captions: image, uint8 (3, H, W); caption. support/folders.py says where
-    captions are found, and which files are left out; `default` is the caption of pictures without one.
+    """Pictures under `folder` with their captions: image, uint8 (3, H, W); caption; sizes (6,), as crop_sizes.
+    support/folders.py says where captions are found, and which files are left out; `default` is the caption of pictures
+    without one.
 
     Pictures are cropped and flipped at random by (seed, key). A key of BucketKeys has the height and width with it.
     """
@@ -209,7 +227,8 @@ class ImageFolder(Dataset):
             if len(self.undecodable) == len(self.items):
                 raise ValueError(f"none of the {len(self.items)} images can be decoded, last {self.items[i][0]}")
             i = (i + 1) % len(self.items)
-        return {"image": random_crop(image, height, width, rng), "caption": self.caption(i)}
+        image, sizes = random_crop(image, height, width, rng)
+        return {"image": image, "caption": self.caption(i), "sizes": sizes}
 
     def caption(self, i):
         """The caption of item i. For a text file that cannot be read: the default, with one warning."""

@@ -228,7 +228,7 @@ def arguments():
     add("--use-ema", action="store_true", help="load the EMA weights of a checkpoint that has both")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--objective", choices=list(OBJECTIVES), help="how to sample (default: diff2flow, which is Algorithm 2; for "
-        "models of fm and fm-flip as they were trained)")
+        "models of fm, fm-flip and rf as they were trained)")
     add("--steps", type=int, default=10, help="Euler steps from noise to depth (default: 10)")
     add("--ensemble", type=int, default=1, help="number of samples, whose mean is the prediction (default: 1)")
     add("--size", type=int, nargs="+", help="pixels to which a picture is scaled for the network: one number, or "

@@ -155,4 +155,13 @@ class NaiveFMFlip(NaiveFM):
         return -super().__call__(x_fm, t_fm, context)
 
 
-OBJECTIVES = {"diff2flow": Diff2Flow, "dm": Diffusion, "fm": NaiveFM, "fm-flip": NaiveFMFlip}
+class RectifiedFlow(NaiveFMFlip):
+    """Baseline "rf": as "fm-flip" with the times that the network knows, as others' rectified-flow finetunes of SD 1.5
+    and SDXL work: net(x_fm, 1000 (1 - t_fm)) = x0 - x1. Not in the paper."""
+
+    def __call__(self, x_fm, t_fm, context):
+        return super().__call__(x_fm, 1000 * (1 - t_fm), context)
+
+
+OBJECTIVES = {"diff2flow": Diff2Flow, "dm": Diffusion, "fm": NaiveFM, "fm-flip": NaiveFMFlip, "rf": RectifiedFlow}
+NAIVE = "fm", "fm-flip", "rf"   # their networks are no diffusion models any more

@@ -1,7 +1,7 @@
-"""The networks of Stable Diffusion 1.x and 2.x: UNet, autoencoder (VAE) and text encoder.
+"""The networks of Stable Diffusion 1.x, 2.x and XL: UNet, autoencoder (VAE) and text encoders.
 
-    images (B, 3, H, W) in [-1, 1]  --encode-->  latents (B, 4, H/f, W/f) * 0.18215  --decode-->  images
-    prompts  --encode_text-->  context (B, 77, D)
+    images (B, 3, H, W) in [-1, 1]  --encode-->  scaled latents (B, 4, H/f, W/f)  --decode-->  images
+    prompts  --encode_text-->  context (B, 77, D); for SDXL (B, 78, D), whose last row has the pooled text
     unet(x_dm (B, 4, h, w), t_dm (B,), context (B, 77, D))  ->  v or eps (B, 4, h, w)
 
 Architecture: Rombach et al. (arXiv 2112.10752). Module names are those of the original checkpoint files, so loading is
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-LATENT_SCALE = 0.18215  # latents have unit variance after this factor
+TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Config:
     """An architecture. Widths have one entry per resolution, starting at the full one."""
     unet_widths: tuple = (320, 640, 1280, 1280)
     unet_res_blocks: int = 2
-    attention: tuple = (True, True, True, False)
+    transformer_depth: tuple = (1, 1, 1, 0)     # blocks in each transformer of a level; the middle has the most
     context_width: int = 1024
     linear_projection: bool = True     # in the transformers: SD 2.x, 64 channels per head; SD 1.x: 1x1 convs, 8 heads
     in_channels: int = 4
@@ -38,10 +38,27 @@ class Config:
     text_layers: int = 24
     text_projection: bool = True       # an unused matrix in SD 2.x files, except those converted from diffusers
     vocabulary: int = 49408
+    pooled_width: int = 0              # of SDXL's second text encoder, and of its pooled text
+    pooled_layers: int = 0
+
+    @property
+    def is_xl(self):
+        return self.pooled_width > 0
 
     @property
     def version(self):
-        return 2 if self.open_clip else 1
+        """In words, such as "2.x"."""
+        return "XL" if self.is_xl else "2.x" if self.open_clip else "1.x"
+
+    @property
+    def latent_scale(self):
+        """Latents have unit variance after this factor."""
+        return 0.13025 if self.is_xl else 0.18215
+
+    @property
+    def factor(self):
+        """Pixels per latent, along one side."""
+        return 2 ** (len(self.vae_widths) - 1)
 
     @property
     def text_layers_used(self):
@@ -55,7 +72,9 @@ class Config:
 SD21 = Config()
 SD15 = Config(context_width=768, linear_projection=False, open_clip=False, text_width=768, text_layers=12,
               text_projection=False)
-TINY = Config(unet_widths=(96, 64), unet_res_blocks=1, attention=(False, True), context_width=32,
+SDXL = Config(unet_widths=(320, 640, 1280), transformer_depth=(0, 2, 10), context_width=2048, open_clip=False,
+              text_width=768, text_layers=12, text_projection=False, pooled_width=1280, pooled_layers=32)
+TINY = Config(unet_widths=(96, 64), unet_res_blocks=1, transformer_depth=(0, 1), context_width=32,
               linear_projection=False, vae_widths=(64, 64, 64), vae_res_blocks=1, text_width=32, text_layers=4)
 
 
@@ -164,14 +183,14 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """x (B, C, h, w), context (B, L, D) -> (B, C, h, w)."""
 
-    def __init__(self, channels, config):
+    def __init__(self, channels, config, blocks):
         super().__init__()
         self.linear = config.linear_projection
         projection = nn.Linear if self.linear else functools.partial(nn.Conv2d, kernel_size=1)
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = projection(channels, channels)
         self.transformer_blocks = nn.ModuleList([
-            TransformerBlock(channels, config.context_width, config.heads(channels))])
+            TransformerBlock(channels, config.context_width, config.heads(channels)) for _ in range(blocks)])
         self.proj_out = zero_(projection(channels, channels))
 
     def forward(self, x, embedding, context):
@@ -218,7 +237,8 @@ class Upsample(nn.Module):
 # ------------------------------------------------------------------ the UNet
 
 class UNet(nn.Module):
-    """x (B, C, h, w), t_dm (B,), context (B, L, D) -> (B, C_out, h, w). h and w divide by 2^(levels - 1).
+    """x (B, C, h, w), t_dm (B,), context (B, L, D) -> (B, C_out, h, w). h and w divide by 2^(levels - 1). For SDXL the
+    last row of context has the pooled text and the sizes of StableDiffusion.with_sizes.
 
     Set .checkpointing to recompute activations in the backward pass instead of keeping them.
     """
@@ -229,9 +249,13 @@ class UNet(nn.Module):
         embedding = 4 * width
         self.config, self.checkpointing = config, False
         self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        if config.is_xl:
+            self.label_emb = nn.Sequential(nn.Sequential(
+                nn.Linear(config.pooled_width + 6 * 256, embedding), nn.SiLU(), nn.Linear(embedding, embedding)))
 
         def block(channels, out_channels, level, *more):
-            transformer = [SpatialTransformer(out_channels, config)] if config.attention[level] else []
+            blocks = config.transformer_depth[level]
+            transformer = [SpatialTransformer(out_channels, config, blocks)] if blocks else []
             return nn.ModuleList([ResBlock(channels, out_channels, embedding), *transformer, *more])
 
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
@@ -245,7 +269,8 @@ class UNet(nn.Module):
                 self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
                 skips.append(channels)
         self.middle_block = nn.ModuleList([
-            ResBlock(channels, channels, embedding), SpatialTransformer(channels, config),
+            ResBlock(channels, channels, embedding),
+            SpatialTransformer(channels, config, max(1, *config.transformer_depth)),
             ResBlock(channels, channels, embedding)])
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
@@ -266,6 +291,17 @@ class UNet(nn.Module):
                 x = layer(x, embedding, context)
         return x
 
+    def vector(self, x, row):
+        """The row behind the text embedding (B, D) -> (B, pooled + 6 * 256): pooled text, and sinusoids of six sizes in
+        pixels, which are (H, W, 0, 0, H, W) of the picture x where the row has none."""
+        pooled, sizes = row[:, :self.config.pooled_width], row[:, self.config.pooled_width:][:, :12].float()
+        height, width = (side * self.config.factor for side in x.shape[-2:])
+        own = torch.zeros(6, device=x.device)
+        own[0::4], own[1::4] = height, width
+        sizes = 256 * sizes[:, :6] + sizes[:, 6:]
+        sizes = torch.where(sizes[:, :1] > 0, sizes, own)
+        return torch.cat([pooled, timestep_embedding(sizes.flatten(), 256).view(len(row), -1)], dim=-1)
+
     def forward(self, x, t_dm, context):
         factor = 2 ** (len(self.config.unet_widths) - 1)
         if x.shape[-2] % factor or x.shape[-1] % factor:
@@ -273,8 +309,11 @@ class UNet(nn.Module):
         dtype = self.out[2].weight.dtype
         with torch.autocast(x.device.type, enabled=False):
             embedding = timestep_embedding(t_dm, self.config.unet_widths[0]).to(self.time_embed[0].weight.dtype)
-            embedding = self.time_embed(embedding).to(dtype)
-        h, context = self.input_blocks[0][0](x.to(dtype)), context.to(dtype)
+            embedding = self.time_embed(embedding)
+            if self.config.is_xl:
+                context, row = context[:, :TOKENS], context[:, TOKENS]
+                embedding = embedding + self.label_emb(self.vector(x, row).to(embedding.dtype))
+        h, embedding, context = self.input_blocks[0][0](x.to(dtype)), embedding.to(dtype), context.to(dtype)
         skips = [h]
         for layers in self.input_blocks[1:]:
             h = self.run(layers, h, embedding, context)
@@ -417,7 +456,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Images <-> latents, unscaled: StableDiffusion multiplies latents by LATENT_SCALE."""
+    """Images <-> latents, unscaled: StableDiffusion multiplies latents by config.latent_scale."""
 
     def __init__(self, config):
         super().__init__()
@@ -434,16 +473,15 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
 
-# ------------------------------------------------------------------ the text encoder
+# ------------------------------------------------------------------ the text encoders
 
-def text_tower(config):
-    """open_clip's text transformer, built from a Config; downloads nothing."""
+def text_tower(width, layers, vocabulary, open_clip, projection):
+    """open_clip's text transformer; downloads nothing."""
     from open_clip.transformer import QuickGELU, TextTransformer
     tower = TextTransformer(
-        width=config.text_width, layers=config.text_layers, heads=max(1, config.text_width // 64),
-        vocab_size=config.vocabulary, output_dim=config.text_width if config.text_projection else None,
-        act_layer=nn.GELU if config.open_clip else QuickGELU)
-    if config.text_width < 64:  # open_clip's initialisation is for wide towers; at 32 the words would hardly differ
+        width=width, layers=layers, heads=max(1, width // 64), vocab_size=vocabulary,
+        output_dim=width if projection else None, act_layer=nn.GELU if open_clip else QuickGELU)
+    if width < 64:  # open_clip's initialisation is for wide towers; at 32 the words would hardly differ
         nn.init.normal_(tower.token_embedding.weight, std=0.5)
         nn.init.normal_(tower.positional_embedding, std=0.1)
     return tower
@@ -457,7 +495,7 @@ def tokenizer():
 
 def tokenize(prompts, pad_token):
     """prompts (B strings) -> token ids (B, 77): 49406, at most 75 tokens of content, 49407, pad_token."""
-    ids = torch.full((len(prompts), 77), pad_token)
+    ids = torch.full((len(prompts), TOKENS), pad_token)
     for row, prompt in zip(ids, prompts):
         content = tokenizer().encode(prompt[:5000])[:75]        # 75 tokens are shorter; long words take quadratic time
         tokens = [tokenizer().sot_token_id, *content, tokenizer().eot_token_id]
@@ -465,10 +503,18 @@ def tokenize(prompts, pad_token):
     return ids
 
 
+def run_tower(tower, ids, layers):
+    """Token ids (B, 77) through the first layers of a text encoder -> (B, 77, width), before the final norm."""
+    x = tower.token_embedding(ids) + tower.positional_embedding
+    for block in tower.transformer.resblocks[:layers]:
+        x = block(x, attn_mask=tower.attn_mask)
+    return x
+
+
 # ------------------------------------------------------------------ the whole model
 
 class StableDiffusion(nn.Module):
-    """UNet, autoencoder and text encoder, under the checkpoint's module names. prediction is "v" or "eps".
+    """UNet, autoencoder and text encoders, under the checkpoint's module names. prediction is "v" or "eps".
 
     metadata (str -> str) and source come from the file that support/checkpoint.py read it from.
     """
@@ -479,18 +525,25 @@ class StableDiffusion(nn.Module):
         self.metadata, self.source = {}, None
         self.model = nn.ModuleDict({"diffusion_model": UNet(config)})
         self.first_stage_model = AutoencoderKL(config)
-        tower = text_tower(config)
-        self.cond_stage_model = nn.ModuleDict(
+        tower = text_tower(config.text_width, config.text_layers, config.vocabulary, config.open_clip,
+                           config.text_projection)
+        stage = nn.ModuleDict(
             {"model": tower} if config.open_clip else {"transformer": nn.ModuleDict({"text_model": tower})})
+        if config.is_xl:
+            tower = text_tower(config.pooled_width, config.pooled_layers, config.vocabulary, True, True)
+            self.conditioner = nn.ModuleDict({"embedders": nn.ModuleList([stage, nn.ModuleDict({"model": tower})])})
+        else:
+            self.cond_stage_model = stage
 
     @property
     def unet(self):
         return self.model["diffusion_model"]
 
     @property
-    def text_encoder(self):
-        stage = self.cond_stage_model
-        return stage["model"] if self.config.open_clip else stage["transformer"]["text_model"]
+    def text_encoders(self):
+        """[the text encoder], or SDXL's two."""
+        stages = self.conditioner["embedders"] if self.config.is_xl else [self.cond_stage_model]
+        return [stage["model"] if "model" in stage else stage["transformer"]["text_model"] for stage in stages]
 
     @property
     def device(self):
@@ -503,8 +556,7 @@ class StableDiffusion(nn.Module):
 
     @property
     def factor(self):
-        """Pixels per latent, along one side."""
-        return 2 ** (len(self.config.vae_widths) - 1)
+        return self.config.factor
 
     @property
     def multiple(self):
@@ -531,17 +583,39 @@ class StableDiffusion(nn.Module):
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> scaled latents (B, z, H/f, W/f): the posterior's mean."""
         mean, _ = self.first_stage_model.moments(images.to(self.first_stage_model.quant_conv.weight))
-        return mean * LATENT_SCALE
+        return mean * self.config.latent_scale
 
     def decode(self, latents):
         """scaled latents (B, z, h, w) -> images (B, 3, f h, f w), near [-1, 1], not clamped."""
-        return self.first_stage_model.decode(latents.to(self.first_stage_model.quant_conv.weight) / LATENT_SCALE)
+        latents = latents.to(self.first_stage_model.quant_conv.weight)
+        return self.first_stage_model.decode(latents / self.config.latent_scale)
 
     def encode_text(self, prompts):
-        """prompts (B strings) -> context (B, 77, D): the text embedding."""
-        tower = self.text_encoder
+        """prompts (B strings) -> context (B, 77, D): the text embedding. SDXL: (B, 78, D), the states of both text
+        encoders before their last layer side by side, and a row that begins with the pooled text, then is zero."""
+        tower, *second = self.text_encoders
         ids = tokenize(prompts, pad_token=0 if self.config.open_clip else 49407).to(self.device)
-        x = tower.token_embedding(ids) + tower.positional_embedding
-        for block in tower.transformer.resblocks[:self.config.text_layers_used]:
-            x = block(x, attn_mask=tower.attn_mask)
-        return tower.ln_final(x)
+        if not second:
+            return tower.ln_final(run_tower(tower, ids, self.config.text_layers_used))
+        states = run_tower(tower, ids, self.config.text_layers - 1)
+        tower, = second
+        ids = tokenize(prompts, pad_token=0).to(self.device)
+        before = run_tower(tower, ids, self.config.pooled_layers - 1)
+        last = tower.ln_final(tower.transformer.resblocks[-1](before, attn_mask=tower.attn_mask))
+        end = ids.argmax(-1)                                                      # the end token is the largest
+        pooled = last[torch.arange(len(ids), device=ids.device), end] @ tower.text_projection
+        context = torch.cat([states, before], dim=-1)
+        return torch.cat([context, F.pad(pooled, (0, context.shape[-1] - pooled.shape[-1]))[:, None]], dim=1)
+
+    def with_sizes(self, context, sizes):
+        """context of encode_text, sizes (B, 6) in pixels -> context that tells SDXL of them: height and width of the
+        picture before its crop, the crop's top and left, height and width after it. Others do not take sizes.
+
+        A size takes two places, its multiples of 256 and the rest, so that bf16 holds it exactly. Without sizes the
+        UNet takes those of an uncropped picture.
+        """
+        if not self.config.is_xl:
+            return context
+        context, first = context.clone(), self.config.pooled_width
+        context[:, TOKENS, first:first + 12] = torch.cat([sizes // 256, sizes % 256], dim=-1).to(context)
+        return context

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data import noises
-from diff2flow import OBJECTIVES
+from diff2flow import NAIVE, OBJECTIVES
 from support.files import check_range, cli, parse
 from support.load import (
     BUNDLED_PRIOR,
@@ -65,7 +65,7 @@ def arguments():
     add("--zero-snr", action="store_true",
         help="the network was trained with zero terminal SNR (default: as the file says)")
     add("--objective", choices=list(OBJECTIVES), help="how to sample (default: diff2flow, which is Algorithm 2; for "
-        "models of fm and fm-flip as they were trained)")
+        "models of fm, fm-flip and rf as they were trained)")
     add("--precision", choices=["bf16", "fp32"],
         help="of forward passes (default: bf16 where the device has it, else fp32)")
     add("--compile", action="store_true", help="torch.compile the UNet: minutes first, then faster steps on a GPU")
@@ -145,7 +145,7 @@ def sigma_grid(flow, steps):
 
 
 def print_sigmas(flow, steps):
-    if objective_of(flow) in ("fm", "fm-flip"):
+    if objective_of(flow) in NAIVE:
         raise ValueError(f"--print-sigmas: other tools cannot sample a model trained by {objective_of(flow)}")
     sigmas = ", ".join(f"{sigma:.4f}" for sigma in sigma_grid(flow, steps))
     print(f"ComfyUI, ManualSigmas: {sigmas}\ndiffusers: sigmas=[{sigmas}]")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, default_collate
 import lora
 from data import BucketKeys, ImageFolder, Keys, Memoised, progress, to_floats
 from depth import DepthFolders, DepthScenes
-from diff2flow import OBJECTIVES
+from diff2flow import NAIVE, OBJECTIVES
 from support import state
 from support.cache import fill_cache
 from support.files import check_range, cli, parse
@@ -212,7 +212,7 @@ def load_trainable(args, device):
     elif sd.is_depth_model:
         raise ValueError(f"{sd.source.path}: a depth model, which only --task depth trains")
     trained_by = sd.metadata.get("objective")
-    if trained_by in ("fm", "fm-flip") and trained_by != args.objective:
+    if trained_by in NAIVE and trained_by != args.objective:
         print(f"warning: {sd.source.path} was trained by {trained_by}, which fits no other --objective")
     flow = make_flow(sd, args.objective)
     if args.lora == "none":
@@ -263,9 +263,9 @@ def encode_batch(sd, batch):
              for name, value in batch.items()}
     if "image" not in batch:
         return batch
-    latents = sd.encode(to_floats(batch["image"])).float()
+    latents = sd.encode(to_floats(batch.pop("image"))).float()
     if "valid" not in batch:
-        return {"x1": latents, "caption": batch["caption"]}
+        return {"x1": latents, **batch}
     has_hole = F.max_pool2d((~batch["valid"]).float(), sd.factor)        # a latent is valid if all its pixels are
     return {"x1": sd.encode(batch["depth"].expand(-1, 3, -1, -1)).float(), "image_latents": latents,
             "mask": 1 - has_hole, "caption": batch["caption"]}
@@ -304,13 +304,17 @@ def drop_captions(captions, share):
 
 
 def text_to_image(sd, batch, caption_dropout=0.0):
-    """Latents and the text embedding of their caption. With --cache the batch carries text embeddings: that of its
-    caption, and that of the empty prompt, which dropped captions use."""
+    """Latents and the text embedding of their caption, for SDXL with the sizes of their crop. With --cache the batch
+    carries text embeddings: that of its caption, and that of the empty prompt, which dropped captions use."""
     captions = drop_captions(batch["caption"], caption_dropout)
-    if "context" not in batch:
-        return batch["x1"], None, sd.encode_text(captions), None
-    is_empty = torch.tensor([caption == "" for caption in captions], device=batch["x1"].device).view(-1, 1, 1)
-    return batch["x1"], None, torch.where(is_empty, batch["empty"], batch["context"]), None
+    if "context" in batch:
+        is_empty = torch.tensor([caption == "" for caption in captions], device=batch["x1"].device).view(-1, 1, 1)
+        context = torch.where(is_empty, batch["empty"], batch["context"])
+    else:
+        context = sd.encode_text(captions)
+    if "sizes" in batch:
+        context = sd.with_sizes(context, batch["sizes"])
+    return batch["x1"], None, context, None
 
 
 def reflow(sd, batch, caption_dropout=0.0):

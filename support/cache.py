@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from data import centre_crop, progress, to_floats
+from data import Size, centre_crop, crop_box, crop_sizes, progress, to_floats
 from support.checkpoint import hash_of
+from support.decode import upright_size
 from support.files import open_tensors, save_tensors
 from support.lock import shared
 
@@ -68,9 +69,11 @@ class EncodedFolder(Dataset):
         for i in progress(range(len(images)), "reading pictures and captions", unit="image"):
             try:
                 source = hashlib.sha256(Path(images.items[i][0]).read_bytes()).hexdigest()
-            except OSError:
-                source = images.decode(i) and None      # None, with a warning
-            self.items.append((source, images.caption(i)))
+                picture, shape = Size(*upright_size(images.items[i][0])), (images.height, images.width)
+                sizes = crop_sizes(picture, crop_box(picture, *shape, 0.5, 0.5), *shape)
+            except (OSError, ValueError):
+                source = sizes = images.decode(i) and None      # None, with a warning
+            self.items.append((source, images.caption(i), sizes))
 
     def fill(self, encode, encode_text, ranks, only_read=False):
         """Encode this rank's share of what is not cached yet, and wait for the other ranks. encode: uint8 (3, H, W) ->
@@ -78,7 +81,7 @@ class EncodedFolder(Dataset):
         pictures = range(ranks.rank, len(self.items), ranks.count)
         pictures = [i for i in progress(pictures, "looking for latents")
                     if self.items[i][0] is not None and self.latents.lacks(self.items[i][0])]
-        captions = sorted({"", *(caption for _, caption in self.items)})[ranks.rank::ranks.count]
+        captions = sorted({"", *(caption for _, caption, _ in self.items)})[ranks.rank::ranks.count]
         captions = [text for text in progress(captions, "looking for text embeddings") if self.embeddings.lacks(text)]
         if only_read and pictures + captions:
             raise ValueError(f"{self.latents.folder}: {len(pictures):,} pictures and {len(captions):,} captions are "
@@ -103,9 +106,9 @@ class EncodedFolder(Dataset):
         return len(self.items)
 
     def __getitem__(self, key):
-        source, caption = self.items[key % len(self.items)]
+        source, caption, sizes = self.items[key % len(self.items)]
         return {"x1": self.latents.read(source).float(), "caption": caption, "context": self.embeddings.read(caption),
-                "empty": self.empty}
+                "empty": self.empty, "sizes": sizes}
 
 
 @torch.no_grad()
@@ -118,7 +121,8 @@ def fill_cache(args, sd, images, ranks):
     size, made = (images.height, images.width), f"{precision}, version 1"   # raise the version if encoding changes
     latents = TensorFiles(folder, f"latents {size} {hash_of(sd.first_stage_model)} {made}",
                           sd.latent_shape(size))
-    embeddings = TensorFiles(folder, f"text {hash_of(sd.text_encoder)} {made}", (77, sd.config.context_width))
+    hashes = " ".join(map(hash_of, sd.text_encoders))
+    embeddings = TensorFiles(folder, f"text {hashes} {made}", (77 + sd.config.is_xl, sd.config.context_width))
 
     def encode(image):
         return sd.encode(to_floats(image[None].to(sd.device)))[0].to(dtype)

@@ -1,4 +1,4 @@
-"""Checkpoints of Stable Diffusion 1.x and 2.x, read and written: a single file, or a folder of diffusers.
+"""Checkpoints of Stable Diffusion 1.x, 2.x and XL, read and written: a single file, or a folder of diffusers.
 
     sd = load_checkpoint("sd21.safetensors")        the architecture is read from the tensors' shapes
     save_checkpoint(sd, "mine.safetensors")         in the layout that was read, with its extra tensors
@@ -17,22 +17,30 @@ from pathlib import Path
 
 import torch
 
-from model import LATENT_SCALE, Config, StableDiffusion
+from model import Config, StableDiffusion
 from support.files import from_json, open_tensors, read_text, reading, save_tensors
-from support.names import HF_CLIP, OPEN_CLIP, UNET, VAE, file_names, folder_names
+from support.names import HF_CLIP, OPEN_CLIP, UNET, VAE, XL_CLIP, file_names, folder_names
 
 TEXT_PREFIXES = {  # of the text encoder in single files -> its first tensor
     OPEN_CLIP: "token_embedding.weight",
     "conditioner.embedders.0.model.": "token_embedding.weight",                     # SD 2.x in Stability's newer code
     HF_CLIP: "embeddings.token_embedding.weight",
+    XL_CLIP[0]: "embeddings.token_embedding.weight",                                # SDXL, of two
     "cond_stage_model.transformer.": "embeddings.token_embedding.weight",           # SD 1.x, older merges
 }
 PARTS = {"UNet": UNET, "autoencoder": VAE, "text encoder": ("cond_stage_model.", "conditioner.")}
 NETWORK = re.compile(  # an unknown tensor with such a name is an error; any other extra tensor is kept
     r"model\.diffusion_model\.|first_stage_model\.(encoder|decoder|(post_)?quant_conv)\."
-    r"|(cond_stage_model|conditioner\.embedders\.0)\.(model|transformer(\.text_model)?)\."
+    r"|(cond_stage_model|conditioner\.embedders\.[01])\.(model|transformer(\.text_model)?)\."
     r"(token_embedding|positional_embedding|transformer\.resblocks|ln_final|embeddings|encoder|final_layer_norm)\b"
-    r"|unet/|vae/|text_encoder/(embeddings|encoder|final_layer_norm)")
+    r"|unet/|vae/|text_encoder(_2)?/(embeddings|encoder|final_layer_norm)")
+NEEDED = "Stable Diffusion 1.x, 2.x or XL is needed"
+OTHERS = [  # (pattern of a tensor's name, what a file with it is)
+    (r"conditioner\.embedders\.\d\.open_clip\.|embedder\.|noise_augmentor\.|.*time_stack\.",
+     "an unCLIP or a video model"),
+    (r"edm_mean$|edm_std$", "Playground 2.5 (EDM, other latents)"),
+    (r"edm_vpred\.sigma_max$", "CosXL (EDM, another noise schedule)"),
+    (UNET.replace(".", r"\.") + "joint_blocks", "Stable Diffusion 3")]
 USUAL_EXTRA = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|logvar|lvlb_weights"
     r"|.*(logit_scale|position_ids|attn_mask)|model_ema\.(decay|num_updates)")
@@ -135,9 +143,11 @@ class DiffusersFolder:
     def __init__(self, path):
         self.path, self.shapes, self.places = Path(path), {}, {}
         pipeline = self.json("model_index.json").get("_class_name")
-        if not re.fullmatch(r"StableDiffusion(Img2Img|Inpaint)?Pipeline|Marigold(Depth)?Pipeline", str(pipeline)):
-            raise ValueError(f"{path}: a folder of {pipeline}; Stable Diffusion 1.x or 2.x is needed")
-        for part in ("unet", "vae", "text_encoder"):
+        if not re.fullmatch(r"StableDiffusion(XL)?(Img2Img|Inpaint)?Pipeline|Marigold(Depth)?Pipeline", str(pipeline)):
+            raise ValueError(f"{path}: a folder of {pipeline}; {NEEDED}")
+        if "XL" in pipeline and not (self.path / "text_encoder").is_dir():
+            raise ValueError(f"{path}: this looks like the SDXL refiner; {NEEDED}")
+        for part in ("unet", "vae", "text_encoder", *["text_encoder_2"] * ("XL" in pipeline)):
             for file in self.weight_files(part):
                 self.read_names(part, file)
         self.config, scheduler = self.read_config(), self.json("scheduler/scheduler_config.json")
@@ -178,10 +188,12 @@ class DiffusersFolder:
 
         shapes, levels = self.shapes, count(r"unet/down_blocks\.\d+\.")
         embedding = shapes["text_encoder/embeddings.token_embedding.weight"]
+        pooled = shapes.get("text_encoder_2/text_projection.weight", [0])[0]
         config = Config(
             unet_widths=tuple(shapes[f"unet/down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
             unet_res_blocks=count(r"unet/down_blocks\.0\.resnets\.\d+\."),
-            attention=tuple(f"unet/down_blocks.{i}.attentions.0.norm.weight" in shapes for i in range(levels)),
+            transformer_depth=tuple(count(rf"unet/down_blocks\.{i}\.attentions\.0\.transformer_blocks\.\d+\.")
+                                    for i in range(levels)),
             context_width=shapes["unet/mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1],
             linear_projection=len(shapes["unet/mid_block.attentions.0.proj_in.weight"]) == 2,
             in_channels=shapes["unet/conv_in.weight"][1], out_channels=shapes["unet/conv_out.weight"][0],
@@ -191,15 +203,15 @@ class DiffusersFolder:
             latent_channels=shapes["vae/quant_conv.weight"][0] // 2,
             open_clip=self.json("text_encoder/config.json").get("hidden_act") == "gelu",
             text_width=embedding[1], text_layers=count(r"text_encoder/encoder\.layers\.\d+\."), text_projection=False,
-            vocabulary=embedding[0])
+            vocabulary=embedding[0], pooled_width=pooled, pooled_layers=count(r"text_encoder_2/encoder\.layers\.\d+\."))
         heads = self.json("unet/config.json").get("attention_head_dim")
         heads = heads if isinstance(heads, list) else [heads] * levels
         if heads != [config.heads(width) for width in config.unet_widths]:
-            raise ValueError(f"{self.path}: {heads} attention heads are not those of Stable Diffusion 1.x or 2.x")
-        scale = self.json("vae/config.json").get("scaling_factor", LATENT_SCALE)
-        if scale != LATENT_SCALE:
-            raise ValueError(f"{self.path}: its autoencoder scales latents by {scale}, Stable Diffusion's by "
-                             f"{LATENT_SCALE}")
+            raise ValueError(f"{self.path}: {heads} attention heads are not those of Stable Diffusion {config.version}")
+        scale = self.json("vae/config.json").get("scaling_factor", 0.18215)
+        if scale != config.latent_scale:
+            raise ValueError(f"{self.path}: its autoencoder scales latents by {scale}, Stable Diffusion "
+                             f"{config.version}'s by {config.latent_scale}")
         if config.text_layers_used < config.text_layers:
             raise ValueError(f"{self.path}: a text encoder of {config.text_layers} layers, where SD 2.x has 23")
         return config
@@ -208,7 +220,8 @@ class DiffusersFolder:
         names = sorted(names, key=self.places.get)
         for path, group in itertools.groupby(names, lambda name: self.places[name][0]):
             name_of = {self.places[name][1]: name for name in group}
-            yield from ((name_of[stored], tensor) for stored, tensor in read_safetensors(path, name_of))
+            for stored, tensor in read_safetensors(path, name_of):
+                yield name_of[stored], tensor.T if stored == "text_projection.weight" else tensor
 
     def names(self, parameter):
         return folder_names(parameter, self.config)
@@ -244,17 +257,20 @@ def looks_like(shapes):
 
 
 def check_parts(shapes):
-    """ValueError if a single file is something else, or lacks a part of Stable Diffusion 1.x or 2.x."""
-    needed = "Stable Diffusion 1.x or 2.x is needed"
-    if any(re.search(r"label_emb|conditioner\.embedders\.(1|0\.transformer)\.", name) for name in shapes):
-        raise ValueError(f"this looks like an SDXL or unCLIP checkpoint; {needed}")
-    if any(UNET + "joint_blocks" in name for name in shapes):
-        raise ValueError(f"this looks like Stable Diffusion 3; {needed}")
+    """ValueError if a single file is something else, or lacks a part of Stable Diffusion."""
+    for pattern, what in OTHERS:
+        if any(re.match(pattern, name) for name in shapes):
+            raise ValueError(f"this looks like {what}; {NEEDED}")
+    if UNET + "label_emb.0.0.weight" in shapes and XL_CLIP[1] + "ln_final.weight" not in shapes:
+        what = "an SDXL without its second text encoder, or an unCLIP"
+        if "conditioner.embedders.0.model.ln_final.weight" in shapes:
+            what = "the SDXL refiner"
+        raise ValueError(f"this looks like {what}; {NEEDED}")
     missing = [part for part, prefix in PARTS.items() if not any(name.startswith(prefix) for name in shapes)]
     if len(missing) == len(PARTS):
-        raise ValueError(f"this looks like {looks_like(shapes)}; {needed}")
+        raise ValueError(f"this looks like {looks_like(shapes)}; {NEEDED}")
     if missing:
-        raise ValueError(f"it has no {' and no '.join(missing)}; a whole checkpoint of {needed}")
+        raise ValueError(f"it has no {' and no '.join(missing)}; a whole checkpoint of {NEEDED}")
 
 
 def find_text(shapes):
@@ -274,7 +290,7 @@ def read_config(shapes):
 
     check_parts(shapes)
     try:
-        widths, attention, downsamplers = [], [], []
+        widths, depth, downsamplers = [], [], []
         blocks = count(re.escape(UNET) + r"input_blocks\.\d+\.")
         for i in range(1, blocks):
             block = f"{UNET}input_blocks.{i}."
@@ -282,13 +298,14 @@ def read_config(shapes):
                 downsamplers.append(i)
             elif len(widths) == len(downsamplers):  # the first block of a level
                 widths.append(shapes[block + "0.in_layers.2.weight"][0])
-                attention.append(block + "1.norm.weight" in shapes)
+                depth.append(count(re.escape(block) + r"1\.transformer_blocks\.\d+\."))
         prefix = find_text(shapes)
         open_clip, embedding = prefix.endswith(".model."), shapes[prefix + TEXT_PREFIXES[prefix]]
         projection = shapes[UNET + "middle_block.1.proj_in.weight"]
         levels = count(re.escape(VAE) + r"encoder\.down\.\d+\.")
         return Config(
-            unet_widths=tuple(widths), unet_res_blocks=(downsamplers or [blocks])[0] - 1, attention=tuple(attention),
+            unet_widths=tuple(widths), unet_res_blocks=(downsamplers or [blocks])[0] - 1,
+            transformer_depth=tuple(depth),
             context_width=shapes[UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
             linear_projection=len(projection) == 2,
             in_channels=shapes[UNET + "input_blocks.0.0.weight"][1], out_channels=shapes[UNET + "out.2.weight"][0],
@@ -298,10 +315,11 @@ def read_config(shapes):
             open_clip=open_clip, text_width=embedding[1], vocabulary=embedding[0],
             text_projection=open_clip and prefix + "text_projection" in shapes,
             text_layers=count(re.escape(prefix) + (r"transformer\.resblocks\.\d+\." if open_clip
-                                                   else r"encoder\.layers\.\d+\.")))
+                                                   else r"encoder\.layers\.\d+\.")),
+            pooled_width=shapes.get(XL_CLIP[1] + "ln_final.weight", [0])[0],
+            pooled_layers=count(re.escape(XL_CLIP[1]) + r"transformer\.resblocks\.\d+\."))
     except (KeyError, IndexError) as error:
-        raise ValueError("this looks like an incomplete checkpoint; Stable Diffusion 1.x or 2.x is needed "
-                         f"(no tensor {error})") from error
+        raise ValueError(f"this looks like an incomplete checkpoint; {NEEDED} (no tensor {error})") from error
 
 
 def prediction_of(metadata):
@@ -314,11 +332,11 @@ def prediction_of(metadata):
 def guess_prediction(file, prediction):
     """-> ("v" or "eps", why): the given one, else the file's metadata, else a guess from the weights."""
     found, why = prediction, "as asked"
+    if found is None and "prediction" not in file.metadata and "v_pred" in file.shapes:
+        found, why = "v", "from the file's tensor v_pred"       # which ComfyUI reads; others may have left "epsilon"
     if found is None:
         found, name = prediction_of(file.metadata)
         why = f"from the file's {name}"
-    if found is None and "v_pred" in file.shapes:       # an empty tensor in v-prediction files of ComfyUI
-        found, why = "v", "from the file's tensor v_pred"
     yaml = file.path.with_suffix(".yaml")               # the settings of the original code, which A1111 reads
     if found is None and yaml.is_file():
         text = yaml.read_text(encoding="utf-8", errors="replace")
@@ -329,6 +347,8 @@ def guess_prediction(file, prediction):
     if found is not None:
         return found, why
     config = file.config
+    if config.is_xl:
+        return "eps", "SDXL is, unless it has the tensor v_pred; if this one is not: --prediction v"
     if not config.open_clip:
         return "eps", "SD 1.x usually is eps; if this one is not: --prediction v"
     # one norm's statistics separate SD 2.1 (768, v) from the eps-models with the same shapes
@@ -345,7 +365,8 @@ def guess_prediction(file, prediction):
 def check_architecture(file):
     """ValueError if a file's architecture is not supported."""
     config = file.config
-    numbers = [number for entry in vars(config).values() for number in (entry if isinstance(entry, tuple) else [entry])
+    entries = [entry for name, entry in vars(config).items() if not name.startswith(("transformer_", "pooled_"))]
+    numbers = [number for entry in entries for number in (entry if isinstance(entry, tuple) else [entry])
                if not isinstance(number, bool)]
     if not all(1 <= number < 10**6 for number in numbers) or not config.unet_widths or not config.vae_widths:
         raise ValueError(f"{file.path}: its tensors have impossible sizes, or a network has no blocks: {numbers}")
@@ -357,10 +378,10 @@ def check_architecture(file):
         raise ValueError(f"{file.path}: the UNet takes {config.in_channels} channels, and neither its metadata nor the "
                          "layout of Marigold says that it is a depth model: InstructPix2Pix, or a depth model of "
                          "another program, which is not supported")
-    if config.vocabulary < 49408 or config.text_width != config.context_width:
+    if config.vocabulary < 49408 or config.text_width + config.pooled_width != config.context_width:
         raise ValueError(f"{file.path}: a text encoder of {config.vocabulary} words and width {config.text_width} does "
                          f"not fit the tokenizer's 49408 and the UNet's context width {config.context_width}")
-    if config.linear_projection and not config.open_clip:
+    if config.linear_projection and not config.open_clip and not config.is_xl:
         raise ValueError(f"{file.path}: the UNet is an SD 2.x, the text encoder has the names of an SD 1.x")
 
 
@@ -392,7 +413,7 @@ def find_tensors(file, sd, use_ema):
     missing, extra = sorted(wanted - file.shapes.keys()), sorted(file.shapes.keys() - known)
     unknown = [name for name in extra if NETWORK.match(name) and not USUAL_EXTRA.fullmatch(name)]
     if missing or unknown:
-        raise ValueError(f"{file.path}: not quite a Stable Diffusion {sd.config.version}.x checkpoint: "
+        raise ValueError(f"{file.path}: not quite a Stable Diffusion {sd.config.version} checkpoint: "
                          f"{len(missing)} tensors missing{', first ' + missing[0] if missing else ''}; "
                          f"{len(unknown)} unknown{', first ' + unknown[0] if unknown else ''}")
     for parameter, tensor in sd.state_dict().items():
@@ -439,8 +460,10 @@ def read_weights(file, sd, stored, device, dtype):
         state[parameter] = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).view(empty.shape)
     sd.load_state_dict(state, assign=True)
     sd.unet_hash = hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
-    sd.unet.time_embed.to(torch.promote_types(dtype, torch.float32))    # small, and times must not be rounded
-    sd.text_encoder.attn_mask = torch.full((77, 77), float("-inf"), device=device).triu(1)
+    for embedding in (sd.unet.time_embed, *[sd.unet.label_emb] * sd.config.is_xl):  # small; times must not be rounded
+        embedding.to(torch.promote_types(dtype, torch.float32))
+    for tower in sd.text_encoders:
+        tower.attn_mask = torch.full((77, 77), float("-inf"), device=device).triu(1)
     return dtypes
 
 
@@ -459,7 +482,7 @@ def modelspec(sd, title, size, kind=""):
     """The metadata that other tools read (the ModelSpec standard). size: [height, width] in pixels; kind: "/lora" for a
     LoRA file. The license is for the user to add."""
     depth = "-depth" if sd.is_depth_model else ""
-    name = {1: "v1", 2: "v2-768-v" if sd.prediction == "v" else "v2-512"}[sd.config.version]
+    name = {"1.x": "v1", "2.x": "v2-768-v" if sd.prediction == "v" else "v2-512", "XL": "xl-v1-base"}[sd.config.version]
     return {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"stable-diffusion-{name}{depth}{kind}",
             "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
             "modelspec.title": title, "modelspec.date": f"{datetime.now():%Y-%m-%dT%H:%M:%S}",
@@ -476,6 +499,9 @@ def save_checkpoint(sd, path, dtype=None, **metadata):
         names = file_names(parameter, prefix)
         value = value.to(dtype or source.dtypes.get(parameter, value.dtype))
         tensors.update(zip(names, value.chunk(len(names))))
+    if sd.config.is_xl:                                     # for ComfyUI, which reads no metadata
+        tensors |= {"v_pred": torch.zeros(0)} if sd.prediction == "v" else {}
+        tensors |= {"ztsnr": torch.zeros(0)} if sd.zero_snr else {}
     needed = {"prediction": sd.prediction} | ({"zero_snr": "true"} if sd.zero_snr else {}) | (
         {"image_input": "first"} if sd.is_depth_model else {})
     save_tensors(path, tensors, {**sd.metadata, **needed, **metadata})
@@ -484,13 +510,14 @@ def save_checkpoint(sd, path, dtype=None, **metadata):
 # ------------------------------------------------------------------ loading
 
 def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, use_ema=False, zero_snr=False):
-    """Read Stable Diffusion 1.x or 2.x, a single file (.safetensors or .ckpt) or a diffusers folder -> StableDiffusion.
+    """Read Stable Diffusion 1.x, 2.x or XL, a single file (.safetensors or .ckpt) or a diffusers folder ->
+    StableDiffusion.
 
     prediction: "v" or "eps" (None: from the file, or guessed); use_ema: load the UNet's EMA weights from a non-pruned
     file; zero_snr: the network was trained with zero terminal SNR, though the file does not say so. Prints what it
     assumed. ValueError for a file that is missing, damaged or of another kind.
     """
-    with reading(Path(path), "a checkpoint of Stable Diffusion 1.x or 2.x"):
+    with reading(Path(path), "a checkpoint of Stable Diffusion"):
         file = open_checkpoint(path)
         check_architecture(file)
         prediction, why = guess_prediction(file, prediction)
@@ -510,7 +537,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, us
     weights = ""
     if any(name.startswith("model_ema.diffusion_model") for name in file.shapes):
         weights = ", EMA weights" if use_ema else ", non-EMA weights (--use-ema loads the others)"
-    print(f"{path}: Stable Diffusion {sd.config.version}.x layout, {len(file.shapes)} tensors, "
+    print(f"{path}: Stable Diffusion {sd.config.version} layout, {len(file.shapes)} tensors, "
           f"{sum(p.numel() for p in sd.parameters()) / 1e6:.1f}M parameters as {str(dtype).removeprefix('torch.')}"
           f"{weights}; {prediction}-prediction ({why}){', zero terminal SNR' if sd.zero_snr else ''}")
     unusual = [name for name in extra if not USUAL_EXTRA.fullmatch(name)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from diff2flow import OBJECTIVES
+from diff2flow import NAIVE, OBJECTIVES
 from model import DepthUNet
 from schedule import sd_schedule
 from support.checkpoint import load_checkpoint, prediction_of
@@ -212,7 +212,7 @@ def make_flow(sd, objective):
     net = sd.unet
     if sd.is_depth_model:
         unpadded = sd.metadata.get("empty_prompt") == "unpadded"        # Marigold: its start and end token alone
-        net = DepthUNet(sd.unet, sd.encode_text([""])[:, :2 if unpadded else 77])
+        net = DepthUNet(sd.unet, sd.encode_text([""])[:, :2 if unpadded else None])
     return OBJECTIVES[objective](net, *sd_schedule(zero_snr=sd.zero_snr, device=sd.device), sd.prediction)
 
 
@@ -221,7 +221,7 @@ def load_flow(ckpt=None, loras=None, *, device="cpu", dtype=torch.float32, task=
     """Checkpoint, and LoRAs if there are any -> sd (StableDiffusion), flow (its velocity field). Files that are not
     given are found by find_files.
 
-    objective: one of OBJECTIVES (None: diff2flow, or fm and fm-flip for models trained so). task: ValueError if the
+    objective: one of OBJECTIVES (None: diff2flow, or fm, fm-flip and rf for models trained so). task: ValueError if the
     model was trained for another one ("depth" or not); None accepts both.
     """
     ckpt, loras, use_ema = find_files(ckpt, loras, use_ema, task)
@@ -231,7 +231,7 @@ def load_flow(ckpt=None, loras=None, *, device="cpu", dtype=torch.float32, task=
                          f"{'depth.py' if sd.is_depth_model else 'sample.py'} for it")
     if objective is None:
         trained_by = sd.metadata.get("objective")
-        objective = trained_by if trained_by in ("fm", "fm-flip") else "diff2flow"
+        objective = trained_by if trained_by in NAIVE else "diff2flow"
     return sd, make_flow(sd, objective)
 
 
@@ -265,11 +265,11 @@ def check_drawn(sd, *tensors):
 
 
 def picture_size(sd, size=None):
-    """[side] or [height, width] in pixels (None: from the metadata, else 512) -> height, width. ValueError if it does
-    not fit the networks."""
+    """[side] or [height, width] in pixels (None: from the metadata, else 512, for SDXL 1024) -> height, width.
+    ValueError if it does not fit the networks."""
     given = size is not None
     if not given:
-        text = sd.metadata.get("resolution", "512")
+        text = sd.metadata.get("resolution", "1024" if sd.config.is_xl else "512")
         size = [int(side) for side in text.split() if side.isdecimal()]
         if not 1 <= len(size) <= 2 or " ".join(map(str, size)) != text:
             raise ValueError(f"{sd.source.path}: resolution {text!r} in its metadata is not a size: pass --size")

@@ -1,6 +1,7 @@
 """LoRA files. Ours have kohya's names, which ComfyUI, diffusers, A1111 and OneTrainer read.
 
-A key is `lora_unet_`, the layer's path in diffusers with `_` for `.`, then `.lora_down.weight` or `.lora_up.weight`.
+A key is `lora_unet_`, the layer's path with `_` for `.`, then `.lora_down.weight` or `.lora_up.weight`. The path is
+that in diffusers; for SDXL that in the checkpoint, the only one that all these tools read. Both are read.
 Files are written without `.alpha`, so every reader's scale is 1. The names that PEFT and diffusers write are read too,
 and adapters of the text encoder, which are merged but not trained.
 """
@@ -28,7 +29,8 @@ FOREIGN = [  # (pattern of a key, kind of adapter)
     (r"^lycoris_", "a LyCORIS network"),
 ]
 KEY = re.compile(  # kohya's, PEFT's and diffusers' names of a layer's matrices, and of its alpha
-    r"(base_model\.model\.)?(lora_unet_|unet\.|diffusion_model\.|lora_te_|text_encoder\.)?(text_model[._])?(?P<layer>.+?)"
+    r"(base_model\.model\.)?(lora_unet_|unet\.|diffusion_model\.|lora_te1?_|text_encoder\.|"
+    r"(?P<second>lora_te2_|text_encoder_2\.))?(text_model[._])?(?P<layer>.+?)"
     r"([._]lora(_linear_layer)?[._](?P<side>down|up|A|B)(\.default)?\.weight|([._]lora)?\.(?P<alpha>alpha))")
 OLD_NAMES = [  # of diffusers until 0.21: attn1.processor.to_out_lora.down.weight, self_attn.to_q_lora.down.weight
     (r"\.processor\.", "."), (r"attn\.to_([qkv])$", r"attn.\1_proj"), (r"attn\.to_out$", "attn.out_proj"),
@@ -38,8 +40,10 @@ OLD_NAMES = [  # of diffusers until 0.21: attn1.processor.to_out_lora.down.weigh
 # ------------------------------------------------------------------ names
 
 def kohya_names(unet, paths):
-    """{path: its name in a file}, such as input_blocks.4.1.proj_in: lora_unet_down_blocks_1_attentions_0_proj_in."""
-    return {path: "lora_unet_" + unet_path(path, unet.config).replace(".", "_") for path in paths}
+    """{path: its name in a file}, such as input_blocks.4.1.proj_in: lora_unet_down_blocks_1_attentions_0_proj_in, for
+    SDXL lora_unet_input_blocks_4_1_proj_in."""
+    names = {path: path if unet.config.is_xl else unet_path(path, unet.config) for path in paths}
+    return {path: "lora_unet_" + name.replace(".", "_") for path, name in names.items()}
 
 
 def unet_names(unet, paths):
@@ -47,13 +51,15 @@ def unet_names(unet, paths):
     return {name.replace(".", "_"): path for path in paths for name in (unet_path(path, unet.config), path)}
 
 
-def text_weights(tower):
-    """-> {a layer's name in files, with _ for each dot: its weight}. That of q, k and v is a third of one matrix."""
+def text_weights(sd):
+    """-> {a layer's name in files, with _ for each dot: its weight}. That of q, k and v is a third of one matrix. Names
+    in SDXL's second text encoder begin with second_."""
     weights = {}
-    for parameter, value in tower.named_parameters():
-        if value.ndim == 2 and ".resblocks." in parameter:
-            names = [name.removesuffix(".weight").replace(".", "_") for name in hf_names(parameter)]
-            weights |= zip(names, value.chunk(len(names)))
+    for prefix, tower in zip(("", "second_"), sd.text_encoders):
+        for parameter, value in tower.named_parameters():
+            if value.ndim == 2 and ".resblocks." in parameter:
+                names = [prefix + name.removesuffix(".weight").replace(".", "_") for name in hf_names(parameter)]
+                weights |= zip(names, value.chunk(len(names)))
     return weights
 
 
@@ -65,6 +71,7 @@ def split_key(key):
     layer = match["layer"]
     for old, new in OLD_NAMES:
         layer = re.sub(old, new, layer)
+    layer = ("second_" if match["second"] else "") + layer
     return layer.replace(".", "_"), match["alpha"] or {"A": "down", "B": "up"}.get(match["side"], match["side"])
 
 
@@ -112,15 +119,17 @@ def read_tensors(path):
             raise ValueError(f"{path}: {key} is {tensor.dtype} {list(tensor.shape)}, not a number: a damaged file")
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ValueError(f"{path}: {key} has NaN or infinity: its training failed")
-        is_sdxl = side == "down" and layer.endswith("attn2_to_k") and BASES.get(tensor.shape[1]) == "SDXL"
-        if is_sdxl or key.startswith(("lora_te1_", "lora_te2_", "text_encoder_2.")):
-            raise ValueError(f"{path}: made for another base (SDXL)")
     return tensors
 
 
 def adapts_text(path):
     """Whether a LoRA file has adapters of the text encoder."""
-    return any(split_key(key)[0].startswith("encoder_layers_") for key in read_tensors(path))
+    return any(network_of(split_key(key)[0]) != "unet." for key in read_tensors(path))
+
+
+def network_of(layer):
+    """-> the prefix of a layer's network in PEFT's and diffusers' settings."""
+    return {"encoder": "text_encoder.", "second": "text_encoder_2."}.get(layer.split("_")[0], "unet.")
 
 
 class Scale:
@@ -140,7 +149,7 @@ class Scale:
             self.settings = dict(json.loads(written))
 
     def of(self, layer, network, rank, alpha):
-        """The factor of a layer. network: "unet." or "text_encoder."; alpha: of kohya's files, or None."""
+        """The factor of a layer. network: as network_of; alpha: of kohya's files, or None."""
         def setting(name, default=None):
             return self.settings.get(name, self.settings.get(network + name, default))
 
@@ -176,7 +185,8 @@ def read_adapters(path, weights):
             parts.setdefault(layer, {})[side] = tensor
         contexts = [part["down"].shape[1] for layer, part in parts.items()
                     if layer.endswith("attn2_to_k") and "down" in part]
-        base = BASES.get(max(contexts, default=0), "unknown")
+        base = "SDXL" if any(layer.startswith("second_") for layer in parts) else "unknown"
+        base = BASES.get(max(contexts, default=0), base)
         is_old = metadata.get("task") == "depth" and metadata.get("image_input") != "first"
         for layer, weight in weights.items():
             part = parts.get(layer, {})
@@ -188,8 +198,7 @@ def read_adapters(path, weights):
                                  f"{[len(up), *down.shape[1:]]}, this model's layer is {list(weight.shape)}")
             if is_old and layer == "conv_in":       # the noisy latents came first
                 down = down.roll(down.shape[1] // 2, 1)
-            network = "text_encoder." if layer.startswith("encoder_") else "unet."
-            adapters[layer] = down, up * scale.of(layer, network, len(down), part.get("alpha"))
+            adapters[layer] = down, up * scale.of(layer, network_of(layer), len(down), part.get("alpha"))
         unknown = [key for key in tensors if split_key(key)[0] not in adapters]
         if unknown or not adapters:
             raise ValueError(f"{path}: made for another base ({base}), incomplete, or not a LoRA: {len(unknown)} "
@@ -223,7 +232,7 @@ def merge_lora(path, sd, strength=1.0):
     """Add the LoRA file at `path`, times `strength`, to the weights of a StableDiffusion: its UNet, and its text
     encoder if the file adapts that. ValueError: not a LoRA that fits, or its numbers are too large."""
     layers = {path: layer.weight for path, layer in lora.plain_layers(sd.unet).items()}
-    weights = {name: layers[path] for name, path in unet_names(sd.unet, layers).items()} | text_weights(sd.text_encoder)
+    weights = {name: layers[path] for name, path in unet_names(sd.unet, layers).items()} | text_weights(sd)
     for name, (down, up) in read_adapters(path, weights).items():
         lora.merge(weights[name], down, up, strength)
         if not is_finite(weights[name]):

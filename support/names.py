@@ -4,10 +4,12 @@ import re
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 OPEN_CLIP, HF_CLIP = "cond_stage_model.model.", "cond_stage_model.transformer.text_model."   # SD 2.x, SD 1.x
+XL_CLIP = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."   # SDXL's two
 
 HF_NAMES = [  # (open_clip's name, the Hugging Face name as in SD 1.x); open_clip has q, k and v in one matrix
     (r"^token_embedding\.weight$", "embeddings.token_embedding.weight"),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^text_projection$", "text_projection.weight"),                               # which is its transpose
     (r"^ln_final\.", "final_layer_norm."),
     (r"^transformer\.resblocks\.(\d+)\.ln_(\d)\.", r"encoder.layers.\1.layer_norm\2."),
     (r"^transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"encoder.layers.\1.mlp.fc1."),
@@ -16,7 +18,8 @@ HF_NAMES = [  # (open_clip's name, the Hugging Face name as in SD 1.x); open_cli
     (r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"encoder.layers.\1.self_attn.{}_proj."),
 ]
 UNET_OUTER = {"input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-              "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
+              "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+              "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
 UNET_INNER = {"in_layers.0": "resnets.{}.norm1", "in_layers.2": "resnets.{}.conv1",
               "emb_layers.1": "resnets.{}.time_emb_proj", "out_layers.0": "resnets.{}.norm2",
               "out_layers.3": "resnets.{}.conv2", "skip_connection": "resnets.{}.conv_shortcut",
@@ -71,8 +74,9 @@ def file_names(parameter, text_prefix):
     """A parameter of StableDiffusion -> the names of its tensors in a single file."""
     if parameter.startswith(OPEN_CLIP):
         return [text_prefix + parameter.removeprefix(OPEN_CLIP)]
-    if parameter.startswith(HF_CLIP):
-        return [text_prefix + name for name in hf_names(parameter.removeprefix(HF_CLIP))]
+    for prefix, in_file in (HF_CLIP, text_prefix), (XL_CLIP[0], XL_CLIP[0]):
+        if parameter.startswith(prefix):
+            return [in_file + name for name in hf_names(parameter.removeprefix(prefix))]
     return [parameter]
 
 
@@ -83,5 +87,7 @@ def folder_names(parameter, config):
         return [f"unet/{unet_path(path, config)}.{kind}"]
     if parameter.startswith(VAE):
         return ["vae/" + vae_name(parameter.removeprefix(VAE), len(config.vae_widths))]
-    prefix = OPEN_CLIP if config.open_clip else HF_CLIP
-    return ["text_encoder/" + name for name in hf_names(parameter.removeprefix(prefix))]
+    folders = {OPEN_CLIP: "text_encoder/", HF_CLIP: "text_encoder/", XL_CLIP[0]: "text_encoder/",
+               XL_CLIP[1]: "text_encoder_2/"}
+    prefix = next(prefix for prefix in folders if parameter.startswith(prefix))
+    return [folders[prefix] + name for name in hf_names(parameter.removeprefix(prefix))]

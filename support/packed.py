@@ -4,8 +4,8 @@ CUDA      channels_last; one matrix product for q, k and v of self-attention, an
 --compile torch.compile of the UNet; on CUDA with CUDA graphs
 x86 CPU   convolutions whose weights are kept in oneDNN's own memory layout
 
-The latter uses private operations of torch, which may change or go. Where one is missing, nothing is packed and nn.Conv2d
-runs as usual. ENABLED = False switches packing off.
+The convolutions use private operations of torch, which may change or go. Where one is missing, nothing is packed and
+nn.Conv2d runs as usual. ENABLED = False switches packing off.
 """
 import platform
 

@@ -345,9 +345,11 @@ def training_metadata(args, title, sd, size):
         metadata["image_input"] = "first"
     if args.lora == "none":
         return metadata | modelspec(sd, title, size)
-    version = f"sd_v{sd.config.version}{'_v' if sd.prediction == 'v' else ''}"
+    version = "sdxl_base_v1-0" if sd.config.is_xl else f"sd_v{sd.config.version[0]}"
+    if sd.prediction == "v" and not sd.config.is_xl:
+        version += "_v"
     return metadata | modelspec(sd, title, size, "/lora") | {
-        "ss_base_model_version": version, "ss_v2": str(sd.config.version == 2)}
+        "ss_base_model_version": version, "ss_v2": str(sd.config.version == "2.x")}
 
 
 def weights_name(args):

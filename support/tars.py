@@ -250,4 +250,5 @@ class Tars(IterableDataset):
                     self.reported.add(sample.name)
                     print(f"warning: {sample.name}: skipped ({error})", file=sys.stderr)
                 continue
-            yield {"image": random_crop(image, self.height, self.width, rng), "caption": caption or self.default}
+            image, sizes = random_crop(image, self.height, self.width, rng)
+            yield {"image": image, "caption": caption or self.default, "sizes": sizes}

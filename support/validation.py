@@ -70,6 +70,7 @@ class Validation:
     def to_draw(self, title):
         """Yield (noise, context) of batches of `shown`. The noise of --prompt is that of sample.py."""
         for _, x0, batch in self.batches(self.args.previews, title):
+            batch.pop("sizes", None)                            # samples are of uncropped pictures
             _, _, context, _ = self.example(self.sd, batch)
             yield x0, context
         for start in range(0, len(self.prompts), self.args.batch):

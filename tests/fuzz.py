@@ -105,7 +105,7 @@ def save_folder(sd, path):
         "model_index.json": {"_class_name": "StableDiffusionPipeline"},
         "unet/config.json": {
             "block_out_channels": list(config.unet_widths), "layers_per_block": config.unet_res_blocks,
-            "down_block_types": ["CrossAttn" * attention + "DownBlock2D" for attention in config.attention],
+            "down_block_types": ["CrossAttn" * (depth > 0) + "DownBlock2D" for depth in config.transformer_depth],
             "cross_attention_dim": config.context_width, "in_channels": 4, "out_channels": 4, "attention_head_dim": 8},
         "vae/config.json": {"block_out_channels": list(config.vae_widths), "layers_per_block": config.vae_res_blocks,
                             "latent_channels": 4},

@@ -11,8 +11,8 @@ from model import SD15, SD21, TINY, Config, UNet
 from support.lora_file import is_lora_file, kohya_names, load_lora, save_lora
 from tests.checkpoints import diffusers_copy, diffusers_pipeline, diffusers_unet, random_tensor, relative, same
 
-SMALL_SD1 = Config(unet_widths=(32, 64), attention=(True, False), context_width=768, linear_projection=False)
-SMALL_SD2 = Config(unet_widths=(32, 128), attention=(True, True), context_width=1024, unet_res_blocks=1)
+SMALL_SD1 = Config(unet_widths=(32, 64), transformer_depth=(1, 0), context_width=768, linear_projection=False)
+SMALL_SD2 = Config(unet_widths=(32, 128), transformer_depth=(1, 1), context_width=1024, unet_res_blocks=1)
 
 
 def random_unet(config):
@@ -173,8 +173,8 @@ def test_saving_and_loading_keeps_the_adapters_bit_for_bit_and_the_metadata(tmp_
 
 
 @pytest.mark.parametrize("config", [
-    SD15, SD21, TINY, SMALL_SD1, Config(unet_widths=(64,), attention=(True,), unet_res_blocks=3),
-    Config(unet_widths=(32, 64, 64, 64), attention=(False, True, False, True), unet_res_blocks=1)])
+    SD15, SD21, TINY, SMALL_SD1, Config(unet_widths=(64,), transformer_depth=(1,), unet_res_blocks=3),
+    Config(unet_widths=(32, 64, 64, 64), transformer_depth=(0, 1, 0, 1), unet_res_blocks=1)])
 def test_every_layer_gets_its_name_in_diffusers(config):
     ours = meta_unet(config)
     with torch.device("meta"):

@@ -251,18 +251,18 @@ def test_samples_have_the_given_size_and_are_scaled_for_the_classifier(run, chec
 
 
 def test_the_networks_sample_in_the_given_precision(run, checkpoint, monkeypatch):
-    in_bf16 = []
+    dtypes = []
 
     def sample(flow, x0, context, steps, uncond, cfg, callback):
-        in_bf16.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        dtypes.append((flow.net.out[2].weight.dtype, context.dtype))
         callback(x0)
         return x0
 
     monkeypatch.setattr(Diff2Flow, "sample", sample)
-    for precision, expected in (("fp32", False), ("bf16", True)):
-        in_bf16.clear()
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        dtypes.clear()
         run("captions", checkpoint, "--n", 2, "--steps", 1, "--precision", precision)
-        assert in_bf16 == [(expected, torch.bfloat16)]
+        assert dtypes == [(dtype, dtype)]
         assert rows_of("runs/captions/captions.jsonl")[0]["precision"] == precision
 
 

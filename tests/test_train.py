@@ -425,7 +425,7 @@ def open_validation(words):
     _, items, size, _, source = train.open_data(args, sd)
     latents = [train.encode_item(sd, item) for item in items]
     return args, sd, flow, items, size, Validation(args, Path("run"), sd, flow, train.EXAMPLES[args.task], latents,
-                                                   source, contextlib.nullcontext())
+                                                   source)
 
 
 @pytest.mark.parametrize("seed", [0, 5])

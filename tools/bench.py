@@ -114,9 +114,15 @@ def prepare(case):
     if case.dtype == "bf16":
         sd.to(torch.bfloat16)
         sd.unet.time_embed.float()
+        if sd.config.is_xl:
+            sd.unet.label_emb.float()
     if case.what != "sample":
-        sd.first_stage_model = sd.cond_stage_model = None
+        remove_all_but_unet(sd)
     return sd, x, t, context, torch.autocast(sd.device.type, torch.bfloat16, enabled=case.dtype == "autocast")
+
+
+def remove_all_but_unet(sd):
+    sd.first_stage_model = sd.cond_stage_model = sd.conditioner = None
 
 
 def to_faster_format(network, case):
@@ -252,7 +258,8 @@ def sample_peer(case):
     pipe = full_pipeline(sd.config, tensors, sd.prediction)
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
     pipe.to(case.device, torch.bfloat16 if case.dtype == "bf16" else torch.float32)
-    sd.model = sd.first_stage_model = sd.cond_stage_model = None
+    sd.model = None
+    remove_all_but_unet(sd)
     for network in pipe.unet, pipe.vae:
         to_faster_format(network, case)
         if case.device != "cpu":

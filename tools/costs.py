@@ -113,6 +113,8 @@ def without_file(config):
             sd = StableDiffusion(config, "v")
         sd.to(dtype).requires_grad_(False).eval()
         sd.unet.time_embed.float()
+        if sd.config.is_xl:
+            sd.unet.label_emb.float()
         return sd
     return load_model
 
@@ -130,7 +132,8 @@ def build(config, preset, mode, checkpointing=False, precision="bf16"):
     with mode:
         sd.load_state_dict({name: torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype).fill_(0.01)
                             for name, meta in shapes.items()}, assign=True)
-        sd.text_encoder.attn_mask = torch.full((77, 77), float("-inf")).triu(1)
+        for tower in sd.text_encoders:
+            tower.attn_mask = torch.full((77, 77), float("-inf")).triu(1)
         if precision == "bf16" and preset == "none":
             train.compute_in_bf16(sd)
         trained = {name: parameter for name, parameter in sd.unet.named_parameters() if parameter.requires_grad}
@@ -149,7 +152,7 @@ def fill_memory(sd, flow, trained):
         "gradients": [parameter.grad for parameter in trained.values()],
         "Adam": [tensor for state in optimizer.state.values() for tensor in state.values()],
         "EMA": list(ema.average.values())}
-    others = [flow.f_table, *sd.buffers(), sd.text_encoder.attn_mask]
+    others = [flow.f_table, *sd.buffers(), *(tower.attn_mask for tower in sd.text_encoders)]
     return {name: size_of(part) for name, part in parts.items()}, others + sum(parts.values(), [])
 
 

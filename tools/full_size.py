@@ -29,7 +29,6 @@ from torch.utils.data import default_collate
 
 import lora
 import train
-from model import LATENT_SCALE
 from support.cache import fill_cache
 from support.checkpoint import load_checkpoint
 from support.files import cli, parse
@@ -91,7 +90,7 @@ def compare_networks(name, path):
     results = {
         "UNet": relative(ours.unet(x, t_dm, context), theirs.unet(x, t_dm, context).sample),
         "encoder mean": relative(mean, posterior.mean), "encoder std": relative(std, posterior.std),
-        "decoder": relative(ours.decode(latents), theirs.vae.decode(latents / LATENT_SCALE).sample),
+        "decoder": relative(ours.decode(latents), theirs.vae.decode(latents / ours.config.latent_scale).sample),
         "text": relative(ours.encode_text(PROMPTS), theirs.text(ids).last_hidden_state),
     }
     print("  relative difference in float32: " + ", ".join(f"{what} {value:.1e}" for what, value in results.items())

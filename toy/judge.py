@@ -259,7 +259,8 @@ def real_scenes(args, classifier, sd, device):
     if shares["real"]["all"] < REQUIRED:
         raise ValueError(f"the classifier is right about only {shares['real']['all']:.1%} of real scenes, not "
                          f"{REQUIRED:.0%}: delete runs/classifier-{args.style}.safetensors, and it is trained again")
-    decoded = [sd.decode(sd.encode(batch.to(device))).clamp(-1, 1) for batch in images[:args.n].split(args.batch)]
+    decoded = [sd.decode(sd.encode(batch.to(device))).float().clamp(-1, 1)
+               for batch in images[:args.n].split(args.batch)]
     shares["decoded"] = score(predict(classifier, torch.cat(decoded)), labels[:args.n])
     return RealScenes([scene.caption for scene in scenes[:args.n]], labels[:args.n], shares,
                       features(classifier, images[args.n:].to(device)))
@@ -433,7 +434,7 @@ def depth(args):
     learned = torch.stack([learned[i]["depth"] for i in range(args.n)]).expand(-1, 3, -1, -1).to(device)
     for sd, flow, origin in models:
         picture = sd.encode(images)
-        decoded = sd.decode(sd.encode(learned)).mean(1).clamp(-1, 1).double().cpu().numpy()
+        decoded = sd.decode(sd.encode(learned)).float().mean(1).clamp(-1, 1).double().cpu().numpy()
         decoded_errors = scene_errors(decoded, truths)["absrel"]
         noise = torch.randn((max(args.ensemble), *picture.shape), generator=torch.Generator().manual_seed(args.seed))
         for steps in args.steps:

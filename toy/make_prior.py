@@ -25,7 +25,7 @@ from tqdm import tqdm
 import train
 from data import Keys, progress
 from depth import normalise_depth
-from model import LATENT_SCALE, TINY, StableDiffusion
+from model import TINY, StableDiffusion
 from support import state
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.files import check_range, cli, parse
@@ -131,7 +131,7 @@ def standardise(vae, images):
     pictures stay the same.
     """
     mean = torch.cat([vae.moments(batch)[0] for batch in images.split(64)])
-    shift, scale = mean.mean((0, 2, 3)), mean.std((0, 2, 3)) * LATENT_SCALE
+    shift, scale = mean.mean((0, 2, 3)), mean.std((0, 2, 3)) * TINY.latent_scale
     z, encoder_end, decoder_start = len(shift), vae.quant_conv, vae.post_quant_conv
     encoder_end.bias[:z] = (encoder_end.bias[:z] - shift) / scale
     encoder_end.weight[:z] /= scale.view(-1, 1, 1, 1)
@@ -213,7 +213,7 @@ def load_prior(args, device):
     sd = load_checkpoint(args.ckpt or BUNDLED_PRIOR, device, prediction=args.prediction)
     sd.unet.to(memory_format=torch.channels_last).train()
     trained = dict(sd.unet.requires_grad_().named_parameters())
-    for name, parameter in sd.text_encoder.named_parameters():
+    for name, parameter in sd.text_encoders[0].named_parameters():
         if name != "text_projection":       # for the pooled output, which Stable Diffusion does not use
             trained[f"text.{name}"] = parameter.requires_grad_()
     if args.precision == "bf16":

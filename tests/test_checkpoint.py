@@ -231,9 +231,9 @@ def test_a_missing_tensor_is_named(tmp_path, name, key):
 @pytest.mark.parametrize("key, shape, error", [
     (UNET + "input_blocks.4.0.in_layers.0.weight", (641,), r"in_layers.0.weight is (641,), expected (320,)"),
     (UNET + "middle_block.1.norm.weight", (), "is (), expected (1280,)"),
-    (UNET + "input_blocks.4.0.in_layers.2.weight", (641, 320, 3, 3), "not a checkpoint of Stable Diffusion 1.x or 2.x"),
-    (VAE + "encoder.down.1.block.0.conv1.weight", (257, 128, 3, 3), "not a checkpoint of Stable Diffusion 1.x or 2.x"),
-    (VAE + "quant_conv.weight", (), "Stable Diffusion 1.x or 2.x is needed"),
+    (UNET + "input_blocks.4.0.in_layers.2.weight", (641, 320, 3, 3), "not a checkpoint of Stable Diffusion"),
+    (VAE + "encoder.down.1.block.0.conv1.weight", (257, 128, 3, 3), "not a checkpoint of Stable Diffusion"),
+    (VAE + "quant_conv.weight", (), "Stable Diffusion 1.x, 2.x or XL is needed"),
     (UNET + "input_blocks.0.0.weight", (320, 9, 3, 3), "takes 9 channels: an inpainting"),
     (TEXT + "transformer.text_model.embeddings.token_embedding.weight", (49000, 768), "49000 words"),
     (TEXT + "transformer.text_model.embeddings.token_embedding.weight", (49408, 769), "width 769")])
@@ -360,7 +360,7 @@ def test_files_of_lower_precision_load_and_are_saved_in_that_precision(files, tm
     ((VAE, TEXT), "no autoencoder and no text encoder")])
 def test_the_part_that_a_file_lacks_is_named(files, tmp_path, prefixes, missing):
     tensors = {key: value for key, value in load_file(files["sd21"]).items() if not key.startswith(prefixes)}
-    assert f"it has {missing}; a whole checkpoint of Stable Diffusion 1.x or 2.x is needed" in refusal(
+    assert f"it has {missing}; a whole checkpoint of Stable Diffusion 1.x, 2.x or XL is needed" in refusal(
         write(tensors, tmp_path))
 
 
@@ -376,7 +376,7 @@ def test_a_tensor_of_a_type_that_torch_cannot_compute_with_is_refused(files, tmp
     name = next(key for key in tensors if key.endswith("attn1.to_q.weight"))
     rows, columns = tensors[name].shape
     tensors[name] = torch.zeros(rows, columns // 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)     # two per byte
-    assert "not a checkpoint of Stable Diffusion 1.x or 2.x, or damaged (NotImplementedError" in refusal(
+    assert "not a checkpoint of Stable Diffusion, or damaged (NotImplementedError" in refusal(
         write(tensors, tmp_path))
 
 

@@ -69,7 +69,7 @@ def test_text_embeddings_equal_transformers(both):
 def test_the_text_towers_have_the_sizes_of_open_clips_published_configurations(config, name):
     published = open_clip.get_model_config(name)
     with torch.device("meta"):
-        tower = text_tower(config)
+        tower = text_tower(config.text_width, config.text_layers, config.vocabulary, config.open_clip, False)
     blocks = tower.transformer.resblocks
     sizes = tuple(published["text_cfg"][key] for key in ("width", "heads", "layers"))
     assert (tower.width, blocks[0].attn.num_heads, len(blocks)) == sizes

@@ -12,6 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"         # for processes that tests start
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; python -m pytest -m gpu runs these alone")
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """{"sd15" or "sd21": path of a narrow random checkpoint with the real names}. Tests must not change the files."""

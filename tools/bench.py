@@ -50,9 +50,10 @@ from support.files import check_range, cli, parse, replacing
 from support.load import make_flow, pick_device
 from support.names import unet_path
 from support.packed import pack
+from tests.checkpoints import NARROW
 from train import EMA
 
-ARCHITECTURES = {"sd15": (SD15, "eps"), "sd21": (SD21, "v")}
+ARCHITECTURES = {"sd15": (SD15, "eps"), "sd21": (SD21, "v"), "narrow": (NARROW["sd21"], "v")}
 FOLDER, PROMPT = Path("runs/bench"), "a red boat on a lake"
 
 
@@ -356,7 +357,7 @@ def arithmetic(step, device):
     if not device.startswith("cuda"):
         return None, None
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         step()
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     seconds = median(timed(lambda: a @ a, device)[0] for _ in range(20))
@@ -381,12 +382,13 @@ def work(case, side, pipe):
     try:
         step = SIDES[case.what][side](case)
         warm_up, result = timed(step, case.device)
+        result = result.float().cpu().numpy() if case.what == "unet" else None      # before CUDA graphs overwrite it
         peak_memory(case.device)
         seconds = median(timed(step, case.device)[0] for _ in range(case.repeat))
         memory, (operations, rate) = peak_memory(case.device), arithmetic(step, case.device)
         pipe.send({"seconds": seconds, "warm_up": warm_up, "memory": memory, "operations": operations, "rate": rate,
                    "where": seconds_by_kind(step) if case.where else None,
-                   "result": result.float().cpu().numpy() if case.what == "unet" else None})
+                   "result": result})
     except Exception as error:
         pipe.send({"error": f"{type(error).__name__}: {error}"})
 
@@ -460,7 +462,8 @@ def arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", nargs="+", choices=list(SIDES), help="what to measure")
-    add("--arch", nargs="+", choices=list(ARCHITECTURES), default=["sd21"], help="networks (default: sd21)")
+    add("--arch", nargs="+", choices=list(ARCHITECTURES), default=["sd21"], help="networks; narrow is sd21 at a tenth of the width, for trials (default: "
+        "sd21)")
     add("--size", type=int, nargs="+", default=[256], help="height and width in pixels (default: 256)")
     add("--batch", type=int, nargs="+", default=[1], help="pictures per batch; for open, in the folder (default: 1)")
     add("--dtype", nargs="+", choices=["fp32", "autocast", "bf16"], default=["fp32"],

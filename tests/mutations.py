@@ -425,8 +425,48 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("claims: a stale table stays", "match[0].removesuffix(match[2]) + table", "match[0]"),
     ]),
 }
+SDXL = {  # of the same files, for tests/test_sdxl.py
+    "model.py": [
+        ("sdxl: width before height", "own[0::4], own[1::4] = height, width", "own[0::4], own[1::4] = width, height"),
+        ("sdxl: the given sizes are ignored", "torch.where(sizes[:, :1] > 0, sizes, own)", "own.expand(len(row), 6)"),
+        ("sdxl: multiples of 256 and rest exchanged", "256 * sizes[:, :6] + sizes[:, 6:]",
+         "sizes[:, :6] + 256 * sizes[:, 6:]"),
+        ("sdxl: no vector", "embedding + self.label_emb(self.vector(x, row).to(embedding.dtype))", "embedding"),
+        ("sdxl: SD's scale", "0.13025 if self.is_xl else 0.18215", "0.18215"),
+        ("sdxl: one block in the middle", "max(1, *config.transformer_depth)),", "1),"),
+        ("sdxl: a layer more of the first encoder", "self.config.text_layers - 1)", "self.config.text_layers)"),
+        ("sdxl: a layer more of the second", "self.config.pooled_layers - 1)", "self.config.pooled_layers)"),
+        ("sdxl: pooled without the final norm", "last = tower.ln_final(tower.", "last = (tower."),
+        ("sdxl: the last row is pooled", "end = ids.argmax(-1)", "end = ids.argmax(-1) * 0 + 76"),
+        ("sdxl: projection transposed", "end] @ tower.text_projection", "end] @ tower.text_projection.T"),
+        ("sdxl: encoders exchanged", "torch.cat([states, before], dim=-1)", "torch.cat([before, states], dim=-1)"),
+        ("sdxl: quick_gelu in the second", "config.vocabulary, True, True)", "config.vocabulary, False, True)"),
+    ],
+    "data.py": [
+        ("sdxl: left before top", "round(top * scale), round(left * scale)", "round(left * scale), round(top * scale)"),
+        ("sdxl: the crop's place before scaling", "round(top * scale), round(left * scale)", "round(top), round(left)"),
+        ("sdxl: a mirrored picture keeps its left", "image.width - right if is_mirrored else left", "left"),
+    ],
+    "train.py": [("sdxl: training is not told the sizes", 'if "sizes" in batch:', "if False:")],
+    "support/checkpoint.py": [
+        ("sdxl: a folder's projection is not transposed", 'tensor.T if stored == "text_projection.weight" else tensor',
+         "tensor"),
+        ("sdxl: v_pred is not saved", 'tensors |= {"v_pred": torch.zeros(0)} if sd.prediction == "v" else {}', "pass"),
+        ("sdxl: the vector's layers are bf16", '("time_embed", "label_emb")', '("time_embed",)'),
+        ("sdxl: metadata before v_pred", ' and "prediction" not in file.metadata and "v_pred" in file.shapes',
+         ' and not file.metadata and "v_pred" in file.shapes'),
+    ],
+    "support/lora_file.py": [
+        ("sdxl: a LoRA has diffusers' names", "path if unet.config.is_xl else unet_path(path, unet.config)",
+         "unet_path(path, unet.config)"),
+        ("sdxl: both encoders' adapters in the first", '("second_" if match["second"] else "")', '""'),
+    ],
+    "support/load.py": [("sdxl: 512 pixels", '"1024" if sd.config.is_xl else "512"', '"512"')],
+}
 MUTATIONS = [(name, file, old, new, tests)
              for file, (tests, changes) in ROOMS.items() for name, old, new in changes]
+MUTATIONS += [(name, file, old, new, "tests/test_sdxl.py")
+              for file, changes in SDXL.items() for name, old, new in changes]
 
 
 def run_tests(tree, tests, timeout, mutation=None):

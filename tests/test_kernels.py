@@ -20,7 +20,7 @@ def test_a_step_casts_each_matrix_of_a_lora_once_and_its_gradient_once():
     from lora import inject
     from model import UNet
     mine = count(CONFIGS["sd21"], "LoRA base", ours)
-    matrices = len(inject(UNet(CONFIGS["sd21"]), "base")) + 2             # two have a fixed identity, cast without gradient
+    matrices = len(inject(UNet(CONFIGS["sd21"]), "base")) + 2             # two are a fixed identity, without gradient
     assert abs(mine.casts - 2 * matrices) <= 12                           # and latents, context, times, velocities
 
 

@@ -1,5 +1,5 @@
-"""SDXL: networks, files, LoRAs, sizes and sampling beside diffusers and transformers, on a narrow random checkpoint with
-all 2515 names of sd_xl_base_1.0."""
+"""SDXL: networks, files, LoRAs, sizes and sampling beside diffusers and transformers, on a narrow random checkpoint
+with all 2515 names of sd_xl_base_1.0."""
 import json
 from pathlib import Path
 
@@ -51,7 +51,8 @@ def sdxl(files):
 @torch.no_grad()
 def test_all_networks_equal_diffusers_and_transformers(files):
     """In float64: 1e-9, as in tests/test_model.py. The times are fractional."""
-    sd, theirs = load_checkpoint(files["sdxl"], dtype=torch.float64), references(NARROW["sdxl"], load_file(files["sdxl"]))
+    sd = load_checkpoint(files["sdxl"], dtype=torch.float64)
+    theirs = references(NARROW["sdxl"], load_file(files["sdxl"]))
     for network in vars(theirs).values():
         network.double()
     context, ids = sd.encode_text(PROMPTS), [clip_ids(PROMPTS, pad_token) for pad_token in (49407, 0)]
@@ -82,9 +83,9 @@ def test_pooled_text_and_sizes_are_learned():
     """Flat latents whose value the sizes and the pooled text decide, and which cross-attention cannot tell. After
     training, the right condition has a third of the error of a wrong one, height and width exchanged among these."""
     torch.manual_seed(0)
-    config = Config(unet_widths=(32, 64), unet_res_blocks=1, transformer_depth=(0, 1), context_width=96, open_clip=False,
-                    vae_widths=(32, 32, 32), vae_res_blocks=1, text_width=32, text_layers=2, text_projection=False,
-                    pooled_width=64, pooled_layers=2)
+    config = Config(unet_widths=(32, 64), unet_res_blocks=1, transformer_depth=(0, 1), context_width=96,
+                    open_clip=False, vae_widths=(32, 32, 32), vae_res_blocks=1, text_width=32, text_layers=2,
+                    text_projection=False, pooled_width=64, pooled_layers=2)
     sd = StableDiffusion(config, "v")
     flow = Diff2Flow(sd.unet, *sd_schedule(), "v")
     texts = sd.encode_text(["a red circle", "a blue square"]).detach()
@@ -256,9 +257,12 @@ def test_adapters_of_both_text_encoders_are_merged(files):
         pairs |= {f"{layer}.lora_down.weight": randn(2, 128).float(), f"{layer}.lora_up.weight": randn(512, 2).float(),
                   f"{layer}.alpha": torch.tensor(1.0)}
     save_file(pairs, "text.safetensors")
-    peft = {f"{name}.text_model.encoder.layers.{number}.mlp.fc1.lora_{side}.weight": pairs[
-        f"lora_te{number + 1}_text_model_encoder_layers_{number}_mlp_fc1.lora_{old}.weight"] * (0.5 if side == "B" else 1)
-        for number, name in enumerate(("text_encoder", "text_encoder_2")) for side, old in (("A", "down"), ("B", "up"))}
+    peft = {}
+    for number, name in enumerate(("text_encoder", "text_encoder_2")):
+        theirs = f"lora_te{number + 1}_text_model_encoder_layers_{number}_mlp_fc1"
+        layer = f"{name}.text_model.encoder.layers.{number}.mlp.fc1"
+        peft |= {f"{layer}.lora_A.weight": pairs[f"{theirs}.lora_down.weight"],
+                 f"{layer}.lora_B.weight": 0.5 * pairs[f"{theirs}.lora_up.weight"]}      # alpha / rank
     save_file(peft, "peft.safetensors")
     for file in "text.safetensors", "peft.safetensors":
         merged = load_model(files["sdxl"], file)

@@ -8,9 +8,9 @@ from tools.kernels import Kernels, count, ours, theirs
 GOALS = {"sampling": 0.95, "LoRA base": 0.80, "LoRA small": 0.80, "all weights": 1.0}
 
 
-@pytest.mark.parametrize("way", GOALS)
-def test_ours_starts_fewer_kernels_and_touches_fewer_bytes_than_diffusers_and_peft(way):
-    mine, peer = (count(CONFIGS["sd21"], way, side) for side in (ours, theirs))
+@pytest.mark.parametrize("name, way", [*(("sd21", way) for way in GOALS), ("sdxl", "sampling")])
+def test_ours_starts_fewer_kernels_and_touches_fewer_bytes_than_diffusers_and_peft(name, way):
+    mine, peer = (count(CONFIGS[name], way, side) for side in (ours, theirs))
     assert 500 < mine.kernels < GOALS[way] * peer.kernels and 1e10 < mine.bytes < GOALS[way] * peer.bytes
     for name in "aten::native_group_norm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::silu":
         assert mine.count[name] == peer.count[name] > 0                   # the same networks

@@ -43,16 +43,17 @@ from torch.utils.data import DataLoader
 
 import lora
 from data import ImageFolder, progress
-from model import SD15, SD21, StableDiffusion
+from model import SD15, SD21, SDXL, StableDiffusion
 from sample import sigma_grid
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.files import check_range, cli, parse, replacing
 from support.load import make_flow, pick_device
 from support.names import unet_path
 from support.packed import pack
+from tests.checkpoints import diffusers_condition
 from train import EMA
 
-ARCHITECTURES = {"sd15": (SD15, "eps"), "sd21": (SD21, "v")}
+ARCHITECTURES = {"sd15": (SD15, "eps"), "sd21": (SD21, "v"), "sdxl": (SDXL, "eps")}
 FOLDER, PROMPT = Path("runs/bench"), "a red boat on a lake"
 
 
@@ -154,6 +155,7 @@ def unet_ours(case):
 
 def unet_peer(case):
     sd, x, t, context, amp = prepare(case)
+    condition = diffusers_condition(sd.config, context, x)
     net = peer_unet(case, sd)
     if case.device != "cpu":            # on a CPU it is not faster
         net.fuse_qkv_projections()
@@ -162,7 +164,7 @@ def unet_peer(case):
     @torch.no_grad()
     def step():
         with amp:
-            return net(x, t, context).sample
+            return net(x, t, **condition).sample
     return step
 
 
@@ -195,6 +197,7 @@ def train_peer(case):
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel, cast_training_params
     sd, x1, _, context, amp = prepare(case)
+    condition = diffusers_condition(sd.config, context, x1)
     if case.dtype == "bf16":                        # its adapters are float32
         amp = torch.autocast(sd.device.type, torch.bfloat16)
     adapted = {} if case.weights == "none" else {
@@ -219,7 +222,7 @@ def train_peer(case):
         noisy = scheduler.add_noise(x1, noise, t)
         target = noise if sd.prediction == "eps" else scheduler.get_velocity(x1, noise, t)
         with amp:
-            output = net(noisy, t, context).sample
+            output = net(noisy, t, **condition).sample
         F.mse_loss(output.float(), target).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -269,8 +272,8 @@ def sample_peer(case):
 
     def step():
         with amp:
-            pictures = pipe([PROMPT] * case.batch, case.size, case.size, sigmas=sigmas, guidance_scale=4.0, latents=x0,
-                            output_type="pt").images
+            pictures = pipe([PROMPT] * case.batch, height=case.size, width=case.size, sigmas=sigmas, guidance_scale=4.0,
+                            negative_prompt=[""] * case.batch, latents=x0, output_type="pt").images
         return 2 * pictures - 1
     return step
 

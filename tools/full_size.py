@@ -241,8 +241,9 @@ def train_all(name, path):
         print(f"  {what}: {time.time() - start:.0f} s, peak memory so far {memory:.1f} GiB", flush=True)
 
     if name == "sdxl":
-        words = f"train.py {FEW} --data {photos} --size 256 --precision bf16 --lora 16 --preview-every 0 --save-every 1"
-        script("LoRA 16, one step", f"{words} --steps 1 --out {folder}/run")
+        words = (f"train.py {FEW} --data {photos} --size 128 --precision bf16 --lora 16 --validation 1 --previews 1 "
+                 f"--preview-every 0 --steps 1 --out {folder}/run")
+        script("LoRA 16, one step", words)
         run("train.py", "--resume", folder / "run", "--steps", 2)
         return
     for preset in ("base", "small"):

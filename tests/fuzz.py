@@ -123,6 +123,7 @@ def save_folder(sd, path):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(json.dumps(content))
     for part, tensors in parts.items():
+        (path / part).mkdir(exist_ok=True)
         save_file(tensors, path / part / "model.safetensors")
 
 

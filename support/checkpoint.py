@@ -544,8 +544,8 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, us
           f"{sum(p.numel() for p in sd.parameters()) / 1e6:.1f}M parameters as {str(dtype).removeprefix('torch.')}"
           f"{weights}; {prediction}-prediction ({why}){', zero terminal SNR' if sd.zero_snr else ''}")
     if DISTILLED.search(f"{Path(path).name} {sd.metadata.get('modelspec.title', '')}"):
-        print(f"warning: {path}: its name says that it is distilled to few steps: such a network is no diffusion model of "
-              "all timesteps any more, and the change of variables does not hold for it", file=sys.stderr)
+        print(f"warning: {path}: its name says that it is distilled to few steps: such a network is no diffusion model "
+              "of all timesteps any more, and the change of variables does not hold for it", file=sys.stderr)
     unusual = [name for name in extra if not USUAL_EXTRA.fullmatch(name)]
     if unusual:
         print(f"{path}: {len(unusual)} extra tensors are unused, and kept when the model is saved: "

@@ -302,8 +302,8 @@ def test_the_sizes_of_a_crop_are_those_of_the_picture_the_crop_in_scaled_pixels_
 
 def test_a_pictures_pixels_are_where_its_sizes_say():
     """Pixels that hold their own place: the crop's first pixel is at top, left of the scaled (and mirrored) picture."""
-    from PIL import Image, ImageOps
     import numpy as np
+    from PIL import Image
     y, x = np.mgrid[:120, :240]
     Path("photos").mkdir()
     Image.fromarray(np.stack([y, x, 0 * x], -1).astype(np.uint8)).save("photos/a.png")

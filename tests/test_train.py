@@ -1,5 +1,4 @@
 """train.py: the files of a run, killed and resumed runs, its steps, validation, the recipes, and refused settings."""
-import contextlib
 import json
 import math
 import re
@@ -92,8 +91,7 @@ def settings(words):
 
 
 def loss_calls(words):
-    """Train -> for each training batch, the loss's arguments, a random number drawn there, and the dtype of the context.
-    """
+    """Train -> for each training batch, the loss's arguments, a random number drawn there, and the context's dtype."""
     plain, calls = Diff2Flow.loss, []
 
     def spied(self, x1, context, x0=None, t_fm=None, mask=None):

@@ -440,7 +440,7 @@ SDXL = {  # of the same files, for tests/test_sdxl.py
         ("sdxl: the last row is pooled", "end = ids.argmax(-1)", "end = ids.argmax(-1) * 0 + 76"),
         ("sdxl: projection transposed", "end] @ tower.text_projection", "end] @ tower.text_projection.T"),
         ("sdxl: encoders exchanged", "torch.cat([states, before], dim=-1)", "torch.cat([before, states], dim=-1)"),
-        ("sdxl: quick_gelu in the second", "config.vocabulary, True, True)", "config.vocabulary, False, True)"),
+        ("sdxl: quick_gelu in the second", "config.vocabulary, open_clip=True,", "config.vocabulary, open_clip=False,"),
     ],
     "data.py": [
         ("sdxl: left before top", "round(top * scale), round(left * scale)", "round(left * scale), round(top * scale)"),

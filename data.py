@@ -119,7 +119,8 @@ class Size(NamedTuple):
 
 
 def crop_box(image, height, width, right, down):
-    """The largest crop of `image` (or of its Size) with the aspect ratio of height x width -> (left, top, right, bottom) in pixels.
+    """The largest crop of `image` (or of its Size) with the aspect ratio of height x width -> (left, top, right,
+    bottom) in pixels.
 
     right, down: the crop's position, from 0 (left, top) to 1 (right, bottom).
     """

@@ -530,7 +530,8 @@ class StableDiffusion(nn.Module):
         stage = nn.ModuleDict(
             {"model": tower} if config.open_clip else {"transformer": nn.ModuleDict({"text_model": tower})})
         if config.is_xl:
-            tower = text_tower(config.pooled_width, config.pooled_layers, config.vocabulary, True, True)
+            tower = text_tower(config.pooled_width, config.pooled_layers, config.vocabulary, open_clip=True,
+                               projection=True)
             self.conditioner = nn.ModuleDict({"embedders": nn.ModuleList([stage, nn.ModuleDict({"model": tower})])})
         else:
             self.cond_stage_model = stage

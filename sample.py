@@ -56,7 +56,7 @@ PICTURES_IN_GRID = 64    # at most, if --singles gives each picture a file of it
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", help="Stable Diffusion 1.x or 2.x, a file or a diffusers folder (default: the one that --lora was "
+    add("--ckpt", help="Stable Diffusion 1.x, 2.x or XL: file or diffusers folder (default: the one that --lora was "
         "trained on; without --lora the newest run's model, else the bundled prior)")
     add("--lora", action="append", metavar="FILE[:STRENGTH]", help="LoRA of train.py or other tools, with a strength "
         "(default: 1); repeat it for several (default: the newest run's, if --ckpt is not given)")
@@ -65,7 +65,7 @@ def arguments():
     add("--zero-snr", action="store_true",
         help="the network was trained with zero terminal SNR (default: as the file says)")
     add("--objective", choices=list(OBJECTIVES), help="how to sample (default: diff2flow, which is Algorithm 2; for "
-        "models of fm, fm-flip and rf as they were trained)")
+        "models of fm, fm-flip and rf as they were trained; rf for rectified-flow files of others)")
     add("--precision", choices=["bf16", "fp32"],
         help="of forward passes (default: bf16 where the device has it, else fp32)")
     add("--compile", action="store_true", help="torch.compile the UNet: minutes first, then faster steps on a GPU")
@@ -83,7 +83,7 @@ def arguments():
     add("--steps", type=int, help="Euler steps (default: 25; for pairs 40)")
     add("--cfg", type=float, help="guidance scale, 1 for none (default: 4; for pairs 7.5; after Reflow 1)")
     add("--size", type=int, nargs="+", help="pixels: one number, or height width (default: 512, or the size that the "
-        "model's metadata names; SD 2.1 was trained at 768)")
+        "model's metadata names; SD 2.1 was trained at 768; SDXL 1024)")
     add("--seed", type=int, default=0, help="seed of the noise; with another --batch a picture is the same but for "
         "rounding, by up to 1/255 in float32 and 8/255 in bf16 (default: 0)")
     add("--batch", type=int, default=8, help="pictures at a time (default: 8)")

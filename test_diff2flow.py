@@ -627,25 +627,40 @@ def test_dm_samples_at_the_trailing_timesteps(steps):
     assert torch.allclose(ours.f_t_inv(grid[:-1]), scheduler.timesteps.float(), atol=2e-4) and grid[-1] == 1
 
 
+NAIVE_WAYS = ("fm", 1, lambda t_fm: t_fm), ("fm-flip", -1, lambda t_fm: t_fm), (
+    "rf", -1, lambda t_fm: 1000 * (1 - t_fm))
+
+
 @both_predictions
-@pytest.mark.parametrize("name, sign", [("fm", 1), ("fm-flip", -1)])
-def test_naive_fm_takes_the_raw_output_as_the_velocity_at_x_fm_and_t_fm(name, sign, prediction):
+@pytest.mark.parametrize("name, sign, time", NAIVE_WAYS)
+def test_naive_fm_takes_the_raw_output_as_the_velocity_at_x_fm_and_its_time(name, sign, time, prediction):
     t_fm = torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0])
     ours = OBJECTIVES[name](Arbitrary(), ALPHA, SIGMA, prediction=prediction)
     x_fm = interpolate(X1, X0, t_fm)
-    out = Arbitrary()(x_fm, t_fm, CONTEXT)
+    out = Arbitrary()(x_fm, time(t_fm), CONTEXT)
     assert torch.allclose(ours(x_fm, t_fm, CONTEXT).double(), sign * out, atol=1e-6)
     truth = (sign * out - (X1 - X0)).square().mean().item()
     assert ours.loss(X1, CONTEXT, X0, t_fm).item() == pytest.approx(truth, rel=1e-5)
 
 
-@pytest.mark.parametrize("name, sign", [("fm", 1), ("fm-flip", -1)])
-def test_naive_fm_samples_by_plain_euler_on_the_raw_output(name, sign):
+@pytest.mark.parametrize("name, sign, time", NAIVE_WAYS)
+def test_naive_fm_samples_by_plain_euler_on_the_raw_output(name, sign, time):
     x_fm = X0.double()
     for i in range(6):
-        x_fm = x_fm + sign / 6 * Arbitrary()(x_fm, torch.full((5,), i / 6), CONTEXT)
+        x_fm = x_fm + sign / 6 * Arbitrary()(x_fm, time(torch.full((5,), i / 6)), CONTEXT)
     ours = OBJECTIVES[name](Arbitrary(), ALPHA, SIGMA).sample(X0, CONTEXT, 6)
     assert torch.allclose(ours.double(), x_fm, atol=1e-5)
+
+
+def test_rf_is_diffusers_flow_matching():
+    """Its Euler scheduler for flow matching, at sigma 1 to 0 and times 1000 sigma, of a network of x0 - x1."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    scheduler, x = FlowMatchEulerDiscreteScheduler(shift=1.0), X0
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    for t in scheduler.timesteps:
+        x = scheduler.step(Arbitrary()(x.double(), t.expand(len(x)), CONTEXT).float(), t, x).prev_sample
+    ours = OBJECTIVES["rf"](Arbitrary(), ALPHA, SIGMA).sample(X0, CONTEXT, 4)
+    assert torch.allclose(ours, x, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))

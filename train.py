@@ -95,14 +95,14 @@ def add_data_flags(add):
 
 
 def add_model_flags(add):
-    add("--ckpt", help="Stable Diffusion 1.x or 2.x: a .safetensors or .ckpt file, or a diffusers folder (default: the "
-        "bundled v-prior)")
+    add("--ckpt", help="Stable Diffusion 1.x, 2.x or XL: a .safetensors or .ckpt file, or a diffusers folder "
+        "(default: the bundled v-prior)")
     add("--prediction", choices=["v", "eps"], help="what the network predicts (default: from the file)")
     add("--zero-snr", action="store_true",
         help="the network was trained with zero terminal SNR (default: as the file says)")
     add("--use-ema", action="store_true", help="start from the EMA weights of a non-pruned file")
     add("--objective", choices=list(OBJECTIVES), default="diff2flow",
-        help="the method, or a baseline of the paper (default: diff2flow)")
+        help="the method, or a baseline; rf for rectified-flow files of others (default: diff2flow)")
     add("--lora", help=f"base, small, a rank such as 16, or none to train all weights {defaults('lora')}")
     add("--init-lora", metavar="FILE", help="start from this LoRA and train its adapters further; with --lora none it "
         "is merged into the weights first")

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import re
+import sys
 import zipfile
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -41,6 +42,7 @@ OTHERS = [  # (pattern of a tensor's name, what a file with it is)
     (r"edm_mean$|edm_std$", "Playground 2.5 (EDM, other latents)"),
     (r"edm_vpred\.sigma_max$", "CosXL (EDM, another noise schedule)"),
     (UNET.replace(".", r"\.") + "joint_blocks", "Stable Diffusion 3")]
+DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|dmd2?)(?![a-z])", re.IGNORECASE)
 USUAL_EXTRA = re.compile(
     r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|logvar|lvlb_weights"
     r"|.*(logit_scale|position_ids|attn_mask)|model_ema\.(decay|num_updates)")
@@ -541,6 +543,9 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32, prediction=None, us
     print(f"{path}: Stable Diffusion {sd.config.version} layout, {len(file.shapes)} tensors, "
           f"{sum(p.numel() for p in sd.parameters()) / 1e6:.1f}M parameters as {str(dtype).removeprefix('torch.')}"
           f"{weights}; {prediction}-prediction ({why}){', zero terminal SNR' if sd.zero_snr else ''}")
+    if DISTILLED.search(f"{Path(path).name} {sd.metadata.get('modelspec.title', '')}"):
+        print(f"warning: {path}: its name says that it is distilled to few steps: such a network is no diffusion model "
+              "of all timesteps any more, and the change of variables does not hold for it", file=sys.stderr)
     unusual = [name for name in extra if not USUAL_EXTRA.fullmatch(name)]
     if unusual:
         print(f"{path}: {len(unusual)} extra tensors are unused, and kept when the model is saved: "

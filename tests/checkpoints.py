@@ -110,6 +110,16 @@ def diffusers_unet(config):
         **xl)
 
 
+def diffusers_condition(config, context, latents):
+    """context of encode_text -> the same as keyword arguments of diffusers' UNet, for latents (B, z, h, w)."""
+    if not config.is_xl:
+        return {"encoder_hidden_states": context}
+    height, width = (side * config.factor for side in latents.shape[-2:])
+    return {"encoder_hidden_states": context[:, :77], "added_cond_kwargs": {
+        "text_embeds": context[:, 77, :config.pooled_width],
+        "time_ids": torch.tensor([[height, width, 0, 0, height, width]] * len(latents), device=latents.device)}}
+
+
 def diffusers_copy(unet, config):
     """-> diffusers' UNet with our weights, converted by diffusers' own code for single files."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint

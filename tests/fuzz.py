@@ -82,10 +82,14 @@ class Case:
 
 # ------------------------------------------------------------------ good files
 
-def tiny_model(open_clip_text):
+def tiny_model(version):
+    """version: "1.x", "2.x" or "XL"."""
     torch.manual_seed(0)
-    config = replace(TINY, unet_widths=(32, 64), vae_widths=(32, 32, 32), text_layers=2, open_clip=open_clip_text,
-                     text_projection=open_clip_text)
+    is_open_clip = version == "2.x"
+    config = replace(TINY, unet_widths=(32, 64), vae_widths=(32, 32, 32), text_layers=2, open_clip=is_open_clip,
+                     text_projection=is_open_clip)
+    if version == "XL":
+        config = replace(config, linear_projection=True, context_width=96, pooled_width=64, pooled_layers=2)
     sd = StableDiffusion(config, "v")
     for parameter in sd.parameters():
         if not parameter.any():
@@ -101,14 +105,16 @@ def save_folder(sd, path):
         for name, tensor in zip(names, value.half().chunk(len(names))):
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor.clone()
+    heads = [config.heads(width) for width in config.unet_widths]
     configs = {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "model_index.json": {"_class_name": f"StableDiffusion{'XL' * config.is_xl}Pipeline"},
         "unet/config.json": {
             "block_out_channels": list(config.unet_widths), "layers_per_block": config.unet_res_blocks,
             "down_block_types": ["CrossAttn" * (depth > 0) + "DownBlock2D" for depth in config.transformer_depth],
-            "cross_attention_dim": config.context_width, "in_channels": 4, "out_channels": 4, "attention_head_dim": 8},
+            "cross_attention_dim": config.context_width, "in_channels": 4, "out_channels": 4,
+            "attention_head_dim": heads},
         "vae/config.json": {"block_out_channels": list(config.vae_widths), "layers_per_block": config.vae_res_blocks,
-                            "latent_channels": 4},
+                            "latent_channels": 4, "scaling_factor": config.latent_scale},
         "text_encoder/config.json": {"hidden_act": "quick_gelu", "hidden_size": config.text_width,
                                      "num_hidden_layers": config.text_layers, "vocab_size": config.vocabulary},
         "scheduler/scheduler_config.json": {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear",
@@ -117,6 +123,7 @@ def save_folder(sd, path):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(json.dumps(content))
     for part, tensors in parts.items():
+        (path / part).mkdir(exist_ok=True)
         save_file(tensors, path / part / "model.safetensors")
 
 
@@ -151,10 +158,12 @@ def make_good(folder):
     """Write the good files -> their folder."""
     good = folder / "good"
     good.mkdir()
-    sd = tiny_model(True)
+    sd = tiny_model("2.x")
     save_checkpoint(sd, good / "tiny.safetensors", torch.float16, resolution="64", style="solid", cfg="2")
     torch.save({"state_dict": load_file(good / "tiny.safetensors")}, good / "tiny.ckpt")
-    save_folder(tiny_model(False), good / "folder")
+    save_folder(tiny_model("1.x"), good / "folder")
+    save_checkpoint(tiny_model("XL"), good / "xl.safetensors", torch.float16, resolution="64")
+    save_folder(tiny_model("XL"), good / "xl")
     save_photos(good / "photos")
     save_depth_folder(good)
     save_clip(good)
@@ -363,7 +372,7 @@ METADATA = ["resolution", "prediction", "modelspec.prediction_type", "cfg", "sty
 
 
 def checkpoint(rng, good):
-    path = copied(good, "tiny.safetensors")
+    path = copied(good, rng.choice(["tiny.safetensors", "tiny.safetensors", "xl.safetensors"]))
     if rng.random() < 0.25:
         what, bad = break_parts(rng, path)
     else:
@@ -379,7 +388,7 @@ def pickled_checkpoint(rng, good):
 
 
 def diffusers_folder(rng, good):
-    path = copied(good, "folder")
+    path = copied(good, rng.choice(["folder", "xl"]))
     file = rng.choice(sorted(file for file in path.rglob("*") if file.is_file()))
     if file.name == "config.json" and rng.random() < 0.5:
         what, bad = break_config(rng, file)
@@ -387,7 +396,7 @@ def diffusers_folder(rng, good):
         what, bad = rng.choice([break_bytes, break_json, break_json])(rng, file)
     else:
         what, bad = of_safetensors(rng, file, ["format"])
-    return Case(f"{file}: {what}", sample, DRAW + f"--ckpt {path}", "folder", bad)
+    return Case(f"{file}: {what}", sample, DRAW + f"--ckpt {path}", path.name, bad)
 
 
 def lora_file(rng, good):

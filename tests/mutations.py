@@ -98,11 +98,11 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("model: tanh gelu", "F.gelu(gate)", 'F.gelu(gate, approximate="tanh")'),
         ("model: VAE padding", "(0, 1, 0, 1)", "(1, 0, 1, 0)"),
         ("model: log variance not halved", "(0.5 * log_variance", "(log_variance"),
-        ("model: last text layer of SD 2", "[:self.config.text_layers_used]", ""),
+        ("model: last text layer of SD 2", "ids, self.config.text_layers_used", "ids, self.config.text_layers"),
         ("model: last of 23 text layers left out", "self.open_clip and self.text_layers != 23", "self.open_clip"),
         ("model: 77 tokens of content", "encode(prompt[:5000])[:75]", "encode(prompt[:5000])[:77]"),
         ("model: text padding", "pad_token=0 if", "pad_token=49407 if"),
-        ("model: LATENT_SCALE", "LATENT_SCALE = 0.18215", "LATENT_SCALE = 0.13025"),
+        ("model: LATENT_SCALE", "else 0.18215", "else 0.13025"),
         ("model: picture input not halved", ".weight, conv.weight], dim=1) / 2", ".weight, conv.weight], dim=1)"),
         ("model: noise before the picture", "torch.cat([picture, x_dm]", "torch.cat([x_dm, picture]"),
     ]),
@@ -117,7 +117,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     "data.py": ("tests/test_data.py tests/test_train.py tests/test_files.py", [
         ("data: metadata before the text file", "(text and read_caption(text)) or caption or",
          "caption or (text and read_caption(text)) or"),
-        ("data: never flipped", "ImageOps.mirror(image) if rng.random() < 0.5 else image", "image"),
+        ("data: never flipped", "ImageOps.mirror(crop) if is_mirrored else crop", "crop"),
         ("data: crop always in the centre", "right * (image.width - width), down", "0.5 * (image.width - width), 0.5"),
         ("data: the same crop every epoch", "((self.seed, key", "((self.seed, key % len(self.items)"),
         ("data: cached pictures of a corner", "crop_box(image, height, width, 0.5, 0.5)",
@@ -162,7 +162,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("sample.py: --first with the prompt of picture 0", "for i in numbers]", "for i in range(n)]"),
         ("sample.py: sigma grid start", "flow.f_table[-1].item()", "flow.f_table[-2].item()"),
         ("sample.py: sigmas printed too short", "{sigma:.4f}", "{sigma:.3f}"),
-        ("sample.py: sigmas of naive models printed", 'if objective_of(flow) in ("fm", "fm-flip"):', "if False:"),
+        ("sample.py: sigmas of naive models printed", 'if objective_of(flow) in NAIVE:', "if False:"),
         ("sample.py: captions of the run ignored", "    if captions:\n", "    if False:\n"),
     ]),
     "depth.py": ("tests/test_depth.py tests/test_written.py", [
@@ -192,7 +192,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("checkpoint: saved with the usual prefix", "prefix = source.text_prefix or (", "prefix = ("),
         ("checkpoint: any UNet of 8 channels is a depth model", "and not is_depth:", "and False:"),
         ("checkpoint: an old depth model's inputs in the wrong order", ".roll(sd.config.latent_channels, 1)", ""),
-        ("checkpoint: v_pred ignored", 'if found is None and "v_pred"', 'if False and "v_pred"'),
+        ("checkpoint: v_pred ignored", ' and "v_pred" in file.shapes:', ' and False:'),
         ("checkpoint: ztsnr ignored", '"ztsnr" in file.shapes or', ""),
         ("checkpoint: a folder's schedule not checked", "if betas != (", "if False and betas != ("),
         ("checkpoint: a folder's heads not checked", "if heads != [", "if False and heads != ["),
@@ -240,7 +240,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("load: bf16 on AMX not seen", 'capabilities.get("amx_bf16", False) or ', ""),
         ("load: guidance after Reflow", 'sd.metadata.get("cfg", 4.0)', "4.0"),
         ("load: guidance of pairs after Reflow", "and float(value) != 1 else", "else"),
-        ("load: objective of the file ignored", 'trained_by if trained_by in ("fm", "fm-flip") else "', '"'),
+        ("load: objective of the file ignored", 'trained_by if trained_by in NAIVE else "', '"'),
         ("load: prediction of the LoRA ignored", "prediction_of(metadata)[0] or sd.prediction", "sd.prediction"),
         ("load: numbers that are too large are written", "if not all(tensor.abs().max() < 65504", "if not all(True"),
         ("load: another base not noticed", "if theirs == sd.unet_hash:", "if True:"),
@@ -252,7 +252,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("load: depth models sampled as pictures", "if task is not None and sd.", "if False and sd."),
         ("load: a broken result stops sampling", "except (ValueError, TypeError, KeyError, OSError) as error:",
          "except TypeError as error:"),
-        ("load: dm models sampled by DDIM", '("fm", "fm-flip") else', '("fm", "fm-flip", "dm") else'),
+        ("load: dm models sampled by DDIM", 'in NAIVE else', 'in (*NAIVE, "dm") else'),
         ("load: bf16 on every CUDA device", ">= (8, 0)", ">= (0, 0)"),
         ("load: negative prompt ignored", "sd.encode_text([negative])", 'sd.encode_text([""])'),
     ]),
@@ -425,8 +425,48 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("claims: a stale table stays", "match[0].removesuffix(match[2]) + table", "match[0]"),
     ]),
 }
+SDXL = {  # of the same files, for tests/test_sdxl.py
+    "model.py": [
+        ("sdxl: width before height", "own[0::4], own[1::4] = height, width", "own[0::4], own[1::4] = width, height"),
+        ("sdxl: the given sizes are ignored", "torch.where(sizes[:, :1] > 0, sizes, own)", "own.expand(len(row), 6)"),
+        ("sdxl: multiples of 256 and rest exchanged", "256 * sizes[:, :6] + sizes[:, 6:]",
+         "sizes[:, :6] + 256 * sizes[:, 6:]"),
+        ("sdxl: no vector", "embedding + self.label_emb(self.vector(x, row).to(embedding.dtype))", "embedding"),
+        ("sdxl: SD's scale", "0.13025 if self.is_xl else 0.18215", "0.18215"),
+        ("sdxl: one block in the middle", "max(1, *config.transformer_depth)),", "1),"),
+        ("sdxl: a layer more of the first encoder", "self.config.text_layers - 1)", "self.config.text_layers)"),
+        ("sdxl: a layer more of the second", "self.config.pooled_layers - 1)", "self.config.pooled_layers)"),
+        ("sdxl: pooled without the final norm", "last = tower.ln_final(tower.", "last = (tower."),
+        ("sdxl: the last row is pooled", "end = ids.argmax(-1)", "end = ids.argmax(-1) * 0 + 76"),
+        ("sdxl: projection transposed", "end] @ tower.text_projection", "end] @ tower.text_projection.T"),
+        ("sdxl: encoders exchanged", "torch.cat([states, before], dim=-1)", "torch.cat([before, states], dim=-1)"),
+        ("sdxl: quick_gelu in the second", "config.vocabulary, open_clip=True,", "config.vocabulary, open_clip=False,"),
+    ],
+    "data.py": [
+        ("sdxl: left before top", "round(top * scale), round(left * scale)", "round(left * scale), round(top * scale)"),
+        ("sdxl: the crop's place before scaling", "round(top * scale), round(left * scale)", "round(top), round(left)"),
+        ("sdxl: a mirrored picture keeps its left", "image.width - right if is_mirrored else left", "left"),
+    ],
+    "train.py": [("sdxl: training is not told the sizes", 'if "sizes" in batch:', "if False:")],
+    "support/checkpoint.py": [
+        ("sdxl: a folder's projection is not transposed", 'tensor.T if stored == "text_projection.weight" else tensor',
+         "tensor"),
+        ("sdxl: v_pred is not saved", 'tensors |= {"v_pred": torch.zeros(0)} if sd.prediction == "v" else {}', "pass"),
+        ("sdxl: the vector's layers are bf16", '("time_embed", "label_emb")', '("time_embed",)'),
+        ("sdxl: metadata before v_pred", ' and "prediction" not in file.metadata and "v_pred" in file.shapes',
+         ' and not file.metadata and "v_pred" in file.shapes'),
+    ],
+    "support/lora_file.py": [
+        ("sdxl: a LoRA has diffusers' names", "path if unet.config.is_xl else unet_path(path, unet.config)",
+         "unet_path(path, unet.config)"),
+        ("sdxl: both encoders' adapters in the first", '("second_" if match["second"] else "")', '""'),
+    ],
+    "support/load.py": [("sdxl: 512 pixels", '"1024" if sd.config.is_xl else "512"', '"512"')],
+}
 MUTATIONS = [(name, file, old, new, tests)
              for file, (tests, changes) in ROOMS.items() for name, old, new in changes]
+MUTATIONS += [(name, file, old, new, "tests/test_sdxl.py")
+              for file, changes in SDXL.items() for name, old, new in changes]
 
 
 def run_tests(tree, tests, timeout, mutation=None):

@@ -16,11 +16,12 @@ from tools.bench import Case
 @pytest.fixture(autouse=True)
 def narrow(tmp_path, monkeypatch):
     """Use networks of a tenth of the width, in an empty folder."""
-    monkeypatch.setattr(bench, "ARCHITECTURES", {"sd15": (NARROW["sd15"], "eps"), "sd21": (NARROW["sd21"], "v")})
+    monkeypatch.setattr(bench, "ARCHITECTURES", {
+        "sd15": (NARROW["sd15"], "eps"), "sd21": (NARROW["sd21"], "v"), "sdxl": (NARROW["sdxl"], "eps")})
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("arch", ["sd15", "sd21"])
+@pytest.mark.parametrize("arch", ["sd15", "sd21", "sdxl"])
 @pytest.mark.parametrize("what, tolerance", [("unet", 1e-4), ("sample", 0.2)])     # the samplers' first levels differ
 def test_both_sides_compute_the_same_result(what, arch, tolerance):
     ours, theirs = (side(Case(what, arch, 64, 2, steps=3))() for side in bench.SIDES[what])

@@ -41,7 +41,8 @@ def test_a_run_with_a_cache_equals_one_that_encodes_centre_crops_in_each_step(wo
     with monkeypatch.context() as patch:
         def then_centre_crops(images, n):               # the validation pictures keep their crops
             held_out = plain(images, n)
-            patch.setattr(data, "random_crop", lambda image, height, width, rng: data.centre_crop(image, height, width))
+            patch.setattr(data, "random_crop", lambda image, *size_and_rng: (
+                data.centre_crop(image, *size_and_rng[:2]), torch.zeros(6)))
             return held_out
         patch.setattr(ImageFolder, "hold_out", then_centre_crops)
         works(train, f"{CACHED} {words} --out live")

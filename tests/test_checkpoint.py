@@ -523,7 +523,9 @@ def test_the_sizes_of_a_folder_are_those_of_its_tensors_whatever_its_config_json
 
 
 DAMAGED_FOLDERS = {
-    "a folder of StableDiffusionXLPipeline": lambda folder: edit_json(
+    "a folder of StableDiffusion3Pipeline": lambda folder: edit_json(
+        folder, "model_index.json", _class_name="StableDiffusion3Pipeline"),
+    "text_encoder_2/ is missing": lambda folder: edit_json(
         folder, "model_index.json", _class_name="StableDiffusionXLPipeline"),
     "vae/ is missing or has no .safetensors file (.bin files are not read)": lambda folder: next(
         (folder / "vae").glob("*.safetensors")).rename(folder / "vae" / "diffusion_pytorch_model.bin"),

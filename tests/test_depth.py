@@ -329,7 +329,7 @@ def test_with_fewer_than_ten_pictures_none_is_held_out(tmp_path):
 class Identity:
     """A model for 32x48 pixels whose latents are the picture and whose depth is the picture plus a hundredth of the
     noise. `contexts` lists the latents of the pictures that it predicted from."""
-    multiple, metadata, device = 8, {"resolution": "32 48"}, "cpu"
+    config, multiple, metadata, device = TINY, 8, {"resolution": "32 48"}, "cpu"
 
     def __init__(self):
         self.contexts = []

@@ -8,9 +8,9 @@ from tools.kernels import Kernels, count, ours, theirs
 GOALS = {"sampling": 0.95, "LoRA base": 0.80, "LoRA small": 0.80, "all weights": 1.0}
 
 
-@pytest.mark.parametrize("way", GOALS)
-def test_ours_starts_fewer_kernels_and_touches_fewer_bytes_than_diffusers_and_peft(way):
-    mine, peer = (count(CONFIGS["sd21"], way, side) for side in (ours, theirs))
+@pytest.mark.parametrize("name, way", [*(("sd21", way) for way in GOALS), ("sdxl", "sampling")])
+def test_ours_starts_fewer_kernels_and_touches_fewer_bytes_than_diffusers_and_peft(name, way):
+    mine, peer = (count(CONFIGS[name], way, side) for side in (ours, theirs))
     assert 500 < mine.kernels < GOALS[way] * peer.kernels and 1e10 < mine.bytes < GOALS[way] * peer.bytes
     for name in "aten::native_group_norm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::silu":
         assert mine.count[name] == peer.count[name] > 0                   # the same networks
@@ -20,7 +20,7 @@ def test_a_step_casts_each_matrix_of_a_lora_once_and_its_gradient_once():
     from lora import inject
     from model import UNet
     mine = count(CONFIGS["sd21"], "LoRA base", ours)
-    matrices = len(inject(UNet(CONFIGS["sd21"]), "base")) + 2             # two have a fixed identity, cast without gradient
+    matrices = len(inject(UNet(CONFIGS["sd21"]), "base")) + 2             # two are a fixed identity, without gradient
     assert abs(mine.casts - 2 * matrices) <= 12                           # and latents, context, times, velocities
 
 

@@ -213,7 +213,7 @@ def test_with_zero_snr_the_printed_sigmas_need_diffusers_rescaled_betas(tiny):
     assert errors[True] < 5e-3 and errors[False] > 4 * errors[True], errors
 
 
-@pytest.mark.parametrize("objective", ["fm", "fm-flip"])
+@pytest.mark.parametrize("objective", ["fm", "fm-flip", "rf"])
 def test_print_sigmas_refuses_models_of_naive_flow_matching(tiny, objective):
     """Their network takes t_fm and returns u, which no k-diffusion sampler can use."""
     save_checkpoint(load_checkpoint(tiny), "model.safetensors", objective=objective)

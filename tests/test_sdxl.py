@@ -1,5 +1,5 @@
-"""SDXL: networks, files, LoRAs, sizes and sampling beside diffusers and transformers, on a narrow random checkpoint with
-all 2515 names of sd_xl_base_1.0."""
+"""SDXL: networks, files, LoRAs, sizes and sampling beside diffusers and transformers, on a narrow random checkpoint
+with all 2515 names of sd_xl_base_1.0."""
 import json
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import depth
 import lora
 import sample
 import train
-from diff2flow import Diff2Flow
+from diff2flow import Diff2Flow, Diffusion
 from model import SDXL, TOKENS, Config, StableDiffusion
 from schedule import sd_schedule
 from support.checkpoint import CheckpointFile, load_checkpoint, save_checkpoint
@@ -51,7 +51,8 @@ def sdxl(files):
 @torch.no_grad()
 def test_all_networks_equal_diffusers_and_transformers(files):
     """In float64: 1e-9, as in tests/test_model.py. The times are fractional."""
-    sd, theirs = load_checkpoint(files["sdxl"], dtype=torch.float64), references(NARROW["sdxl"], load_file(files["sdxl"]))
+    sd = load_checkpoint(files["sdxl"], dtype=torch.float64)
+    theirs = references(NARROW["sdxl"], load_file(files["sdxl"]))
     for network in vars(theirs).values():
         network.double()
     context, ids = sd.encode_text(PROMPTS), [clip_ids(PROMPTS, pad_token) for pad_token in (49407, 0)]
@@ -74,7 +75,7 @@ def test_sizes_are_exact_in_bf16_and_other_models_take_none(sdxl, files):
     context = sdxl.encode_text(["a cat", "a dog"]).bfloat16()
     vectors = [sdxl.unet.vector(torch.zeros(2, 4, 8, 8), sdxl.with_sizes(kind, SIZES)[:, TOKENS])
                for kind in (context, context.float())]
-    assert torch.equal(*vectors) and vectors[0].dtype == torch.float32
+    assert torch.equal(*(vector[:, 128:] for vector in vectors)) and vectors[0].dtype == torch.float32
     assert load_checkpoint(files["sd15"]).with_sizes(context, SIZES) is context
 
 
@@ -82,14 +83,14 @@ def test_pooled_text_and_sizes_are_learned():
     """Flat latents whose value the sizes and the pooled text decide, and which cross-attention cannot tell. After
     training, the right condition has a third of the error of a wrong one, height and width exchanged among these."""
     torch.manual_seed(0)
-    config = Config(unet_widths=(32, 64), unet_res_blocks=1, transformer_depth=(0, 1), context_width=96, open_clip=False,
-                    vae_widths=(32, 32, 32), vae_res_blocks=1, text_width=32, text_layers=2, text_projection=False,
-                    pooled_width=64, pooled_layers=2)
-    sd = StableDiffusion(config, "eps")
-    flow = Diff2Flow(sd.unet, *sd_schedule(), "eps")
+    config = Config(unet_widths=(32, 64), unet_res_blocks=1, transformer_depth=(0, 1), context_width=96,
+                    open_clip=False, vae_widths=(32, 32, 32), vae_res_blocks=1, text_width=32, text_layers=2,
+                    text_projection=False, pooled_width=64, pooled_layers=2)
+    sd = StableDiffusion(config, "v")
+    flow = Diff2Flow(sd.unet, *sd_schedule(), "v")
     texts = sd.encode_text(["a red circle", "a blue square"]).detach()
     texts[:, :TOKENS] = 0
-    optimizer = torch.optim.Adam(sd.unet.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(sd.unet.parameters(), lr=2e-3)
 
     def batch(seed, n=32):
         generator = torch.Generator().manual_seed(seed)
@@ -98,7 +99,7 @@ def test_pooled_text_and_sizes_are_learned():
         sizes[tall == 1, :2] = torch.tensor([1024, 512])
         value = (2 * which - 1) * 0.5 + (2 * tall - 1) * 1.0
         return value.view(-1, 1, 1, 1).expand(-1, 4, 4, 4).float(), texts[which], sizes, texts[1 - which]
-    for step in range(400):
+    for step in range(600):
         x1, context, sizes, _ = batch(step)
         flow.loss(x1, sd.with_sizes(context, sizes)).backward()
         optimizer.step()
@@ -189,20 +190,32 @@ def test_a_distilled_model_is_named_as_what_it_is(files, name, capsys):
 
 # ------------------------------------------------------------------ sampling
 
+class OnGridOfSigmas(Diffusion):
+    """Algorithm 2 on the grid that --print-sigmas prints, whose first level is trained, from noise of that level."""
+
+    def grid(self, steps):
+        return torch.tensor([1 / (1 + sigma) for sigma in sample.sigma_grid(self, steps)])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_the_printed_sigmas_draw_the_same_latents_in_diffusers(files, prediction, cfg):
-    """As docs/other_tools.md has it: four decimals of sigma are 1e-4."""
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_the_printed_sigmas_draw_the_same_latents_in_diffusers(files, prediction, cfg, with_lora):
+    """As docs/other_tools.md has it. Sigmas with four decimals are 2e-5 (eps) and 2e-4 (v) away."""
     pipe = full_pipeline(NARROW["sdxl"], load_file(files["sdxl"]), prediction)
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
     pipe.set_progress_bar_config(disable=True)
-    sd, flow = load_flow(files["sdxl"], prediction=prediction)
+    if with_lora:
+        made_lora(files["sdxl"])
+        pipe.load_lora_weights("lora.safetensors")
+    sd, flow = load_flow(files["sdxl"], ["lora.safetensors"] * with_lora, prediction=prediction)
+    flow = OnGridOfSigmas(sd.unet, *sd_schedule(), prediction)
     x0, prompts = data.noises([0, 1], sd.latent_shape([64, 96]), 0), ["a red boat", "a tall tree"]
     ours = flow.sample(x0, sd.encode_text(prompts), 4, sd.encode_text([""]), cfg)
     theirs = pipe(prompts, height=64, width=96, negative_prompt=["", ""], guidance_scale=cfg, latents=x0,
                   sigmas=[float(f"{sigma:.4f}") for sigma in sample.sigma_grid(flow, 4)], output_type="latent").images
-    assert relative(ours, theirs) < 1e-3 if prediction == "v" else 1e-4
+    assert relative(ours, theirs) < (4e-4 if prediction == "v" else 1e-4)
 
 
 # ------------------------------------------------------------------ LoRA
@@ -244,9 +257,12 @@ def test_adapters_of_both_text_encoders_are_merged(files):
         pairs |= {f"{layer}.lora_down.weight": randn(2, 128).float(), f"{layer}.lora_up.weight": randn(512, 2).float(),
                   f"{layer}.alpha": torch.tensor(1.0)}
     save_file(pairs, "text.safetensors")
-    peft = {f"{name}.text_model.encoder.layers.{number}.mlp.fc1.lora_{side}.weight": pairs[
-        f"lora_te{number + 1}_text_model_encoder_layers_{number}_mlp_fc1.lora_{old}.weight"] * (0.5 if side == "B" else 1)
-        for number, name in enumerate(("text_encoder", "text_encoder_2")) for side, old in (("A", "down"), ("B", "up"))}
+    peft = {}
+    for number, name in enumerate(("text_encoder", "text_encoder_2")):
+        theirs = f"lora_te{number + 1}_text_model_encoder_layers_{number}_mlp_fc1"
+        layer = f"{name}.text_model.encoder.layers.{number}.mlp.fc1"
+        peft |= {f"{layer}.lora_A.weight": pairs[f"{theirs}.lora_down.weight"],
+                 f"{layer}.lora_B.weight": 0.5 * pairs[f"{theirs}.lora_up.weight"]}      # alpha / rank
     save_file(peft, "peft.safetensors")
     for file in "text.safetensors", "peft.safetensors":
         merged = load_model(files["sdxl"], file)
@@ -263,7 +279,8 @@ def test_a_lora_or_a_base_of_the_wrong_family_is_refused_by_name(files, tiny):
     few = "--device cpu --n 1 --size 64 --steps 1 "
     assert "made for another base" in refusal(sample, few + f"--ckpt {files['sd15']} --lora lora.safetensors")
     works(train, runs.SHORT + "--steps 1 --lora 2 --previews 1 --preview-every 0 --out run")
-    assert "made for another base" in refusal(sample, few + f"--ckpt {files['sdxl']} --lora run/lora.safetensors")
+    line = refusal(sample, few + f"--ckpt {files['sdxl']} --prediction v --lora run/lora.safetensors")
+    assert "made for another base" in line
     wide = {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": torch.ones(2, 2048),
             "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_up.weight": torch.ones(640, 2)}
     save_file(wide, "wide.safetensors")
@@ -285,8 +302,8 @@ def test_the_sizes_of_a_crop_are_those_of_the_picture_the_crop_in_scaled_pixels_
 
 def test_a_pictures_pixels_are_where_its_sizes_say():
     """Pixels that hold their own place: the crop's first pixel is at top, left of the scaled (and mirrored) picture."""
-    from PIL import Image, ImageOps
     import numpy as np
+    from PIL import Image
     y, x = np.mgrid[:120, :240]
     Path("photos").mkdir()
     Image.fromarray(np.stack([y, x, 0 * x], -1).astype(np.uint8)).save("photos/a.png")
@@ -314,11 +331,10 @@ def test_the_sizes_of_the_crops_reach_the_network(files, words, monkeypatch):
         return context
     monkeypatch.setattr(StableDiffusion, "with_sizes", spied)
     works(train, RUN + f"--ckpt {files['sdxl']} --data photos --lora 2 --workers 0 {words} --out run")
-    assert len(seen) >= 3
+    assert len(seen) >= 3 and (words != "--cache cache" or 11 in {left for (_, _, _, left, _, _), in seen})
     for (height, width, top, left, h, w), in seen:
         assert (height, width) == (90, 120) and top == 0 and 0 <= left <= 22
         assert (h, w) == (64, 64) if words != "--buckets" else h * w <= 64 * 64
-        assert words != "--cache cache" or left == 11
 
 
 # ------------------------------------------------------------------ commands

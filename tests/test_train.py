@@ -1,5 +1,4 @@
 """train.py: the files of a run, killed and resumed runs, its steps, validation, the recipes, and refused settings."""
-import contextlib
 import json
 import math
 import re
@@ -92,8 +91,7 @@ def settings(words):
 
 
 def loss_calls(words):
-    """Train -> for each training batch, the loss's arguments, a random number drawn there, and the dtype of the context.
-    """
+    """Train -> for each training batch, the loss's arguments, a random number drawn there, and the context's dtype."""
     plain, calls = Diff2Flow.loss, []
 
     def spied(self, x1, context, x0=None, t_fm=None, mask=None):
@@ -363,7 +361,8 @@ def test_the_loss_gets_the_given_captions_and_precision_and_other_random_numbers
     empty = load_checkpoint(tiny).encode_text(["", ""])
     assert len(calls) == 4 and all(torch.allclose(call.context.float(), empty, atol=0.1) for call in calls)
     assert len({call.drawn for call in calls}) == 4 and all(call.t_fm is None for call in calls)
-    assert all(call.dtype == torch.bfloat16 for call in calls) and all(math.isfinite(row["loss"]) for row in rows_of("run/metrics.jsonl"))
+    assert all(call.dtype == torch.bfloat16 for call in calls)
+    assert all(math.isfinite(row["loss"]) for row in rows_of("run/metrics.jsonl"))
     call = loss_calls(words + "--caption-dropout 0 --out other")[0]
     assert call.dtype == torch.float32 and not torch.allclose(call.context, empty, atol=0.5)
 

@@ -43,17 +43,18 @@ from torch.utils.data import DataLoader
 
 import lora
 from data import ImageFolder, progress
-from model import SD15, SD21, StableDiffusion
+from model import SD15, SD21, SDXL, StableDiffusion
 from sample import sigma_grid
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.files import check_range, cli, parse, replacing
 from support.load import make_flow, pick_device
 from support.names import unet_path
 from support.packed import pack
-from tests.checkpoints import NARROW
+from tests.checkpoints import NARROW, diffusers_condition
 from train import EMA
 
-ARCHITECTURES = {"sd15": (SD15, "eps"), "sd21": (SD21, "v"), "narrow": (NARROW["sd21"], "v")}
+ARCHITECTURES = {"sd15": (SD15, "eps"), "sd21": (SD21, "v"), "sdxl": (SDXL, "eps"),
+                 "narrow": (NARROW["sd21"], "v")}           # for trials: a tenth of sd21's width
 FOLDER, PROMPT = Path("runs/bench"), "a red boat on a lake"
 
 
@@ -155,6 +156,7 @@ def unet_ours(case):
 
 def unet_peer(case):
     sd, x, t, context, amp = prepare(case)
+    condition = diffusers_condition(sd.config, context, x)
     net = peer_unet(case, sd)
     if case.device != "cpu":            # on a CPU it is not faster
         net.fuse_qkv_projections()
@@ -163,7 +165,7 @@ def unet_peer(case):
     @torch.no_grad()
     def step():
         with amp:
-            return net(x, t, context).sample
+            return net(x, t, **condition).sample
     return step
 
 
@@ -196,6 +198,7 @@ def train_peer(case):
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel, cast_training_params
     sd, x1, _, context, amp = prepare(case)
+    condition = diffusers_condition(sd.config, context, x1)
     if case.dtype == "bf16":                        # its adapters are float32
         amp = torch.autocast(sd.device.type, torch.bfloat16)
     adapted = {} if case.weights == "none" else {
@@ -220,7 +223,7 @@ def train_peer(case):
         noisy = scheduler.add_noise(x1, noise, t)
         target = noise if sd.prediction == "eps" else scheduler.get_velocity(x1, noise, t)
         with amp:
-            output = net(noisy, t, context).sample
+            output = net(noisy, t, **condition).sample
         F.mse_loss(output.float(), target).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -270,8 +273,8 @@ def sample_peer(case):
 
     def step():
         with amp:
-            pictures = pipe([PROMPT] * case.batch, case.size, case.size, sigmas=sigmas, guidance_scale=4.0, latents=x0,
-                            output_type="pt").images
+            pictures = pipe([PROMPT] * case.batch, height=case.size, width=case.size, sigmas=sigmas, guidance_scale=4.0,
+                            negative_prompt=[""] * case.batch, latents=x0, output_type="pt").images
         return 2 * pictures - 1
     return step
 
@@ -462,8 +465,7 @@ def arguments():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", nargs="+", choices=list(SIDES), help="what to measure")
-    add("--arch", nargs="+", choices=list(ARCHITECTURES), default=["sd21"], help="networks; narrow is sd21 at a tenth of the width, for trials (default: "
-        "sd21)")
+    add("--arch", nargs="+", choices=list(ARCHITECTURES), default=["sd21"], help="networks (default: sd21)")
     add("--size", type=int, nargs="+", default=[256], help="height and width in pixels (default: 256)")
     add("--batch", type=int, nargs="+", default=[1], help="pictures per batch; for open, in the folder (default: 1)")
     add("--dtype", nargs="+", choices=["fp32", "autocast", "bf16"], default=["fp32"],

@@ -2,6 +2,7 @@
 
     python -m tools.costs                   SD 2.1 at 512 and 768 px, LoRA and all weights (two to five minutes)
     python -m tools.costs sd15              the same for SD 1.5
+    python -m tools.costs sdxl              SDXL at 1024 px, batches of 1 and 4 (ten minutes)
     python -m tools.costs --tflops 30       hours at your GPU's rate, in 10^12 floating-point operations per second
 
 It runs train.py's own code for one batch on torch's fake tensors, which have a shape, a dtype and a lifetime but no
@@ -37,7 +38,7 @@ from tests.checkpoints import CONFIGS
 GIB = 2**30
 PRESETS = {"16": "LoRA 16", "small": "LoRA small", "base": "LoRA base", "none": "all weights"}
 MEASURED = 70.0         # 10^12 operations per second: LoRA base, 4 x 512 px, bf16 autocast, on an H100 (docs/speed.md)
-PAIRS, PAIR_STEPS, PAIR_CFG, PAIR_SIZE = 1_800_000, 40, 7.5, 512
+PAIRS, PAIR_STEPS, PAIR_CFG = 1_800_000, 40, 7.5
 ATTENTION = {  # FlopCounterMode counts fused attention on CUDA only
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, *more, **options: sdpa_flop_count(q, k, v),
@@ -183,11 +184,11 @@ def one_batch(config, preset, size, checkpointing=False, batch=4, precision="bf1
     return SimpleNamespace(stays=stays, kept=after - before, peak=live.peak, flops=flops)
 
 
-def pair_flops(config):
+def pair_flops(config, size):
     """-> operations for one of Reflow's pairs: PAIR_STEPS steps with guidance, which are two forward passes each."""
     mode = FakeTensorMode()
     sd, flow, _ = build(config, "none", mode)
-    side = PAIR_SIZE // sd.factor
+    side = size // sd.factor
     with as_on_cuda(mode), count_flops() as counter:
         context, uncond = sd.encode_text(["a red boat"]), sd.encode_text([""])
         text = counter.get_total_flops()
@@ -225,18 +226,19 @@ def flops_row(name, cost, passes, rate):
 
 
 def print_memory(costs, names):
-    table(["GiB", "weights of all networks", "gradients, Adam, EMA", "batch of 4", "**total**",
-           "batch of 4 with `--checkpointing`", "**total**"],
+    table(["GiB", "weights of all networks", "gradients, Adam, EMA", "batch", "**total**",
+           "batch with `--checkpointing`", "**total**"],
           [memory_row(names[key], *pair) for key, pair in costs.items()])
 
 
-def print_hours(costs, names, pairs, rate):
+def print_hours(costs, names, pairs, size, rate):
+    """costs: of batches of 4. pairs: operations of one pair."""
     recipe = train.PAPER["text-to-image"]
     rows = [flops_row(f"{names[key]}{with_flag}", cost, recipe["steps"] * recipe["grad_accum"], rate)
             for with_flag, which in (("", 0), (", `--checkpointing`", 1))
             for key, cost in ((key, pair[which]) for key, pair in costs.items())]
     total = PAIRS * pairs
-    rows.append([f"{PAIRS:,} pairs, {PAIR_SIZE} px, {PAIR_STEPS} steps with guidance", "", "", "",
+    rows.append([f"{PAIRS:,} pairs, {size} px, {PAIR_STEPS} steps with guidance", "", "", "",
                  f"{total / 1e18:,.0f}", hours(total, rate)])
     table(["10^12 operations for 4 images", "encoding pictures and text", "forward", "backward",
            f"10^18 operations for {recipe['steps']:,} steps of 64 images, or for the pairs",
@@ -251,11 +253,15 @@ def main():
                         help=f"10^12 operations per second that your GPU reaches (default: {MEASURED:g})")
     args = parse(parser)
     config = CONFIGS[args.name]
-    print(f"{args.name}, bf16 autocast, batches of 4. Computed, not measured.")
-    names = {(preset, size): f"{words}, {size} px" for size in (512, 768) for preset, words in PRESETS.items()}
-    costs = {key: [one_batch(config, *key, checkpointing) for checkpointing in (False, True)] for key in names}
+    print(f"{args.name}, bf16. Computed, not measured.")
+    sizes, batches = ((1024,), (1, 4)) if config.is_xl else ((512, 768), (4,))
+    names = {(preset, size, batch): f"{words}, {batch} x {size} px"
+             for batch in batches for size in sizes for preset, words in PRESETS.items()}
+    costs = {(preset, size, batch): [one_batch(config, preset, size, checkpointing, batch)
+                                     for checkpointing in (False, True)] for preset, size, batch in names}
     print_memory(costs, names)
-    print_hours(costs, names, pair_flops(config), args.tflops)
+    of_four = {key: pair for key, pair in costs.items() if key[-1] == 4}
+    print_hours(of_four, names, pair_flops(config, sizes[0]), sizes[0], args.tflops)
 
 
 if __name__ == "__main__":

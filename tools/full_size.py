@@ -3,13 +3,14 @@
     python -m tools.full_size sd15 sd21            read: peak memory, seconds, float32 parity with diffusers, folders
     python -m tools.full_size sd15 sd21 --train    train two steps on photographs by each task, LoRA in diffusers
     python -m tools.full_size sd21 --cache         seconds of a training batch with --cache and without, in turns
+    python -m tools.full_size sdxl                 read and compare, one side after the other (15 GB of memory)
+    python -m tools.full_size sdxl --train         two steps of LoRA 16 in bf16, killed and resumed
 
-The files are random, in the real layout, written to the temporary folder (5 GB) and deleted at the end. Peak memory is
+The files are random, in the real layout, written to the temporary folder (7 GB) and deleted at the end. Peak memory is
 VmHWM after loading minus VmHWM after the imports. float32 weights are views of the mapped file, so every weight is read
 once before the measurement.
 """
 import argparse
-import contextlib
 import json
 import math
 import resource
@@ -43,7 +44,7 @@ FEW = "--steps 2 --batch 1 --grad-accum 1 --validation 2 --previews 2 --lr 1e-3 
 
 def write_random_checkpoint(name, path):
     """Write a .safetensors file tensor by tensor, so that it is never in memory as a whole."""
-    names = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64"}
+    names = {torch.float32: "F32", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64"}
     header, offset = {}, 0
     for key, (shape, dtype) in manifest(name).items():
         size = math.prod(shape) * dtype.itemsize
@@ -55,7 +56,7 @@ def write_random_checkpoint(name, path):
     with open(path, "wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
         for key, (shape, dtype) in manifest(name).items():
-            checkpoints.random_tensor(key, shape, dtype).numpy().tofile(file)
+            checkpoints.random_tensor(key, shape, dtype).to(dtype).numpy().tofile(file)
 
 
 # ------------------------------------------------------------------ measurements, each in its own process
@@ -80,21 +81,37 @@ def measure_reading(path, dtype):
 
 @torch.inference_mode()
 def compare_networks(name, path):
-    ours, theirs = load_checkpoint(path), checkpoints.references(CONFIGS[name], load_file(path))
+    config = CONFIGS[name]
     torch.manual_seed(1)
     x, context, images, latents = (torch.randn(*shape) for shape in (
-        (2, 4, 32, 32), (2, 77, ours.config.context_width), (1, 3, 128, 128), (1, 4, 16, 16)))
-    t_dm = torch.tensor([3.3, 900.0])
-    posterior, (mean, std) = theirs.vae.encode(images).latent_dist, ours.first_stage_model.moments(images)
-    ids = checkpoints.clip_ids(PROMPTS, 0 if ours.config.open_clip else 49407)
-    results = {
-        "UNet": relative(ours.unet(x, t_dm, context), theirs.unet(x, t_dm, context).sample),
-        "encoder mean": relative(mean, posterior.mean), "encoder std": relative(std, posterior.std),
-        "decoder": relative(ours.decode(latents), theirs.vae.decode(latents / ours.config.latent_scale).sample),
-        "text": relative(ours.encode_text(PROMPTS), theirs.text(ids).last_hidden_state),
-    }
+        (2, 4, 32, 32), (2, 77, config.context_width), (1, 3, 128, 128), (1, 4, 16, 16)))
+    t_dm, pooled = torch.tensor([3.3, 900.0]), torch.randn(2, 1, config.context_width)
+    pooled[:, :, config.pooled_width:] = 0
+    sd = load_checkpoint(path)
+    with_pooled = torch.cat([context, pooled], 1) if config.is_xl else context
+    ours = {"UNet": sd.unet(x, t_dm, with_pooled), "decoder": sd.decode(latents), "text": sd.encode_text(PROMPTS)}
+    ours["encoder mean"], ours["encoder std"] = sd.first_stage_model.moments(images)
+    del sd                                              # two of SDXL are too much for one memory
+    sd = checkpoints.references(config, load_file(path))
+    posterior, more = sd.vae.encode(images).latent_dist, {}
+    if config.is_xl:
+        more = {"added_cond_kwargs": {"text_embeds": pooled[:, 0, :config.pooled_width],
+                                      "time_ids": torch.tensor([[256, 256, 0, 0, 256, 256]] * 2)}}
+    theirs = {"UNet": sd.unet(x, t_dm, context, **more).sample, "encoder mean": posterior.mean,
+              "encoder std": posterior.std, "decoder": sd.vae.decode(latents / config.latent_scale).sample,
+              "text": text_of_references(config, sd)}
+    results = {what: relative(ours[what][:, :77] if what == "text" else ours[what], theirs[what]) for what in theirs}
     print("  relative difference in float32: " + ", ".join(f"{what} {value:.1e}" for what, value in results.items())
           + f"; bound 2e-05: {'ok' if max(results.values()) <= 2e-5 else 'EXCEEDED'}")
+
+
+def text_of_references(config, theirs):
+    """-> the text embedding (B, 77, D) of PROMPTS by transformers."""
+    if not config.is_xl:
+        return theirs.text(checkpoints.clip_ids(PROMPTS, 0 if config.open_clip else 49407)).last_hidden_state
+    towers = (theirs.text, 49407), (theirs.text_2, 0)
+    return torch.cat([tower(checkpoints.clip_ids(PROMPTS, pad_token), output_hidden_states=True).hidden_states[-2]
+                      for tower, pad_token in towers], dim=-1)
 
 
 @torch.no_grad()
@@ -146,13 +163,13 @@ def measure_cache(path, sizes=(64, 128, 256), turns=5):
     in turns. The first turn is slower and does not count."""
     folder, cpu = Path(path).parent, torch.device("cpu")
     sys.argv = f"train.py --ckpt {path} --data {folder}/photos --cache {folder}/cache --lora 16".split()
-    args, amp = train.arguments(), contextlib.nullcontext()
+    args = train.arguments()
     args.precision = "fp32"
     sd, flow, _ = train.load_trainable(args, cpu)
     for size in sizes:
         args.size = [size]
         live = train.open_data(args, sd)[0]
-        datasets, seconds = {"without": live, "with": fill_cache(args, sd, live, amp, Ranks(cpu))}, {}
+        datasets, seconds = {"without": live, "with": fill_cache(args, sd, live, Ranks(cpu))}, {}
         for turn in range(turns + 1):
             for what, dataset in datasets.items():
                 begin = time.process_time()
@@ -187,6 +204,10 @@ def run(*words):
 
 
 def read(name, path):
+    if name == "sdxl":
+        for what in ("compare", "bfloat16"):
+            run("-m", "tools.full_size", "--measure", what, name, path)
+        return
     for what in ("compare", "folder", "float32", "bfloat16", "pickle"):
         run("-m", "tools.full_size", "--measure", what, name, path)
     path.unlink()
@@ -219,6 +240,12 @@ def train_all(name, path):
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         print(f"  {what}: {time.time() - start:.0f} s, peak memory so far {memory:.1f} GiB", flush=True)
 
+    if name == "sdxl":
+        words = (f"train.py {FEW} --data {photos} --size 128 --precision bf16 --lora 16 --validation 1 --previews 1 "
+                 f"--preview-every 0 --steps 1 --out {folder}/run")
+        script("LoRA 16, one step", words)
+        run("train.py", "--resume", folder / "run", "--steps", 2)
+        return
     for preset in ("base", "small"):
         script(f"LoRA {preset}", f"train.py {FEW} --data {photos} --size 256 --lora {preset} --out {folder}/{preset}")
         run("-m", "tools.full_size", "--measure", "lora", path, folder / preset / "lora.safetensors")
@@ -240,7 +267,7 @@ def cache(name, path):
 def main():
     parser = argparse.ArgumentParser(prog="python -m tools.full_size", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="sd15, sd21, or both")
+    parser.add_argument("names", nargs="*", help="sd15, sd21 or sdxl")
     parser.add_argument("--train", action="store_true", help="train on the files instead")
     parser.add_argument("--cache", action="store_true", help="measure training with --cache instead")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
 """Count what a pass of the UNet asks a GPU to do, ours beside diffusers' and peft's, without weights and without a GPU.
 
     python -m tools.kernels                 SD 2.1, 4 pictures of 512 px, bf16: sampling, and training steps (a minute)
-    python -m tools.kernels sd15            the same for SD 1.5
+    python -m tools.kernels sdxl            the same for SDXL; sd15 for SD 1.5
     python -m tools.kernels --compiled      kernels of a sampling pass under torch.compile, by inductor's own count
 
 It runs the networks on torch's fake tensors, as tools/costs.py does. An operation counts as one kernel, unless it only
@@ -33,7 +33,7 @@ from model import UNet
 from support.files import cli, parse
 from support.names import unet_path
 from support.packed import fuse
-from tests.checkpoints import CONFIGS, diffusers_unet
+from tests.checkpoints import CONFIGS, diffusers_condition, diffusers_unet
 from tools.bench import injected
 from tools.costs import as_on_cuda, build, table
 
@@ -71,8 +71,9 @@ class Kernels(TorchDispatchMode):
 # ------------------------------------------------------------------ the two sides: each function returns step(*tensors)
 
 def tensors(config):
-    """-> x (B, 4, h, w), t (B,), context (B, 77, D) in float32."""
-    return torch.zeros(BATCH, 4, SIZE, SIZE), torch.zeros(BATCH), torch.zeros(BATCH, 77, config.context_width)
+    """-> x (B, 4, h, w), t (B,), context (B, 77, D) in float32, for SDXL (B, 78, D)."""
+    context = torch.zeros(BATCH, 77 + config.is_xl, config.context_width)
+    return torch.zeros(BATCH, 4, SIZE, SIZE), torch.zeros(BATCH), context
 
 
 def materialise(net, mode):
@@ -87,6 +88,8 @@ def ours(config, way, mode):
         with torch.device("meta"):
             net = UNet(config).to(torch.bfloat16).requires_grad_(False).eval()
         net.time_embed.float()
+        if config.is_xl:
+            net.label_emb.float()
         materialise(net, mode)
         with mode:
             fuse(net)
@@ -107,13 +110,13 @@ def theirs(config, way, mode):
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
     def sample(x, t, context):
-        return net(x.bfloat16(), t, context.bfloat16()).sample
+        return net(x.bfloat16(), t, **diffusers_condition(config, context.bfloat16(), x)).sample
 
     def train(x1, t, context):
         noise, timesteps = torch.randn_like(x1), torch.zeros(BATCH, dtype=torch.long)
         noisy, target = scheduler.add_noise(x1, noise, timesteps), scheduler.get_velocity(x1, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
-            output = net(noisy, timesteps, context).sample
+            output = net(noisy, timesteps, **diffusers_condition(config, context, x1)).sample
         F.mse_loss(output.float(), target).backward()
     return sample if way == "sampling" else train
 

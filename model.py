@@ -595,12 +595,12 @@ class StableDiffusion(nn.Module):
         """prompts (B strings) -> context (B, 77, D): the text embedding. SDXL: (B, 78, D), the states of both text
         encoders before their last layer side by side, and a row that begins with the pooled text, then is zero."""
         tower, *second = self.text_encoders
-        ids = tokenize(prompts, pad_token=0 if self.config.open_clip else 49407).to(self.device)
+        ids = tokenize(prompts, pad_token=0 if self.config.open_clip else 49407).to(self.device, non_blocking=True)
         if not second:
             return tower.ln_final(run_tower(tower, ids, self.config.text_layers_used))
         states = run_tower(tower, ids, self.config.text_layers - 1)
         tower, = second
-        ids = tokenize(prompts, pad_token=0).to(self.device)
+        ids = tokenize(prompts, pad_token=0).to(self.device, non_blocking=True)
         before = run_tower(tower, ids, self.config.pooled_layers - 1)
         last = tower.ln_final(tower.transformer.resblocks[-1](before, attn_mask=tower.attn_mask))
         end = ids.argmax(-1)                                                      # the end token is the largest

@@ -308,7 +308,8 @@ def text_to_image(sd, batch, caption_dropout=0.0):
     carries text embeddings: that of its caption, and that of the empty prompt, which dropped captions use."""
     captions = drop_captions(batch["caption"], caption_dropout)
     if "context" in batch:
-        is_empty = torch.tensor([caption == "" for caption in captions], device=batch["x1"].device).view(-1, 1, 1)
+        is_empty = torch.tensor([caption == "" for caption in captions]).view(-1, 1, 1)
+        is_empty = is_empty.to(batch["x1"].device, non_blocking=True)
         context = torch.where(is_empty, batch["empty"], batch["context"])
     else:
         context = sd.encode_text(captions)

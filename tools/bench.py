@@ -156,7 +156,8 @@ def unet_ours(case):
 
 def unet_peer(case):
     sd, x, t, context, amp = prepare(case)
-    condition = diffusers_condition(sd.config, context, x)
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    x, condition = x.to(dtype), diffusers_condition(sd.config, context.to(dtype), x)
     net = peer_unet(case, sd)
     if case.device != "cpu":            # on a CPU it is not faster
         net.fuse_qkv_projections()
@@ -258,10 +259,11 @@ def sample_peer(case):
     from tests.checkpoints import full_pipeline
     sd, x0, _, _, amp = prepare(case)
     sigmas = sigma_grid(make_flow(sd, "diff2flow"), case.steps)
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
     tensors = {name: tensor.float() for name, tensor in load_file(weights_file(case.arch)).items()}
     pipe = full_pipeline(sd.config, tensors, sd.prediction)
     pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
-    pipe.to(case.device, torch.bfloat16 if case.dtype == "bf16" else torch.float32)
+    pipe.to(case.device, dtype)
     sd.model = None
     remove_all_but_unet(sd)
     for network in pipe.unet, pipe.vae:
@@ -274,7 +276,7 @@ def sample_peer(case):
     def step():
         with amp:
             pictures = pipe([PROMPT] * case.batch, height=case.size, width=case.size, sigmas=sigmas, guidance_scale=4.0,
-                            negative_prompt=[""] * case.batch, latents=x0, output_type="pt").images
+                            negative_prompt=[""] * case.batch, latents=x0.to(dtype), output_type="pt").images
         return 2 * pictures - 1
     return step
 

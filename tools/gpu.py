@@ -164,8 +164,8 @@ def resumed(sizes):
     """-> relative difference of the LoRAs of two equal runs, and of one that was killed and resumed. 0: bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         command = (f"train.py --ckpt {bench.weights_file(sizes.arch)} --data {bench.photographs()} --lora 16 "
-                   f"--steps 12 --save-every 4 --batch {sizes.few} --grad-accum 1 --size {sizes.size} --validation 2 --previews 2 "
-                   f"--preview-every 0 --device {sizes.device} --lr 1e-4 --out {folder}/")
+                   f"--steps 12 --save-every 4 --batch {sizes.few} --grad-accum 1 --size {sizes.size} "
+                   f"--validation 2 --previews 2 --preview-every 0 --device {sizes.device} --lr 1e-4 --out {folder}/")
         run(command + "whole"), run(command + "again")
         process = subprocess.Popen([sys.executable, *shlex.split(command + "killed")], stdout=subprocess.DEVNULL)
         while process.poll() is None and not Path(folder, "killed/state.safetensors").exists():
@@ -183,8 +183,8 @@ def depth(sizes):
     import numpy as np
     with tempfile.TemporaryDirectory() as folder:
         run(f"train.py --task depth --ckpt {bench.weights_file(sizes.arch)} --data {FOLDER}/depth "
-            f"--lora small --steps 2 --batch 1 --grad-accum 1 --size {sizes.size} --validation 1 --previews 1 --device {sizes.device} "
-            f"--out {folder}/run")
+            f"--lora small --steps 2 --batch 1 --grad-accum 1 --size {sizes.size} --validation 1 --previews 1 "
+            f"--device {sizes.device} --out {folder}/run")
         run(f"depth.py {FOLDER}/depth/china.jpg --lora {folder}/run/lora.safetensors --steps 2 --ensemble 2 "
             f"--device {sizes.device} --out {folder}/found")
         return np.load(f"{folder}/found/china.npy").shape
@@ -248,9 +248,11 @@ PARTS = [  # (name, estimate in minutes on an H100, a function or a command), in
     ("train all weights compiled", 6, benched(COMPILED, "train", "--dtype autocast --weights none --batch {many}")),
     ("train small compiled", 6, benched(COMPILED, "train", "--dtype bf16 --weights small --batch {few}")),
     ("unet compiled, large batch", 3, benched(COMPILED, "unet", "--dtype bf16 --batch {many}")),
+    ("unet of SDXL", 3, "-m tools.bench unet --arch sdxl --size 1024 --dtype bf16 --batch {few} --device {device} --json "
+     "{json}"),
     ("all tests", 10, "-m pytest -q -n auto"),
 ]
-NOT_REHEARSED = {name for name, _, _ in PARTS if "compiled" in name} - {"unet compiled"} | {"all tests"}
+NOT_REHEARSED = {name for name, _, _ in PARTS if "compiled" in name} - {"unet compiled"} | {"unet of SDXL", "all tests"}
 
 
 def hardware():
@@ -307,7 +309,7 @@ def main():
     for name, minutes, what in PARTS:
         left = args.minutes - (time.monotonic() - begin) / 60
         if name in finished or left < minutes:
-            print(f"{name}: {'done before' if name in finished else f'needs {minutes:g} minutes, {left:.1f} are left'}")
+            print(f"{name}: {'left out' if name in finished else f'needs {minutes:g} minutes, {left:.1f} are left'}")
             continue
         start = time.monotonic()
         row = {"name": name, **attempt(name, what, sizes, 60 * min(2 * minutes, left))}

@@ -1,0 +1,60 @@
+"""--compile of train.py and sample.py: the same results, and one line where nothing can be compiled."""
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import train
+from model import UNet
+from support import load
+from tests import runs
+from tests.checkpoints import relative
+from tests.runs import FEW, SHORT, refusal, works
+
+tiny, at_work = runs.tiny, runs.at_work
+pytestmark = pytest.mark.usefixtures("at_work")
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler: g++")
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Start without compiled code -> list with an entry for each time that torch compiles the UNet's forward pass."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.utils.counters
+    counter.clear()
+    yield counter["stats"]
+    torch._dynamo.reset()
+
+
+def weights(folder):
+    tensors = load_file(f"{folder}/lora.safetensors")
+    return torch.cat([tensors[name].flatten().float() for name in sorted(tensors)])
+
+
+@NEEDS_COMPILER
+def test_a_picture_sampled_by_a_compiled_network_is_that_without(compilations):
+    pixels = []
+    for more in "", "--compile":
+        out = works(sample, f"{FEW} --n 2 --batch 1 {more} --out picture.png")
+        pixels.append(torch.tensor(list(Image.open("picture.png").convert("RGB").tobytes())).int())
+    assert "takes up to minutes" in out and compilations["unique_graphs"] == 1
+    assert (pixels[0] - pixels[1]).abs().max() <= 1 and pixels[0].float().std() > 10
+
+
+@NEEDS_COMPILER
+def test_a_compiled_run_trains_the_weights_of_one_that_is_not_and_compiles_twice(compilations):
+    """Once for training, once for validation, whatever the number of batches in a step."""
+    for folder in "plain", "compiled":
+        works(train, f"{SHORT} --grad-accum 3 --batch 1 --lora 2 --preview-every 0 --validation 1 --previews 1 "
+                     f"--out {folder}" + " --compile" * (folder == "compiled"))
+    assert relative(weights("compiled"), weights("plain")) < 1e-4
+    assert compilations["unique_graphs"] <= 3
+
+
+def test_a_failing_compilation_is_one_line_that_says_to_leave_compile_out(monkeypatch, compilations):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    assert "torch.compile failed" in refusal(sample, f"{FEW} --n 1 --compile")

@@ -93,8 +93,9 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("sample: the grid stays on its device", "self.grid(steps).to(x0.device)", "self.grid(steps)"),
     ]),
     "model.py": ("tests/test_model.py tests/test_checkpoint.py tests/test_tools.py", [
-        ("model: GroupNorm eps", "def __init__(self, channels, eps=1e-5)", "def __init__(self, channels, eps=1e-6)"),
-        ("model: GroupNorm eps of the transformers", ", eps=1e-6)\n        self.proj_in", ")\n        self.proj_in"),
+        ("model: GroupNorm eps", "nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels",
+         "nn.GroupNorm(32, channels, eps=1e-3), nn.SiLU(), nn.Conv2d(channels, out_channels"),
+        ("model: GroupNorm eps of the transformers", ", eps=1e-6)\n        projection =", ")\n        projection ="),
         ("model: tanh gelu", "F.gelu(gate)", 'F.gelu(gate, approximate="tanh")'),
         ("model: VAE padding", "(0, 1, 0, 1)", "(1, 0, 1, 0)"),
         ("model: log variance not halved", "(0.5 * log_variance", "(log_variance"),
@@ -271,11 +272,16 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("names: diffusers' index of the input blocks", "{(number - 1) // blocks_per_level}",
          "{number // blocks_per_level}"),
     ]),
-    "support/packed.py": ("tests/test_model.py tests/test_sample.py", [
+    "support/packed.py": ("tests/test_model.py tests/test_sample.py tests/test_compile.py", [
         ("packed: packed convs without their stride", "(conv.padding, conv.stride,", "(conv.padding, (1, 1),"),
         ("packed: used where the operation is missing", "    except AttributeError:\n        return False\n",
          "    except AttributeError:\n        has_operations = has_dtype = True\n"),
         ("packed: switch ignored", "return ENABLED and is_x86", "return is_x86"),
+        ("packed: q, k, v joined in another order", "is_self + [attention.to_k, attention.to_v]",
+         "is_self + [attention.to_v, attention.to_k]"),
+        ("packed: q of self-attention computed twice", "None if is_self else attention.to_q", "attention.to_q"),
+        ("packed: cross-attention not joined", "FusedAttention(block.attn2, False)", "block.attn2"),
+        ("packed: --compile ignored", "    if compiled:\n", "    if False:\n"),
     ]),
     "support/pairs.py": ("tests/test_pairs.py tests/test_data.py", [
         ("pairs: of another prediction", "check_base(self.folder, self.made_with, sd, prediction)", "pass"),
@@ -361,6 +367,16 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("validation: velocity error not a mean", "mask).item() * len(x1)", "mask).item()"),
         ("validation: --prompt with other noise than sample.py", "self.noise.shape[1:], seed=0)",
          "self.noise.shape[1:], seed=1)"),
+    ]),
+    "tools/kernels.py": ("tests/test_kernels.py", [
+        ("kernels: views count", "if not operation.is_view and not", "if not"),
+        ("kernels: allocations count", "and name not in NO_KERNEL:", ":"),
+        ("kernels: results are not bytes", "tree_leaves((args, kwargs, result))", "tree_leaves((args, kwargs))"),
+        ("kernels: our matrices are not joined", "            fuse(net)\n", "            pass\n"),
+    ]),
+    "tools/bench.py": ("tests/test_bench.py", [
+        ("bench: the peer's bf16 network gets float32",
+         "x, condition = x.to(dtype), diffusers_condition(sd.config, context.to(dtype), x)", "condition = diffusers_condition(sd.config, context, x)"),
     ]),
     "tools/evaluate.py": ("tests/test_evaluate.py", [
         ("evaluate: FID at the real size", "CroppedPictures(args.real, samples.size)", "CroppedPictures(args.real)"),

@@ -28,6 +28,12 @@ def test_both_sides_compute_the_same_result(what, arch, tolerance):
     assert ours.shape == theirs.shape and (ours - theirs).norm() < tolerance * theirs.norm() and theirs.std() > 0.01
 
 
+@pytest.mark.parametrize("what", ["unet", "sample"])
+def test_both_sides_compute_in_bf16(what):
+    ours, theirs = (side(Case(what, "sd21", 64, 2, "bf16", steps=3))() for side in bench.SIDES[what])
+    assert ours.shape == theirs.shape and (ours - theirs).norm() < 0.3 * theirs.norm()
+
+
 @pytest.mark.parametrize("weights, dtype", [
     *itertools.product(("base", "small"), ("fp32", "autocast", "bf16")), ("none", "fp32"), ("none", "autocast")])
 def test_both_sides_train_the_same_number_of_parameters(weights, dtype, monkeypatch):

@@ -8,8 +8,6 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from model import UNet
-from support import load
 from tests import runs
 from tests.checkpoints import relative
 from tests.runs import FEW, SHORT, refusal, works
@@ -20,12 +18,11 @@ NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compi
 
 
 @pytest.fixture
-def compilations(monkeypatch):
-    """Start without compiled code -> list with an entry for each time that torch compiles the UNet's forward pass."""
+def compilations():
+    """Start without compiled code -> torch's counts of what it compiles: "unique_graphs"."""
     torch._dynamo.reset()
-    counter = torch._dynamo.utils.counters
-    counter.clear()
-    yield counter["stats"]
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters["stats"]
     torch._dynamo.reset()
 
 

@@ -248,8 +248,7 @@ PARTS = [  # (name, estimate in minutes on an H100, a function or a command), in
     ("train all weights compiled", 6, benched(COMPILED, "train", "--dtype autocast --weights none --batch {many}")),
     ("train small compiled", 6, benched(COMPILED, "train", "--dtype bf16 --weights small --batch {few}")),
     ("unet compiled, large batch", 3, benched(COMPILED, "unet", "--dtype bf16 --batch {many}")),
-    ("unet of SDXL", 3, "-m tools.bench unet --arch sdxl --size 1024 --dtype bf16 --batch {few} --device {device} --json "
-     "{json}"),
+    ("unet of SDXL", 3, "-m tools.bench unet --arch sdxl --size 1024 --dtype bf16 --batch {few} --json {json}"),
     ("all tests", 10, "-m pytest -q -n auto"),
 ]
 NOT_REHEARSED = {name for name, _, _ in PARTS if "compiled" in name} - {"unet compiled"} | {"unet of SDXL", "all tests"}

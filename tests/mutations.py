@@ -95,7 +95,7 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     "model.py": ("tests/test_model.py tests/test_checkpoint.py tests/test_tools.py", [
         ("model: GroupNorm eps", "nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels",
          "nn.GroupNorm(32, channels, eps=1e-3), nn.SiLU(), nn.Conv2d(channels, out_channels"),
-        ("model: GroupNorm eps of the transformers", ", eps=1e-6)\n        projection =", ")\n        projection ="),
+        ("model: GroupNorm eps of the transformers", ", eps=1e-6)\n        self.proj_in", ")\n        self.proj_in"),
         ("model: tanh gelu", "F.gelu(gate)", 'F.gelu(gate, approximate="tanh")'),
         ("model: VAE padding", "(0, 1, 0, 1)", "(1, 0, 1, 0)"),
         ("model: log variance not halved", "(0.5 * log_variance", "(log_variance"),
@@ -375,8 +375,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("kernels: our matrices are not joined", "            fuse(net)\n", "            pass\n"),
     ]),
     "tools/bench.py": ("tests/test_bench.py", [
-        ("bench: the peer's bf16 network gets float32",
-         "x, condition = x.to(dtype), diffusers_condition(sd.config, context.to(dtype), x)", "condition = diffusers_condition(sd.config, context, x)"),
+        ("bench: the peer's bf16 network gets float32", "x, condition = x.to(dtype), diffusers_condition(",
+         "x, condition = x, diffusers_condition("),
     ]),
     "tools/evaluate.py": ("tests/test_evaluate.py", [
         ("evaluate: FID at the real size", "CroppedPictures(args.real, samples.size)", "CroppedPictures(args.real)"),

@@ -62,9 +62,10 @@ def compute_in_bf16(sd):
 
 
 def compile_unet(sd, mode=None):
-    """torch.compile the UNet in place, at its first call. mode: "reduce-overhead" for CUDA graphs."""
+    """torch.compile the UNet in place, at its first call. mode: "reduce-overhead" for CUDA graphs. Only `forward`: a
+    hook of ours appends to a list, and would be compiled again for each length of it."""
     print("--compile: the first step, and the first with another batch or size, takes up to minutes")
-    sd.unet.compile(mode=mode)
+    sd.unet.forward = torch.compile(sd.unet.forward, mode=mode)
 
 
 # ------------------------------------------------------------------ files

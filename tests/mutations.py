@@ -254,6 +254,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("load: a broken result stops sampling", "except (ValueError, TypeError, KeyError, OSError) as error:",
          "except TypeError as error:"),
         ("load: dm models sampled by DDIM", 'in NAIVE else', 'in (*NAIVE, "dm") else'),
+        ("load: all weights compute in float32", '(sd.unet, "forward"), (sd, "encode")', '(sd, "encode")'),
+        ("load: pictures are encoded in float32", '(sd, "encode"), (sd, "decode")', '(sd, "decode")'),
         ("load: bf16 on every CUDA device", ">= (8, 0)", ">= (0, 0)"),
         ("load: negative prompt ignored", "sd.encode_text([negative])", 'sd.encode_text([""])'),
     ]),

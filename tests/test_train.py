@@ -413,6 +413,9 @@ def test_with_bf16_the_frozen_base_of_a_lora_is_bf16_and_what_is_trained_is_floa
     args = settings(SHORT + "--precision bf16 --lora none")
     sd, _, trained = train.load_trainable(args, torch.device("cpu"))
     assert not sd.unet.checkpointing and {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    x1, context = sd.encode(torch.zeros(1, 3, 32, 32)), sd.encode_text(["x"])
+    output = sd.unet(x1, torch.tensor([5.0]), context)
+    assert {x1.dtype, output.dtype, sd.decode(x1).dtype} == {torch.bfloat16}        # they compute in it
 
 
 # ------------------------------------------------------------------ validation

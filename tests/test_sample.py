@@ -178,7 +178,7 @@ def test_a_plain_stable_diffusion_file_is_sampled_at_512_pixels_and_768_can_be_c
         out = works(sample, f"--ckpt {files['sd21']} --n 1 --prompt x --device cpu --singles --out {size}.png {words}")
         assert f"1 pictures of {size}x{size}" in out and Image.open(f"{size}/0000.png").size == (size, size)
     usage = " ".join(call(sample, "--help").out.split())
-    assert "(default: 512, or the size that the model's metadata names; SD 2.1 was trained at 768)" in usage
+    assert "(default: 512, or the size that the model's metadata names; SD 2.1 was trained at 768; SDXL 1024)" in usage
 
 
 def test_print_sigmas_prints_the_documented_sigmas_and_draws_nothing():

@@ -7,7 +7,7 @@ Run it again to resume: a part whose row has no error is skipped. A part starts 
 It runs in a process of its own, which is killed after twice the estimate, so that one part's crash ends no other. A row
 has the part's name, seconds, date, hardware, version of torch, and result, or the end of its output as its error.
 
-A command's result is the rows that tools.bench wrote, or the last line that it printed. The networks are random, with
+A result is the rows that the part wrote, or else the end of what it printed. The networks are random, with
 the shapes of SD 2.1 (tools.bench writes them, 2 GB, in runs/bench/); the photographs are scikit-learn's.
 """
 import argparse
@@ -263,7 +263,7 @@ def attempt(name, what, sizes, seconds):
     with tempfile.TemporaryDirectory() as folder:
         words = {**sizes._asdict(), "json": f"{folder}/rows.jsonl"}
         command = shlex.split(what.format(**words)) if isinstance(what, str) else [
-            "-m", "tools.gpu", "--part", name, *(["--rehearse"] if sizes is REHEARSAL else [])]
+            "-m", "tools.gpu", "--part", name, words["json"], *(["--rehearse"] if sizes is REHEARSAL else [])]
         process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True, errors="replace", start_new_session=True)
         try:
@@ -276,13 +276,12 @@ def attempt(name, what, sizes, seconds):
         rows = Path(words["json"])
         if rows.exists():
             return {"result": [from_json(line) for line in rows.read_text().splitlines()]}
-        last = printed.strip().splitlines()[-1]
-        return {"result": from_json(last) if not isinstance(what, str) else last}
+        return {"result": printed.strip()[-200:]}
 
 
 def done(out, machine):
     """-> names of the parts that the file has a row of without an error, on this hardware."""
-    rows = [from_json(line) for line in out.read_text().splitlines()] if out.exists() else []
+    rows = [from_json(line) for line in out.read_text().splitlines() if line.endswith("}")] if out.exists() else []
     return {row["name"] for row in rows if row["hardware"] == machine and "error" not in row}
 
 
@@ -293,14 +292,15 @@ def main():
                         help="budget; a part starts if the time left covers its estimate (default: 25)")
     parser.add_argument("--out", help="file of the rows (default: runs/gpu/rows.jsonl)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU with narrow networks")
-    parser.add_argument("--part", choices=[name for name, _, _ in PARTS], help=argparse.SUPPRESS)
+    parser.add_argument("--part", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     args, begin = parse(parser), time.monotonic()
     check_range(args, 0, math.inf, "minutes")
     sizes = REHEARSAL if args.rehearse else Sizes()
     if not args.rehearse and not torch.cuda.is_available():
         raise ValueError("there is no CUDA device: --rehearse runs the parts on the CPU")
     if args.part:
-        print(json.dumps(next(what for name, _, what in PARTS if name == args.part)(sizes)))
+        part, file = args.part
+        Path(file).write_text(json.dumps(next(what for name, _, what in PARTS if name == part)(sizes)) + "\n")
         return
     out, machine = Path(args.out or FOLDER / ("rehearsal.jsonl" if args.rehearse else "rows.jsonl")), hardware()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -147,15 +147,14 @@ def count_compiled(config, side):
     """-> kernels that inductor generates for a sampling pass, and calls of its libraries' (convolutions, products). On
     a CPU and narrow networks, whose kernels are neither built nor run."""
     from torch._inductor import async_compile, metrics
-    from torch._inductor import config as inductor
-    from torch._inductor.utils import run_and_get_code
+    from torch._inductor.utils import fresh_cache, run_and_get_code
     config = replace(config, unet_widths=(64, 64, 128, 128), context_width=128)
     mode = contextlib.nullcontext()
     step = torch.compile(side(config, "sampling", mode))
     torch._dynamo.reset()
     metrics.reset()
     with (torch.no_grad(), mock.patch.object(model, "attend", F.scaled_dot_product_attention),
-          inductor.patch(force_disable_caches=True),
+          fresh_cache(),
           mock.patch.object(async_compile.AsyncCompile, "cpp_pybinding", lambda *names, **more: lambda *tensors: None)):
         _, code = run_and_get_code(step, *tensors(config))
     calls = sum(len(re.findall(r"extern_kernels\.\w+\(|torch\.ops\.\S+\(", part)) for part in code)

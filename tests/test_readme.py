@@ -176,7 +176,7 @@ def shortened(words):
 
 def run_here(page):
     """-> the commands of a page that take no minutes or gigabytes; the parts of the others have tests of their own."""
-    elsewhere = "tests.", "claims.", "tools.costs", "tools.full_size", "pytest"
+    elsewhere = ("tests.", "claims.", "tools.costs", "tools.full_size", "tools.gpu", "tools.kernels", "pytest")
     return [words for words in commands(page) if not module_of(words).startswith(elsewhere)]
 
 

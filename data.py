@@ -158,7 +158,7 @@ def centre_crop(image, height, width):
 
 
 def crop_sizes(image, box, height, width, is_mirrored=False):
-    """-> the six sizes that SDXL is told: height and width of the picture; top and left of its crop, in pixels after
+    """-> the six sizes that condition SDXL: height and width of the picture; top and left of its crop, in pixels after
     scaling; height and width of the crop. A mirrored picture is mirrored before its crop."""
     scale, (left, top, right, _) = width / (box[2] - box[0]), box
     left = image.width - right if is_mirrored else left

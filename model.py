@@ -291,6 +291,12 @@ class UNet(nn.Module):
                 x = layer(x, embedding, context)
         return x
 
+    def embeddings_to(self, dtype):
+        """Give the embeddings of time and sizes another dtype than the rest: small, and times must not be rounded."""
+        for name, layer in self.named_children():
+            if name in ("time_embed", "label_emb"):
+                layer.to(dtype)
+
     def vector(self, x, row):
         """The row behind the text embedding (B, D) -> (B, pooled + 6 * 256): pooled text, and sinusoids of six sizes in
         pixels, which are (H, W, 0, 0, H, W) of the picture x where the row has none."""

@@ -462,9 +462,7 @@ def read_weights(file, sd, stored, device, dtype):
         state[parameter] = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).view(empty.shape)
     sd.load_state_dict(state, assign=True)
     sd.unet_hash = hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
-    for name, layer in sd.unet.named_children():
-        if name in ("time_embed", "label_emb"):                     # small, and times must not be rounded
-            layer.to(torch.promote_types(dtype, torch.float32))
+    sd.unet.embeddings_to(torch.promote_types(dtype, torch.float32))
     for tower in sd.text_encoders:
         tower.attn_mask = torch.full((77, 77), float("-inf"), device=device).triu(1)
     return dtypes

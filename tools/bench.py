@@ -47,7 +47,7 @@ from model import SD15, SD21, SDXL, StableDiffusion
 from sample import sigma_grid
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.files import check_range, cli, parse, replacing
-from support.load import make_flow, pick_device
+from support.load import compile_unet, make_flow, pick_device
 from support.names import unet_path
 from support.packed import pack
 from tests.checkpoints import NARROW, diffusers_condition
@@ -115,9 +115,7 @@ def prepare(case):
     t, context = torch.linspace(10, 990, case.batch, device=sd.device), sd.encode_text([PROMPT] * case.batch)
     if case.dtype == "bf16":
         sd.to(torch.bfloat16)
-        sd.unet.time_embed.float()
-        if sd.config.is_xl:
-            sd.unet.label_emb.float()
+        sd.unet.embeddings_to(torch.float32)
     if case.what != "sample":
         remove_all_but_unet(sd)
     return sd, x, t, context, torch.autocast(sd.device.type, torch.bfloat16, enabled=case.dtype == "autocast")
@@ -178,7 +176,7 @@ def train_ours(case):
         lora.inject(sd.unet, case.weights)
     sd.unet.to(memory_format=torch.channels_last).train()
     if case.compile:
-        sd.unet.compile()
+        compile_unet(sd)
     flow = make_flow(sd, "diff2flow")
     trained = {name: parameter for name, parameter in sd.unet.named_parameters() if parameter.requires_grad}
     optimizer, ema = torch.optim.Adam(trained.values(), lr=1e-5, fused=True), EMA(trained)
@@ -197,20 +195,15 @@ def train_ours(case):
 def train_peer(case):
     """As in diffusers' examples/text_to_image: training all weights keeps an EMA, training a LoRA does not."""
     from diffusers import DDPMScheduler
-    from diffusers.training_utils import EMAModel, cast_training_params
+    from diffusers.training_utils import EMAModel
     sd, x1, _, context, amp = prepare(case)
     condition = diffusers_condition(sd.config, context, x1)
     if case.dtype == "bf16":                        # its adapters are float32
         amp = torch.autocast(sd.device.type, torch.bfloat16)
-    adapted = {} if case.weights == "none" else {
-        unet_path(path, sd.config): len(adapter.down) for path, adapter in injected(sd.unet, case.weights).items()}
+    ranks = {} if case.weights == "none" else peer_ranks(sd.unet, case.weights)
     net = peer_unet(case, sd).train()
-    if adapted:
-        from peft import LoraConfig
-        net.requires_grad_(False)
-        net.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=list(adapted), rank_pattern=adapted,
-                                   alpha_pattern=adapted))
-        cast_training_params(net)
+    if ranks:
+        add_adapters(net, ranks)
     else:
         net.requires_grad_()
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -234,13 +227,23 @@ def train_peer(case):
     return step
 
 
-def injected(unet, preset):
-    """-> the adapters that a preset adds, {path: LoRA}; they are removed from the UNet again."""
+def peer_ranks(unet, preset):
+    """-> {a layer's path in diffusers' UNet: the rank that a preset gives it}. Our UNet stays without adapters."""
     lora.inject(unet, preset)
     adapters = lora.adapters(unet)
     for path, adapter in adapters.items():
         unet.set_submodule(path, adapter.base)
-    return adapters
+    return {unet_path(path, unet.config): len(adapter.down) for path, adapter in adapters.items()}
+
+
+def add_adapters(net, ranks):
+    """Freeze diffusers' UNet, and add float32 adapters of peft with these ranks."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+    net.requires_grad_(False)
+    net.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=list(ranks), rank_pattern=ranks,
+                               alpha_pattern=ranks))
+    cast_training_params(net)
 
 
 def sample_ours(case):

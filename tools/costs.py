@@ -113,9 +113,7 @@ def without_file(config):
         with torch.device("meta"):
             sd = StableDiffusion(config, "v")
         sd.to(dtype).requires_grad_(False).eval()
-        sd.unet.time_embed.float()
-        if sd.config.is_xl:
-            sd.unet.label_emb.float()
+        sd.unet.embeddings_to(torch.float32)
         return sd
     return load_model
 

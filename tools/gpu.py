@@ -74,7 +74,7 @@ def parity(sizes):
     theirs = diffusers_copy(sd.unet, sd.config).to(sizes.device)
     exact, found = theirs(x, t, context).sample, {}
     for dtype in torch.float32, torch.bfloat16:
-        sd.unet.to(dtype).time_embed.float()
+        sd.unet.to(dtype).embeddings_to(torch.float32)
         inputs = x.to(dtype), t, context.to(dtype)
         ours, peer = sd.unet(*inputs), theirs.to(dtype)(*inputs).sample
         found[str(dtype)] = [relative(ours, peer), relative(ours, exact), relative(peer, exact)]

@@ -31,10 +31,9 @@ from torch.utils._pytree import tree_leaves
 import model
 from model import UNet
 from support.files import cli, parse
-from support.names import unet_path
 from support.packed import fuse
 from tests.checkpoints import CONFIGS, diffusers_condition, diffusers_unet
-from tools.bench import injected
+from tools.bench import add_adapters, peer_ranks
 from tools.costs import as_on_cuda, build, table
 
 BATCH, SIZE = 4, 64         # latents of 512 px
@@ -87,9 +86,7 @@ def ours(config, way, mode):
     if way == "sampling":
         with torch.device("meta"):
             net = UNet(config).to(torch.bfloat16).requires_grad_(False).eval()
-        net.time_embed.float()
-        if config.is_xl:
-            net.label_emb.float()
+        net.embeddings_to(torch.float32)
         materialise(net, mode)
         with mode:
             fuse(net)
@@ -123,15 +120,7 @@ def theirs(config, way, mode):
 
 def add_peft(net, config, preset):
     """Add the layers and ranks of our preset to diffusers' UNet, as float32 adapters of peft."""
-    from peft import LoraConfig
-    adapters = injected(UNet(config), preset)
-    ranks = {unet_path(path, config): len(adapter.down) for path, adapter in adapters.items()}
-    net.requires_grad_(False)
-    net.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=list(ranks), rank_pattern=ranks,
-                               alpha_pattern=ranks))
-    for parameter in net.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    add_adapters(net, peer_ranks(UNet(config), preset))
 
 
 def count(config, way, side):

@@ -2,7 +2,7 @@
 # Measure every claim of the paper on the bundled priors: train the models, measure them, draw the plots.
 #
 #     bash claims/run.sh              everything: about 50 hours of one CPU core, or half an hour of an H100 (estimates)
-#     bash claims/run.sh style        a part, or several of: rates priors style size reflow depth draw
+#     bash claims/run.sh style        a part, or several of: rates priors style size reflow depth weights draw
 #
 # A run trains one model, measures it on scenes that are the same for all runs, and writes the results to
 # claims/results/CLAIM/RUN.jsonl. Runs with results are skipped: re-run the command to resume, also on another computer.
@@ -40,15 +40,15 @@ once() { locked 0 "$@"; }               # once CLAIM/RUN FUNCTION OPTIONS...: FU
                                         # is done, or another process has begun it
 wait_for() { locked 86400 "$@"; }       # the same, but waits for that process
 
-train() {       # train CLAIM/RUN OPTIONS...: train.py; resumes a run that was stopped
+train() {       # train CLAIM/RUN OPTIONS...: train.py, or $trainer; resumes a run that was stopped
     local out=$runs/$1
     if [ -e "$out/result.json" ]; then
         return
     elif [ -e "$out/state.safetensors" ]; then
-        python train.py --resume "$out"
+        python ${trainer:-train.py} --resume "$out"
     else
-        python train.py --out "$out" --precision $precision --scenes 4096 --validation 128 --previews 4 \
-            --save-every 100 "${@:2}"
+        python ${trainer:-train.py} --out "$out" --precision $precision --batch 32 --scenes 4096 --validation 128 \
+            --previews 4 --save-every 100 "${@:2}"
     fi
 }
 
@@ -268,6 +268,32 @@ all_depths() {
     keep depth-samples.png $runs/depth/v-diff2flow-1/before_after.png
 }
 
+# ------------------------------------------------------------------ which weights for an eps-network?
+
+weights_run() { # weights_run NAME PRIOR LORA OBJECTIVE SEED: a third of style_run's steps, of 16 pictures
+    local rate=4e-3 trainer="-m claims.weighted" sampler=$4 model
+    if [ $3 = none ]; then rate=2e-3; fi
+    train $1 --ckpt $(prior $2) --lora $3 --objective $4 --seed $5 --steps 540 --batch 16 --scenes 1024 \
+        --lr $rate --preview-every 0
+    if [ $4 = min-snr ]; then sampler=dm; elif ! is_one_of $4 "dm fm-flip rf"; then sampler=diff2flow; fi
+    model=$(weights $1)
+    judge $1 velocity $model --style outline
+    judge $1 plain $model --cfg 1 --steps 10 --objective $sampler
+    judge $1 captions $model --style outline --cfg 1 --steps 10 4 --objective $sampler
+    save $1 $runs/$1/judged-*/*.jsonl
+}
+
+all_weights() {
+    local prior lora objective objectives
+    for prior in eps v; do for seed in $seeds; do for lora in $loras; do
+        objectives="diff2flow dm fm-flip rf"
+        if [ $prior = eps ]; then objectives+=" p1 c5 min-snr p2 c20"; fi
+        for objective in $objectives; do
+            once weights/$prior-$lora-$objective-$seed weights_run $prior $lora $objective $seed
+        done
+    done; done; done
+}
+
 # ------------------------------------------------------------------ the figures
 
 draw() {        # the figures and tables of claims/README.md
@@ -275,10 +301,10 @@ draw() {        # the figures and tables of claims/README.md
     python -m claims.page
 }
 
-for what in ${@:-rates priors style size reflow depth draw}; do
+for what in ${@:-rates priors style size reflow depth weights draw}; do
     case $what in
         rates) all_rates ;; priors) all_priors ;; style) all_styles ;; size) all_sizes ;; reflow) all_reflows ;;
-        depth) all_depths ;; draw) draw ;;
-        *) echo "claims/run.sh: $what is none of rates priors style size reflow depth draw" >&2; exit 2 ;;
+        depth) all_depths ;; weights) all_weights ;; draw) draw ;;
+        *) echo "claims/run.sh: $what is none of rates priors style size reflow depth weights draw" >&2; exit 2 ;;
     esac
 done

@@ -127,8 +127,9 @@ def read_ahead(loader):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
-    except RuntimeError as error:
-        if not WORKER_LOST.search(str(error)):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        of_an_item = "in DataLoader worker process" in str(error)       # what the data set raised, which torch passes on
+        if of_an_item or (isinstance(error, RuntimeError) and not WORKER_LOST.search(str(error))):
             raise
         reason = str(error).strip().split("\n")[-1]
         raise OSError("a process that reads pictures ahead was killed, or had too little shared memory: try fewer, as "

@@ -322,7 +322,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
          "again = self.received\n        self.received = self.deferred"),
         ("processes: orphans of torchrun train on", "return self.torchrun not in (None, os.getppid())", "return False"),
         ("processes: workers are waited for for ever", "            process.kill()", "            pass"),
-        ("processes: a killed worker is a bug", "if not WORKER_LOST.search(str(error)):", "if True:"),
+        ("processes: a killed worker is a bug",
+         "if of_an_item or (isinstance(error, RuntimeError) and not WORKER_LOST.search(str(error))):", "if True:"),
         ("processes: nohup overruled", "if signal.getsignal(number) != signal.SIG_IGN]", "]"),
     ]),
     "support/prompts.py": ("tests/test_sample.py tests/test_train.py", [

@@ -259,17 +259,19 @@ def test_an_error_in_a_worker_saves_and_ends_the_run_and_its_workers(tiny):
     assert int(metadata("run/state.safetensors")["step"]) >= 4
 
 
-@pytest.mark.parametrize("message", ["unable to write to file </torch_1_2_3>: No space left on device (28)",
-                                     "DataLoader worker (pid 7) is killed by signal: Bus error. ",
-                                     "unable to allocate shared memory(shm) for file </torch_1>: File exists (17)"])
-def test_too_little_shared_memory_is_one_line_with_the_way_out(message, monkeypatch):
+@pytest.mark.parametrize("error", [
+    RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "),
+    RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: File exists (17)"),
+    ConnectionResetError(104, "Connection reset by peer"), EOFError("while a batch was received")])
+def test_a_lost_worker_or_too_little_shared_memory_is_one_line_with_the_way_out(error, monkeypatch):
     class Loader:
         def __iter__(self):
-            raise RuntimeError(message)
+            raise error
             yield
     monkeypatch.setattr(train, "load_batches", lambda *args: Loader())
     line = refusal(train, RUN + "--out run")
-    assert "--workers 0" in line and "--shm-size" in line and message.strip() in line
+    assert "--workers 0" in line and "--shm-size" in line and str(error).strip() in line
 
 
 def limit_files(size):

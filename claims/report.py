@@ -179,24 +179,27 @@ def best(args):
 
 # ------------------------------------------------------------------ pairs
 
-def interval(differences, trained=True):
-    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval by the formula above.
+def estimate(differences, trained=True):
+    """Differences (S seeds, N scenes) -> mean, its standard error, and the degrees of freedom, by the formula above.
 
-    The half width is None if the variance cannot be estimated: fewer than three training seeds, or a single
-    difference.
+    The last two are None if the variance cannot be estimated: fewer than three training seeds, or a single difference.
     """
     seeds, scenes = differences.shape
     if seeds * scenes == 1 or (trained and seeds < 3):
-        return differences.mean(), None
+        return differences.mean(), None, None
     parts = []                                                          # A and B, each with its degrees of freedom
     for means in differences.mean(1), differences.mean(0):
         if len(means) > 1:
             parts.append((means.var(ddof=1) / len(means), len(means) - 1))
     variance = sum(part for part, _ in parts)
-    if variance == 0:
-        return differences.mean(), 0.0
-    freedom = variance**2 / sum(part**2 / own for part, own in parts)
-    return differences.mean(), stats.t.ppf(0.975, freedom) * math.sqrt(variance)
+    freedom = variance**2 / sum(part**2 / own for part, own in parts) if variance else math.inf
+    return differences.mean(), math.sqrt(variance), freedom
+
+
+def interval(differences, trained=True):
+    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval, None if it has none."""
+    mean, error, freedom = estimate(differences, trained)
+    return mean, None if error is None else stats.t.ppf(0.975, freedom) * error
 
 
 def values_of(row, name):
@@ -288,22 +291,33 @@ def format_difference(mean, half, percent):
     return f"{marked(signed(mean), mean, half)} ({signed(mean - half)} to {signed(mean + half)})"
 
 
+APART = "fm"                # what differs so much from the others that it is drawn with horizontal axes of its own
+
+
 def draw_differences(found, args):
-    """-> a figure with a panel per measure: a point per mean, a bar for its interval, a line at 0."""
+    """-> a figure with a panel per measure: a point per mean, a bar for its interval, a line at 0. Lines of fm have
+    panels of their own, below."""
     figure_class = matplotlib_figure()
     lines = sorted({values for rows in found.values() for values, *_ in rows}, key=sort_key, reverse=True)
-    figure = figure_class(figsize=(2 + 3.2 * len(found), 1.2 + 0.3 * len(lines)), layout="constrained")
-    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axis, of in zip(axes, args.of):
-        scale = 100 if unit(of.name, args) else 1
-        axis.axvline(0, color="black", linewidth=1)
-        for values, _, mean, half in found[of.heading]:
-            axis.errorbar(scale * mean, lines.index(values), xerr=None if half is None else scale * half, fmt="o",
-                          capsize=3, color=COLOURS.get(values[-1], "black"))
-        axis.set(title=of.heading, xlabel=f"difference from {display(args.against, args.words)}{unit(of.name, args)}",
-                 yticks=range(len(lines)), yticklabels=[", ".join(display(value, args.words) for value in values)
-                                                        for values in lines], ylim=(-0.6, len(lines) - 0.4))
-        axis.grid(axis="x", alpha=0.3)
+    parts = [part for part in ([line for line in lines if line[-1] != APART], [line for line in lines if line[-1] == APART])
+             if part]
+    figure = figure_class(figsize=(2 + 3.2 * len(found), 0.9 * len(parts) + 0.3 * len(lines) + 0.3), layout="constrained")
+    grid = figure.subplots(len(parts), len(found), squeeze=False, sharey="row",
+                           height_ratios=[len(part) + 0.3 for part in parts])
+    for axes, part in zip(grid, parts):
+        for axis, of in zip(axes, args.of):
+            scale = 100 if unit(of.name, args) else 1
+            axis.axvline(0, color="black", linewidth=1)
+            for values, _, mean, half in found[of.heading]:
+                if values in part:
+                    axis.errorbar(scale * mean, part.index(values), xerr=None if half is None else scale * half,
+                                  fmt="o", capsize=3, color=COLOURS.get(values[-1], "black"))
+            axis.set(yticks=range(len(part)), ylim=(-0.6, len(part) - 0.4),
+                     yticklabels=[", ".join(display(value, args.words) for value in values) for values in part])
+            axis.grid(axis="x", alpha=0.3)
+    for above, below, of in zip(grid[0], grid[-1], args.of):
+        above.set(title=of.heading)
+        below.set(xlabel=f"difference from {display(args.against, args.words)}{unit(of.name, args)}")
     return figure
 
 
@@ -344,6 +358,17 @@ def draw_lines(axis, rows, args):
     axis.legend(fontsize="small")
 
 
+def as_ratios(rows, args):
+    """Rows -> the same with --y divided by the mean of --against, over its rows in the same panel and at the same --x."""
+    names, found = [panel.name for panel in args.panel] + [args.x.name], []
+    for values, members in group(rows, names):
+        of_other = [look_up(row, args.y.name) for row in members if str(look_up(row, args.by.name)) == args.against]
+        if not of_other:
+            raise ValueError(f"--against {args.against}: no row with {args.x.name} {values[-1]}")
+        found += [{**row, args.y.name: look_up(row, args.y.name) / fmean(of_other)} for row in members]
+    return found
+
+
 def draw(rows, args):
     """-> a figure with a panel per value of --panel."""
     figure_class = matplotlib_figure()
@@ -352,12 +377,14 @@ def draw(rows, args):
         for name in (args.x.name, args.y.name, args.by.name):
             if look_up(row, name) is None:
                 raise ValueError(f"a row lacks {name}: {json.dumps(row)[:200]}")
+    if args.against:
+        rows = as_ratios(rows, args)
     panels = group(rows, [panel.name for panel in args.panel])
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = figure_class(figsize=(4.2 * columns, 3.6 * lines), layout="tight")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
-    if not args.linear:
+    if not (args.linear or args.against):
         axes[0, 0].set_yscale("log")
         axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes[0, 0].yaxis.set_major_formatter("{x:g}")
@@ -439,6 +466,7 @@ def arguments():
     of_plot.add_argument("--panel", type=column, nargs="*", default=[column("run.lora=LoRA")], metavar="NAME",
                          help="draw a panel per combination of values of these names; without a NAME, a single panel "
                               "(default: run.lora)")
+    of_plot.add_argument("--against", help="divide by the mean of this value of --by (default: nothing)")
     of_plot.add_argument("--out", default="plot.png", help="file for the figure (default: plot.png)")
 
     args = parse(parser)

@@ -209,15 +209,15 @@ all_sizes() {
 
 # ------------------------------------------------------------------ claim 8: Reflow once and twice
 
-pairs() {       # pairs NAME OPTIONS OF SAMPLE.PY...: 8,192 pairs in runs/claims/pairs/NAME, made by one process
+pairs() {       # pairs NAME N OPTIONS OF SAMPLE.PY...: N pairs in runs/claims/pairs/NAME, made by one process
     mkdir -p $runs/locks
     ( flock 9
-      python sample.py --pairs 8192 --batch 64 --precision $precision --out $runs/pairs/$1 "${@:2}"
+      python sample.py --pairs $2 --batch 64 --precision $precision --out $runs/pairs/$1 "${@:3}"
     ) 9> $runs/locks/pairs-$1
 }
 
 reflow() {      # reflow NAME SEED GUIDANCE: train on pairs of the prior, which are the same for all seeds
-    pairs cfg$3 --objective dm --steps 40 --cfg $3 --seed 1
+    pairs cfg$3 8192 --objective dm --steps 40 --cfg $3 --seed 1
     train $1 --task reflow --data $runs/pairs/cfg$3 --seed $2 --steps 1500 --preview-every 0
 }
 
@@ -230,7 +230,7 @@ reflow_run() {  # reflow_run NAME SEED GUIDANCE
 again_run() {   # again_run NAME SEED: train the prior on pairs of the first model
     local first=reflow/cfg4-$2
     reflow $first $2 4
-    pairs again-$2 --lora $(weights $first) --steps 25 --cfg 1 --seed 2
+    pairs again-$2 8192 --lora $(weights $first) --steps 25 --cfg 1 --seed 2
     train $1 --task reflow --data $runs/pairs/again-$2 --seed $2 --steps 1500 --preview-every 0
     judge $1 captions $(weights $1) --steps 25 4 2 1
     save_run $1
@@ -248,7 +248,15 @@ all_reflows() {
             once reflow/again-$seed again_run $seed
         fi
     done
+    once solvers/reflow-1 solvers_run
     for name in prior cfg4-1 again-1; do keep reflow-$name.png $runs/reflow/$name/judged-*/samples.png; done
+}
+
+solvers_run() { # solvers_run NAME: Euler, midpoint and Heun, before and after a Reflow of a quarter of the pairs and steps
+    pairs short 2048 --objective dm --steps 20 --cfg 4 --seed 1
+    train $1 --task reflow --data $runs/pairs/short --seed 1 --steps 400 --preview-every 0
+    python -m claims.solvers $(prior v) $(weights $1) --precision $precision --out $runs/$1/judged
+    save $1 $runs/$1/judged/captions.jsonl
 }
 
 # ------------------------------------------------------------------ claim 9: depth

@@ -1,0 +1,251 @@
+"""Say for each claim what is ahead of what, by one rule.
+
+    python -m claims.verdicts           a line for each claim, for the README
+    python -m claims.verdicts all       a line for each measure, also with fewer steps and with guidance
+
+A difference between two objectives has a 95 % interval over at least three seeds and over the scenes (claims/report.py;
+over the scenes alone for claims about a model that is not trained). Then
+
+    ahead, behind   the interval excludes 0
+    level           it includes 0, and lies within a margin on both sides: 3 points of captions right, 5 % of an error
+                    or a distance, 0.01 of brightness
+    not decided     neither; also with fewer than three seeds
+
+**Bold** verdicts also hold after Holm's correction for all comparisons of the same claim: the chance that any of them
+is wrong is then at most 5 %.
+"""
+import argparse
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import numpy as np
+from scipy import stats
+
+from claims.report import by_seed, estimate, group, look_up, number, paired_values, print_line, read_rows
+from support.files import cli, parse
+
+RESULTS = "claims/results"
+
+
+@dataclass
+class Measure:
+    """What is compared. better: 1 if more is better, -1 if less is. margin: of "level", in the unit of the difference."""
+    heading: str
+    better: int
+    margin: float
+    relative: bool                          # the difference is a share of the other's mean
+    percent: bool = False                   # the values are shares
+
+    def show(self, value):
+        return f"{100 * value:.0f} %" if self.percent else number(value)
+
+    def difference(self, mean, half):
+        unit = 100 if self.relative or self.percent else 1
+        digits = 1 if unit == 100 else 4
+        text = f"{unit * mean:+.{digits}f}" + (" %" if self.relative else "")
+        return text if half is None else f"{text} ({unit * (mean - half):+.{digits}f} to {unit * (mean + half):+.{digits}f})"
+
+
+MEASURES = {
+    "all": Measure("captions right", 1, 0.03, False, percent=True),
+    "shares.samples.all in front of": Measure("one in front of another", 1, 0.03, False, percent=True),
+    "frechet": Measure("Fréchet distance", -1, 0.05, True),
+    "velocity_error": Measure("velocity error", -1, 0.05, True),
+    "black.mean": Measure("black", -1, 0.01, False),
+    "white.mean": Measure("white", 1, 0.01, False),
+    "absrel": Measure("AbsRel", -1, 0.05, True),
+}
+
+
+@dataclass
+class Setting:
+    """One line of the README's table: where the results are, what is measured, and who is compared with whom."""
+    claim: int
+    words: str
+    folder: str
+    where: dict
+    measures: tuple = ("all", "frechet", "velocity_error")
+    summary: bool = True                    # is it in the README?
+    others: tuple = ("dm", "fm", "fm-flip")
+    ours: str = "diff2flow"
+    compare: str = "run.objective"
+    trained: bool = True
+
+
+def settings():
+    """-> all Settings, in the order of the claims."""
+    found = [Setting(1, f"a velocity field before any training, {p}-prior", "priors",
+                     {"prediction": p, "t_shift": "0.0", "n": "512"}, ("all",), compare="objective", trained=False) for p in ("v", "eps")]
+
+    def style(claim, words, prediction, lora):
+        own = {"prediction": prediction, "run.lora": lora, "own_sampler": "True", "n": "512"}
+        found.append(Setting(claim, words, "style", {**own, "steps": "25|None", "cfg": "1.0|None"}))
+        samples = "all", "frechet"
+        for steps in "10", "4":
+            found.append(Setting(claim, f"{words}, {steps} steps", "style", {**own, "steps": steps, "cfg": "1.0"},
+                                 samples, summary=False))
+        found.append(Setting(claim, f"{words}, guidance 3", "style", {**own, "cfg": "3.0"}, samples, summary=False))
+
+    style(2, "finetuning all weights, v-prior", "v", "none")
+    style(3, "finetuning by LoRA, v-prior", "v", "base")
+    for size in "96", "128":
+        for lora, words in ("base", "LoRA"), ("none", "all weights"):
+            found.append(Setting(4, f"{size}x{size} pixels, {words}, v-prior", "size",
+                                 {"size.0": size, "run.lora": lora, "own_sampler": "True", "n": "128"},
+                                 summary=lora == "base"))
+    found += [Setting(5, f"timesteps between the trained ones, {p}-prior", "priors",
+                      {"prediction": p, "objective": "dm", "n": "512"}, ("all",), others=("0.0",), ours="0.5",
+                      compare="t_shift", trained=False, summary=p == "v") for p in ("v", "eps")]
+    for prediction in "eps", "v":
+        for lora, words in ("base", "LoRA"), ("none", "all weights"):
+            found.append(Setting(6, f"true black and white, {words}, {prediction}-prior", "style",
+                                 {"prediction": prediction, "run.lora": lora, "own_sampler": "True", "n": "64"},
+                                 ("black.mean", "white.mean"), summary=lora == "base"))
+    style(7, "an eps-network, all weights", "eps", "none")
+    style(7, "an eps-network, LoRA", "eps", "base")
+    for steps in "1", "2", "4", "25":
+        found.append(Setting(8, f"Reflow, {steps} step{'s' * (steps != '1')}, v-prior", "reflow",
+                             {"steps": steps, "n": "512"}, ("all", "frechet"), others=("prior",), ours="cfg4",
+                             compare="file", summary=steps in ("2", "4")))
+    for prediction in "eps", "v":
+        for steps in "2", "1", "4", "10":
+            found.append(Setting(9, f"depth, {steps} step{'s' * (steps != '1')}, {prediction}-prior", "depth",
+                                 {"prediction": prediction, "steps": steps, "ensemble": "4"}, ("absrel",),
+                                 summary=steps == "2"))
+    return found
+
+
+@dataclass
+class Comparison:
+    """Ours against another: the verdict, the difference in words, and the p-value, None where it cannot be had."""
+    verdict: str
+    difference: str
+    p: float
+    holds: bool = False                     # also after Holm's correction
+
+
+def verdict(mean, half, measure):
+    """The rule: a mean difference and half the width of its interval, None for none -> ahead, behind, level or not
+    decided."""
+    if half is None:
+        return "not decided"
+    if abs(mean) > half:
+        return "ahead" if mean * measure.better > 0 else "behind"
+    return "level" if abs(mean) + half <= measure.margin else "not decided"
+
+
+def compare(ours, theirs, name, measure, trained):
+    """{seed: row} twice -> Comparison, or None where no seed has both."""
+    seeds, a, b = paired_values(ours, theirs, name)
+    if not seeds:
+        return None
+    mean, error, freedom = estimate((a - b) / (b.mean() if measure.relative else 1), trained)
+    if error is None:
+        return Comparison("not decided", measure.difference(mean, None), None)
+    p = 2 * stats.t.sf(abs(mean) / error, freedom) if error else float(mean == 0)
+    half = stats.t.ppf(0.975, freedom) * error
+    return Comparison(verdict(mean, half, measure), measure.difference(mean, half), p)
+
+
+def holm(comparisons, level=0.05):
+    """Mark the comparisons that Holm's correction keeps: the k-th smallest of m p-values, from 0, is at most
+    level / (m - k), and so are all smaller ones."""
+    decided = sorted((one for one in comparisons if one.p is not None), key=lambda one: one.p)
+    for k, one in enumerate(decided):
+        if one.p > level / (len(decided) - k):
+            break
+        one.holds = one.verdict in ("ahead", "behind")
+
+
+@dataclass
+class Line:
+    setting: Setting
+    name: str                               # of the measure
+    values: dict = field(default_factory=dict)          # {objective: mean, in words}
+    comparisons: dict = field(default_factory=dict)     # {other objective: Comparison}
+
+
+def lines():
+    """-> a Line for each measure of each Setting."""
+    found = []
+    for setting in settings():
+        rows = read_rows([f"{RESULTS}/{setting.folder}"], list(setting.where.items()))
+        for name in setting.measures:
+            measure, line = MEASURES[name], Line(setting, name)
+            members = [row for row in rows if look_up(row, name) is not None]
+            runs = {str(key): by_seed(of_it, key) for (key,), of_it in group(members, [setting.compare])}
+            for objective in (*setting.others, setting.ours):
+                if objective in runs:
+                    line.values[objective] = measure.show(fmean(look_up(row, name) for row in runs[objective].values()))
+            for other in setting.others:
+                found_one = other in runs and compare(runs[setting.ours], runs[other], name, measure, setting.trained)
+                if found_one:
+                    line.comparisons[other] = found_one
+            found.append(line)
+    for claim in {line.setting.claim for line in found}:
+        holm([one for line in found if line.setting.claim == claim for one in line.comparisons.values()])
+    return found
+
+
+OBJECTIVES = "dm", "fm", "fm-flip", "diff2flow"
+
+
+def in_words(comparison):
+    """-> the verdict, bold if it holds after the correction."""
+    return f"**{comparison.verdict}**" if comparison.holds else comparison.verdict
+
+
+def print_all(found):
+    """A line for each measure: the values, and the difference from each other objective."""
+    print_line(["claim", "setting", "measure", *OBJECTIVES, *(f"against {name}" for name in OBJECTIVES[:-1])])
+    print("|" + "---|" * (3 + len(OBJECTIVES) + 3))
+    for line in found:
+        values, comparisons = columns(line)
+        print_line([str(line.setting.claim), line.setting.words, MEASURES[line.name].heading, *values,
+                    *("" if one is None else f"{in_words(one)}: {one.difference}" for one in comparisons)])
+
+
+def columns(line):
+    """-> the values in the columns of OBJECTIVES, and the comparisons with all but the last of them. Claims that compare
+    a model with itself have their two values in the last column, and the comparison in the first."""
+    if line.setting.ours == OBJECTIVES[-1]:
+        return [line.values.get(name, "") for name in OBJECTIVES], [line.comparisons.get(name) for name in OBJECTIVES[:-1]]
+    (other,) = line.setting.others
+    return ["", "", "", f"{line.values[other]} before, {line.values[line.setting.ours]} after"], [
+        line.comparisons[other], None, None]
+
+
+def print_summary(found):
+    """A line for each Setting of the README: the values of its measures, and the verdicts in the same order."""
+    print_line(["", "claim", "measured", *OBJECTIVES, "diff2flow is"])
+    print("|" + "---|" * (4 + len(OBJECTIVES)))
+    for setting in [setting for setting in settings() if setting.summary]:
+        own = [line for line in found if line.setting == setting]
+        values = zip(*(columns(line)[0] for line in own))
+        verdicts = []
+        for other in setting.others:
+            words = [in_words(line.comparisons[other]) for line in own if other in line.comparisons]
+            if words:
+                verdicts.append((words[0] if len(set(words)) == 1 else ", ".join(words), other))
+        grouped = {}
+        for words, other in verdicts:
+            grouped.setdefault(words, []).append({"prior": "before", "0.0": "before"}.get(other, other))
+        print_line([str(setting.claim), setting.words, ", ".join(MEASURES[line.name].heading for line in own),
+                    *("; ".join(filter(None, of_column)) for of_column in values),
+                    "; ".join(f"{' and '.join(others)}: {words}" for words, others in grouped.items())])
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="python -m claims.verdicts", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="?", choices=["summary", "all"], default="summary",
+                        help="a line for each claim, or for each measure (default: summary)")
+    return parse(parser)
+
+
+def main():
+    {"all": print_all, "summary": print_summary}[arguments().which](lines())
+
+
+if __name__ == "__main__":
+    cli(main)

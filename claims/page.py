@@ -1,9 +1,9 @@
-"""Run the commands of claims/README.md again and update its tables and figures.
+"""Run the commands of claims/tables.md, and those of README.md, again and update the tables and figures.
 
     python -m claims.page
 
-A command is an indented paragraph that calls claims.report or claims.levels. The table below it is replaced by the
-command's output; the figure is the file of its --out.
+A command is an indented paragraph that calls claims.report, claims.levels or claims.verdicts. The table below it is
+replaced by the command's output; the figure is the file of its --out.
 """
 import contextlib
 import io
@@ -12,11 +12,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from claims import levels, report
+from claims import levels, report, verdicts
 from support.files import cli, replacing
 
-PAGE = Path("claims/README.md")
-COMMAND = re.compile(r"^    python -m (claims\.(?:report|levels) (?:.*\\\n)*.*)\n(?:\n((?:\|.*\n)+))?", re.MULTILINE)
+PAGES = Path("README.md"), Path("claims/tables.md")
+MODULES = {"claims.report": report, "claims.levels": levels, "claims.verdicts": verdicts}
+COMMAND = re.compile(r"^    python -m (claims\.(?:report|levels|verdicts)\b(?:.*\\\n)*.*)\n(?:\n((?:\|.*\n)+))?",
+                     re.MULTILINE)
 
 
 def words_of(command):
@@ -28,7 +30,7 @@ def run(words):
     """The words of a command -> the table that it prints."""
     sys.argv = words
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        {"claims.report": report, "claims.levels": levels}[words[0]].main()
+        MODULES[words[0]].main()
     return "".join(line for line in printed.getvalue().splitlines(keepends=True) if line.startswith("|"))
 
 
@@ -43,9 +45,10 @@ def updated(match):
 
 
 def main():
-    page = COMMAND.sub(updated, PAGE.read_text())
-    with replacing(PAGE) as temporary:
-        temporary.write_text(page)
+    for path in PAGES:
+        page = COMMAND.sub(updated, path.read_text(encoding="utf-8"))
+        with replacing(path) as temporary:
+            temporary.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -299,9 +299,10 @@ def draw_differences(found, args):
     panels of their own, below."""
     figure_class = matplotlib_figure()
     lines = sorted({values for rows in found.values() for values, *_ in rows}, key=sort_key, reverse=True)
-    parts = [part for part in ([line for line in lines if line[-1] != APART], [line for line in lines if line[-1] == APART])
-             if part]
-    figure = figure_class(figsize=(2 + 3.2 * len(found), 0.9 * len(parts) + 0.3 * len(lines) + 0.3), layout="constrained")
+    parts = [[line for line in lines if (line[-1] == APART) == is_apart] for is_apart in (False, True)]
+    parts = [part for part in parts if part]
+    figure = figure_class(figsize=(2 + 3.2 * len(found), 0.9 * len(parts) + 0.3 * len(lines) + 0.3),
+                          layout="constrained")
     grid = figure.subplots(len(parts), len(found), squeeze=False, sharey="row",
                            height_ratios=[len(part) + 0.3 for part in parts])
     for axes, part in zip(grid, parts):
@@ -359,7 +360,7 @@ def draw_lines(axis, rows, args):
 
 
 def as_ratios(rows, args):
-    """Rows -> the same with --y divided by the mean of --against, over its rows in the same panel and at the same --x."""
+    """Rows -> the same with --y divided by the mean of --against over its rows in the same panel at the same --x."""
     names, found = [panel.name for panel in args.panel] + [args.x.name], []
     for values, members in group(rows, names):
         of_other = [look_up(row, args.y.name) for row in members if str(look_up(row, args.by.name)) == args.against]

@@ -70,13 +70,17 @@ def sample_pictures(sd, flow, captions, noise, solver, calls, cfg, batch):
     return torch.cat(pictures)
 
 
-@torch.no_grad()
-def main():
+def arguments():
     parser = argparse.ArgumentParser(prog="python -m claims.solvers", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     judge.add_model_arguments(parser)
     judge.add_common_arguments(parser, 512, None, "runs/solvers")
-    args = parse(parser)
+    return parse(parser)
+
+
+@torch.no_grad()
+def main():
+    args = arguments()
     device, dtype = judge.begin(args, "captions.jsonl")
     args.style, rows, real = "solid", [], None
     classifier = judge.load_classifier(args.style, device)

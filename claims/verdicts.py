@@ -18,7 +18,6 @@ import argparse
 from dataclasses import dataclass, field
 from statistics import fmean
 
-import numpy as np
 from scipy import stats
 
 from claims.report import by_seed, estimate, group, look_up, number, paired_values, print_line, read_rows
@@ -29,10 +28,10 @@ RESULTS = "claims/results"
 
 @dataclass
 class Measure:
-    """What is compared. better: 1 if more is better, -1 if less is. margin: of "level", in the unit of the difference."""
+    """What is compared."""
     heading: str
-    better: int
-    margin: float
+    better: int                             # 1 if more is better, -1 if less is
+    margin: float                           # of "level", in the unit of the difference
     relative: bool                          # the difference is a share of the other's mean
     percent: bool = False                   # the values are shares
 
@@ -40,10 +39,12 @@ class Measure:
         return f"{100 * value:.0f} %" if self.percent else number(value)
 
     def difference(self, mean, half):
-        unit = 100 if self.relative or self.percent else 1
-        digits = 1 if unit == 100 else 4
-        text = f"{unit * mean:+.{digits}f}" + (" %" if self.relative else "")
-        return text if half is None else f"{text} ({unit * (mean - half):+.{digits}f} to {unit * (mean + half):+.{digits}f})"
+        """-> a mean difference and its interval in words, in points, per cent or as it is."""
+        def signed(x):
+            return f"{100 * x:+.1f}" if self.relative or self.percent else f"{x:+.4f}"
+
+        text = signed(mean) + (" %" if self.relative else "")
+        return text if half is None else f"{text} ({signed(mean - half)} to {signed(mean + half)})"
 
 
 MEASURES = {
@@ -75,7 +76,8 @@ class Setting:
 def settings():
     """-> all Settings, in the order of the claims."""
     found = [Setting(1, f"a velocity field before any training, {p}-prior", "priors",
-                     {"prediction": p, "t_shift": "0.0", "n": "512"}, ("all",), compare="objective", trained=False) for p in ("v", "eps")]
+                     {"prediction": p, "t_shift": "0.0", "n": "512"}, ("all",), compare="objective", trained=False)
+             for p in ("v", "eps")]
 
     def style(claim, words, prediction, lora):
         own = {"prediction": prediction, "run.lora": lora, "own_sampler": "True", "n": "512"}
@@ -197,42 +199,66 @@ def in_words(comparison):
 
 def print_all(found):
     """A line for each measure: the values, and the difference from each other objective."""
-    print_line(["claim", "setting", "measure", *OBJECTIVES, *(f"against {name}" for name in OBJECTIVES[:-1])])
-    print("|" + "---|" * (3 + len(OBJECTIVES) + 3))
+    print_line(["claim", "setting", "measure", *OBJECTIVES, "diff2flow is"])
+    print("|" + "---|" * (4 + len(OBJECTIVES)))
     for line in found:
-        values, comparisons = columns(line)
-        print_line([str(line.setting.claim), line.setting.words, MEASURES[line.name].heading, *values,
-                    *("" if one is None else f"{in_words(one)}: {one.difference}" for one in comparisons)])
+        said = [f"{display(other)}: {in_words(one)}, {one.difference}" for other, one in line.comparisons.items()]
+        print_line([str(line.setting.claim), line.setting.words, MEASURES[line.name].heading, *columns(line),
+                    "; ".join(said)])
+
+
+def display(other):
+    return {"prior": "the prior", "0.0": "the trained ones"}.get(other, other)
 
 
 def columns(line):
-    """-> the values in the columns of OBJECTIVES, and the comparisons with all but the last of them. Claims that compare
-    a model with itself have their two values in the last column, and the comparison in the first."""
+    """-> the values in the columns of OBJECTIVES. Claims that compare a model with itself have both in the last one."""
     if line.setting.ours == OBJECTIVES[-1]:
-        return [line.values.get(name, "") for name in OBJECTIVES], [line.comparisons.get(name) for name in OBJECTIVES[:-1]]
+        return [line.values.get(name, "") for name in OBJECTIVES]
     (other,) = line.setting.others
-    return ["", "", "", f"{line.values[other]} before, {line.values[line.setting.ours]} after"], [
-        line.comparisons[other], None, None]
+    return ["", "", "", f"{line.values[other]} before, {line.values[line.setting.ours]} after"]
+
+
+def listed(names):
+    """["dm", "fm", "fm-flip"] -> "dm, fm and fm-flip"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def sentence(own):
+    """The lines of a Setting -> what is ahead of what, as "**ahead** of fm; level with dm in captions right". A measure
+    that is not named is not decided."""
+    grouped = {}                                        # others about whom the same is said
+    for other in own[0].setting.others:
+        found = {line.name: line.comparisons[other] for line in own if other in line.comparisons}
+        if found:
+            key = tuple((name, in_words(one)) for name, one in found.items())
+            grouped.setdefault(key, []).append(display(other))
+    parts = []
+    for key, others in grouped.items():
+        phrases = []
+        for kind in "ahead", "behind", "level":
+            which = [(name, words) for name, words in key if kind in words]
+            if which:
+                bold = all("**" in words for _, words in which)
+                words = f"**{kind}**" if bold else kind
+                if not phrases:
+                    words += {"ahead": " of ", "behind": " ", "level": " with "}[kind] + listed(others)
+                if len(which) < len(key):
+                    words += " in " + listed([MEASURES[name].heading for name, _ in which])
+                phrases.append(words)
+        parts.append(", ".join(phrases) or f"{listed(others)}: not decided")
+    return "; ".join(parts)
 
 
 def print_summary(found):
-    """A line for each Setting of the README: the values of its measures, and the verdicts in the same order."""
+    """A line for each Setting of the README: the values of its measures, and what is ahead of what."""
     print_line(["", "claim", "measured", *OBJECTIVES, "diff2flow is"])
     print("|" + "---|" * (4 + len(OBJECTIVES)))
     for setting in [setting for setting in settings() if setting.summary]:
         own = [line for line in found if line.setting == setting]
-        values = zip(*(columns(line)[0] for line in own))
-        verdicts = []
-        for other in setting.others:
-            words = [in_words(line.comparisons[other]) for line in own if other in line.comparisons]
-            if words:
-                verdicts.append((words[0] if len(set(words)) == 1 else ", ".join(words), other))
-        grouped = {}
-        for words, other in verdicts:
-            grouped.setdefault(words, []).append({"prior": "before", "0.0": "before"}.get(other, other))
+        values = zip(*map(columns, own))
         print_line([str(setting.claim), setting.words, ", ".join(MEASURES[line.name].heading for line in own),
-                    *("; ".join(filter(None, of_column)) for of_column in values),
-                    "; ".join(f"{' and '.join(others)}: {words}" for words, others in grouped.items())])
+                    *("; ".join(filter(None, of_column)) for of_column in values), sentence(own)])
 
 
 def arguments():

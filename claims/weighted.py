@@ -50,8 +50,14 @@ class MinSNR(Diffusion):
         return masked_mean((5 * (sigma / alpha) ** 2).clamp(max=1) * (eps - x0).square(), mask)
 
 
-OBJECTIVES.update({name: type(name, (Weighted,), {"weight": staticmethod(w)}) for name, w in WEIGHTS.items()})
-OBJECTIVES["min-snr"] = MinSNR
+MORE = {"min-snr": MinSNR,
+        **{name: type(name, (Weighted,), {"weight": staticmethod(weight)}) for name, weight in WEIGHTS.items()}}
+
+
+def main():
+    OBJECTIVES.update(MORE)
+    train.main()
+
 
 if __name__ == "__main__":
-    cli(train.main)
+    cli(main)

@@ -128,7 +128,7 @@ def read_ahead(loader):
     try:
         yield from batches
     except (RuntimeError, ConnectionError, EOFError) as error:
-        of_an_item = "in DataLoader worker process" in str(error)       # what the data set raised, which torch passes on
+        of_an_item = "in DataLoader worker process" in str(error)       # the data set raised it, torch passes it on
         if of_an_item or (isinstance(error, RuntimeError) and not WORKER_LOST.search(str(error))):
             raise
         reason = str(error).strip().split("\n")[-1]

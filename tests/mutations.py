@@ -432,6 +432,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("claims: degrees of freedom of the seeds alone", "variance**2 / sum(part**2 / own for part, own in parts)",
          "parts[0][1]"),
         ("claims: a model before training has no pair", "theirs.keys() == {None}", "False"),
+        ("claims: fm hides the others", "(line[-1] == APART) == is_apart", "not is_apart"),
+        ("claims: ratio to all objectives", "if str(look_up(row, args.by.name)) == args.against]", "]"),
         ("claims: relative to ours", "theirs.mean() if of.name", "ours.mean() if of.name"),
     ]),
     "claims/levels.py": ("tests/test_claims.py", [
@@ -439,6 +441,29 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
         ("claims: weights of a v-network for eps", 'of_v if prediction == "v" else of_eps', "of_v"),
         ("claims: fm-flip's levels are diff2flow's", "name: by_level(by, dm) for",
          'name: by_level(runs["diff2flow"], dm) for'),
+    ]),
+    "claims/verdicts.py": ("tests/test_claims.py", [
+        ("verdicts: less is better", "if mean * measure.better > 0", "if mean > 0"),
+        ("verdicts: level by the mean alone", "abs(mean) + half <= measure.margin", "abs(mean) <= measure.margin"),
+        ("verdicts: Bonferroni's correction", "if one.p > level / (len(decided) - k)", "if one.p > level / len(decided)"),
+        ("verdicts: no correction", "if one.p > level / (len(decided) - k)", "if one.p > level"),
+        ("verdicts: one-sided", "p = 2 * stats.t.sf(", "p = stats.t.sf("),
+    ]),
+    "claims/weighted.py": ("tests/test_claims.py", [
+        ("weighted: no weight", "self.weight(t_fm).view(-1, 1, 1, 1) * (u", "(u"),
+        ("weighted: the ceiling of an error of u", "(5 * t_fm**2).clamp(max=1)", "(5 * t_fm).clamp(max=1)"),
+        ("weighted: min-SNR upside down", "(5 * (sigma / alpha) ** 2)", "(5 * (alpha / sigma) ** 2)"),
+        ("weighted: times before noise", """        x0 = torch.randn_like(x1) if x0 is None else x0
+        t_fm = torch.rand(len(x1), device=x1.device) if t_fm is None else t_fm
+        u =""", """        t_fm = torch.rand(len(x1), device=x1.device) if t_fm is None else t_fm
+        x0 = torch.randn_like(x1) if x0 is None else x0
+        u ="""),
+    ]),
+    "claims/solvers.py": ("tests/test_claims.py", [
+        ("solvers: midpoint at the start", "u(x + h / 2 * u(x, t), t + h / 2)", "u(x + h / 2 * u(x, t), t)"),
+        ("solvers: Heun is Euler", "x + h / 2 * (first + u(x + h * first, t + h))", "x + h * first"),
+        ("solvers: a step is a call", "calls // SOLVERS[solver]", "calls"),
+        ("solvers: guided away", "without + cfg * (with_text - without)", "with_text + cfg * (without - with_text)"),
     ]),
     "claims/page.py": ("tests/test_claims.py", [
         ("claims: a stale table stays", "match[0].removesuffix(match[2]) + table", "match[0]"),

@@ -1,5 +1,5 @@
 """claims/: tables, intervals and plots are computed rightly, the scripts accept the commands of run.sh, and
-claims/README.md shows what its commands print."""
+README.md and claims/tables.md show what their commands print."""
 import itertools
 import json
 import math
@@ -18,15 +18,16 @@ from scipy import stats
 
 import sample
 import train
-from claims import idea, levels, page, report
-from claims.page import COMMAND, words_of
-from diff2flow import Diff2Flow
+from claims import idea, levels, page, report, solvers, verdicts, weighted
+from claims.page import COMMAND, PAGES, words_of
+from diff2flow import OBJECTIVES, Diff2Flow, velocity_error
 from schedule import sd_schedule
 from toy import judge
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "claims/README.md").read_text()
-COMMANDS = [(words_of(command), table) for command, table in COMMAND.findall(PAGE)]
+COMMANDS = [(words_of(command), table) for path in PAGES
+            for command, table in COMMAND.findall((ROOT / path).read_text())]
 
 
 @pytest.fixture
@@ -287,6 +288,159 @@ def test_a_linear_axis_starts_at_0(validation, monkeypatch):
         assert axis.get_yscale() == scale and (axis.get_ylim()[0] == 0) == from_0
 
 
+def test_a_plot_against_an_objective_is_in_units_of_its_mean(validation, monkeypatch):
+    """At every step the values of both seeds are 1 and 2 times a number, whose mean is 1.5 times it."""
+    monkeypatch.setattr(sys, "argv", ["claims/report.py", "plot", *map(str, validation), "--against", "dm"])
+    args = report.arguments()
+    for panel in report.draw(report.read_rows(args.files, args.where), args).axes:
+        assert panel.get_yscale() == "linear"
+        for line, shade in zip(panel.lines, panel.collections):
+            assert list(line.get_ydata()) == pytest.approx([1, 1])
+            heights = shade.get_paths()[0].vertices[:, 1]
+            assert (heights.min(), heights.max()) == pytest.approx((2 / 3, 4 / 3))
+    monkeypatch.setattr(sys, "argv", ["claims/report.py", "plot", *map(str, validation), "--against", "fm"])
+    with pytest.raises(ValueError, match="--against fm: no row with step 0"):
+        report.main()
+
+
+def test_fm_has_axes_of_its_own_in_a_figure_of_differences(tmp_path, monkeypatch):
+    rows = [{"run": {"objective": name, "seed": seed}, "prediction": "v", "error": error * seed}
+            for name, error in (("dm", 1.0), ("diff2flow", 0.9), ("fm", 4.0)) for seed in (1, 2, 3)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr(sys, "argv", ["claims/report.py", "paired", str(path), "--by", "prediction", "--of", "error"])
+    args = report.arguments()
+    axes = report.draw_differences(report.differences(args), args).axes
+    assert [[label.get_text() for label in axis.get_yticklabels()] for axis in axes] == [["v, diff2flow"], ["v, fm"]]
+    assert axes[0].get_xlim()[1] < 1 < axes[1].get_xlim()[1]
+
+
+# ------------------------------------------------------------------ verdicts
+
+@pytest.mark.parametrize("mean, half, name, expected", [
+    (0.05, 0.04, "all", "ahead"), (-0.05, 0.04, "all", "behind"), (0.01, 0.005, "all", "ahead"),
+    (0.01, 0.019, "all", "level"), (-0.01, 0.021, "all", "not decided"), (0.05, None, "all", "not decided"),
+    (0.0, 0.0, "all", "level"), (-0.05, 0.04, "frechet", "ahead"), (0.05, 0.04, "velocity_error", "behind"),
+    (0.0, 0.049, "absrel", "level"), (0.0, 0.051, "absrel", "not decided"), (0.0, 0.009, "white.mean", "level"),
+    (0.0, 0.011, "black.mean", "not decided"), (-0.02, 0.01, "black.mean", "ahead")])
+def test_a_verdict_follows_by_the_rule(mean, half, name, expected):
+    assert verdicts.verdict(mean, half, verdicts.MEASURES[name]) == expected
+
+
+def test_a_p_value_is_students_and_that_of_the_interval():
+    from scipy.stats import ttest_1samp
+    theirs = {seed: {"file": "x", "all": 0.5} for seed in range(4)}
+    ours = {seed: {"file": "x", "all": 0.5 + d} for seed, d in enumerate([0.3, 0.5, 0.1, 0.4])}
+    one = verdicts.compare(ours, theirs, "all", verdicts.MEASURES["all"], True)
+    assert one.p == pytest.approx(ttest_1samp([0.3, 0.5, 0.1, 0.4], 0).pvalue) and one.verdict == "ahead"
+    assert one.difference == "+32.5 (+5.3 to +59.7)"
+    two = {seed: ours[seed] for seed in (0, 1)}
+    assert verdicts.compare(two, theirs, "all", verdicts.MEASURES["all"], True).verdict == "not decided"
+    assert verdicts.compare(ours, {7: theirs[0]}, "all", verdicts.MEASURES["all"], True) is None
+
+
+def test_holms_correction_stops_at_the_first_p_value_that_is_too_large():
+    """0.005 <= 0.05 / 4 and 0.01 <= 0.05 / 3, but 0.03 > 0.05 / 2; 0.04 would pass alone."""
+    found = [verdicts.Comparison("ahead", "", p) for p in (0.01, 0.04, 0.03, 0.005)]
+    undecided = verdicts.Comparison("not decided", "", None)
+    verdicts.holm([*found, undecided])
+    assert [one.holds for one in (*found, undecided)] == [True, False, False, True, False]
+
+
+def test_the_summary_names_each_verdict_once():
+    setting = verdicts.Setting(1, "", "", {}, ("all", "frechet"))
+
+    def said(dm, fm, flip):
+        lines = [verdicts.Line(setting, name, {}, {other: verdicts.Comparison(kind, "", 0.01, holds)
+                                                   for other, (kind, holds) in zip(setting.others, ones)})
+                 for name, *ones in zip(setting.measures, dm, fm, flip)]
+        return verdicts.sentence(lines)
+
+    ahead, behind, level, undecided = ("ahead", True), ("behind", False), ("level", False), ("not decided", False)
+    assert said([ahead, behind], [ahead, ahead], [ahead, ahead]) == (
+        "**ahead** of dm in captions right, behind in Fréchet distance; **ahead** of fm and fm-flip")
+    assert said([undecided] * 2, [level, undecided], [("ahead", False), ahead]) == (
+        "dm: not decided; level with fm in captions right; ahead of fm-flip")
+
+
+def test_the_page_counts_the_comparisons(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = [one for line in verdicts.lines() for one in line.comparisons.values() if one.p is not None]
+    excluding = [one for one in found if one.verdict in ("ahead", "behind")]
+    text = " ".join(PAGE.split())
+    assert f"{len(found)} comparisons have an interval. If nothing differed, about {len(found) / 20:.0f} of" in text
+    assert f"by chance; {len(excluding)} do. **Bold** are the {sum(one.holds for one in found)} that" in text
+
+
+# ------------------------------------------------------------------ other weights
+
+LEVELS = sd_schedule()
+
+
+def test_a_weighted_loss_is_the_velocity_error_times_its_weight():
+    def net(x_dm, t_dm, context):
+        return 0.3 * x_dm
+    x1, x0 = torch.randn(2, 1, 4, 6, 6)
+    for name, at in ("p1", {0.1: 0.1, 0.8: 0.8}), ("p2", {0.1: 0.01, 0.8: 0.64}), ("c5", {0.1: 0.05, 0.8: 1}), (
+            "c20", {0.1: 0.2, 0.3: 1}):
+        for t, weight in at.items():
+            t_fm = torch.tensor([t])
+            flow = weighted.MORE[name](net, *LEVELS, "eps")
+            expected = weight * velocity_error(Diff2Flow(net, *LEVELS, "eps"), x1, x0, t_fm, None)
+            assert flow.loss(x1, None, x0, t_fm).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_weighted_loss_draws_the_noise_and_times_of_diff2flow(monkeypatch):
+    monkeypatch.setattr(weighted.Weighted, "weight", staticmethod(torch.ones_like), raising=False)
+    losses = []
+    for kind in Diff2Flow, weighted.Weighted:
+        torch.manual_seed(0)
+        losses.append(kind(lambda x_dm, t_dm, context: x_dm, *LEVELS, "eps").loss(torch.ones(4, 4, 6, 6), None).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_min_snr_has_the_weights_of_its_paper():
+    """Diffusers computes the SNR; min(SNR, 5) / SNR is the weight of an error of eps (arXiv 2303.09556, Sec. 3.4)."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    flow = weighted.MinSNR(lambda x_dm, t_dm, context: torch.zeros_like(x_dm), *LEVELS, "eps")
+    x1, x0 = torch.randn(2, 1, 4, 6, 6)
+    for t_dm in (0, 150, 300, 999):
+        snr = compute_snr(scheduler, torch.tensor([t_dm])).double()
+        expected = (snr.clamp(max=5) / snr * x0.square().mean()).item()
+        t_fm = flow.f_t(torch.tensor([t_dm]))
+        assert flow.loss(x1, None, x0, t_fm).item() == pytest.approx(expected, rel=1e-3)    # float32 times
+
+
+# ------------------------------------------------------------------ solvers
+
+@pytest.mark.parametrize("solver, order", [(solvers.euler, 1), (solvers.midpoint, 2), (solvers.heun, 2)])
+def test_a_solver_has_its_order_and_its_number_of_calls(solver, order):
+    """dx/dt = t x from 0 to 1 has the solution x(0) exp(1/2)."""
+    calls = []
+
+    def u(x, t):
+        calls.append(t)
+        return t * x
+    errors = []
+    for n in 32, 64:
+        calls.clear()
+        x = solvers.integrate(solver, u, torch.ones(1, dtype=torch.float64), n)
+        assert len(calls) == n and 0 <= min(calls) and max(calls) <= 1
+        errors.append(abs(x.item() - math.exp(0.5)))
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.1)
+
+
+def test_euler_steps_with_guidance_are_those_of_algorithm_2():
+    def net(x_dm, t_dm, context):
+        return 0.3 * x_dm + context.mean((1, 2)).view(-1, 1, 1, 1)
+    flow, x0 = Diff2Flow(net, *LEVELS), torch.randn(2, 4, 6, 6)
+    context, uncond = torch.randn(2, 3, 5), torch.randn(1, 3, 5)
+    for cfg in 1, 4:
+        ours = solvers.integrate(solvers.euler, solvers.guided(flow, context, uncond, cfg), x0, 5)
+        torch.testing.assert_close(ours, flow.sample(x0, context, 5, uncond, cfg))
+
+
 # ------------------------------------------------------------------ the levels
 
 def test_a_scene_belongs_to_the_level_of_its_own_time(tmp_path, monkeypatch, capsys):
@@ -323,11 +477,13 @@ while [ $# -gt 0 ]; do
     case $1 in --out) out=$2 ;; --style) style=$2 ;; none) weights=model ;; esac
     shift
 done
-if [ $script = train.py ]; then
+if [ $script = train.py ] || [ $module = claims.weighted ]; then
     names="$weights.safetensors result.json validation.jsonl before_after.png"
 elif [ $module = toy.judge ]; then
     names="$command.jsonl samples.png"
     if [ $command = captions ]; then touch runs/classifier-$style.safetensors; fi
+elif [ $module = claims.solvers ]; then
+    names=captions.jsonl
 fi
 if [ -n "$names" ]; then mkdir -p "$out" && cd "$out" && touch $names; fi
 """
@@ -357,9 +513,12 @@ def whole_loop(run_loop):
 
 
 def test_the_scripts_accept_every_command_of_run_sh(whole_loop, monkeypatch):
-    scripts = {"sample.py": sample, "train.py": train, "toy.judge": judge, "claims.report": report}
+    scripts = {"sample.py": sample, "train.py": train, "toy.judge": judge, "claims.report": report,
+               "claims.weighted": train, "claims.solvers": solvers}
     seeds = set()
     monkeypatch.chdir(ROOT)                         # where toy/tiny-eps.safetensors is a bundled prior
+    for name, kind in weighted.MORE.items():
+        monkeypatch.setitem(OBJECTIVES, name, kind)
     seen = set()
     for words in itertools.chain(*whole_loop):
         script, *options = words[1:] if words[0] == "-m" else words
@@ -370,16 +529,17 @@ def test_the_scripts_accept_every_command_of_run_sh(whole_loop, monkeypatch):
         seen.add(script)
         if script in ("sample.py", "train.py"):
             seeds.add(args.seed)
-        if script == "train.py":
+        if scripts[script] == train:
             assert args.batch in (16, 32) and args.decay == "cosine", "not the defaults for bundled priors"
     assert seen == set(scripts) and seeds == {0, 1, 2, 3}                                   # 0: the rates
 
 
 def test_run_sh_measures_every_model_that_it_trains(whole_loop):
     commands = list(itertools.chain(*whole_loop))
-    trained = {words[words.index("--out") + 1] for words in commands if words[0] == "train.py"}
+    trained = {words[words.index("--out") + 1] for words in commands
+               if words[0] == "train.py" or words[1] == "claims.weighted"}
     trained = {run for run in trained if "/rates/" not in run}
-    judged = {str(Path(word).parent) for words in commands if words[1] == "toy.judge"
+    judged = {str(Path(word).parent) for words in commands if words[1] in ("toy.judge", "claims.solvers")
               for word in words if word.startswith("runs/") and word.endswith(".safetensors")}
     assert judged == trained
 
@@ -402,11 +562,12 @@ def test_each_table_of_the_page_is_what_its_command_prints(words, table, monkeyp
     assert table in ("", page.run(words))
 
 
-def test_the_page_shows_every_result():
-    tables = {word for words, _ in COMMANDS for word in words if word.startswith("claims/results/")}
+def test_the_page_shows_every_figure_and_the_tables_use_every_result():
+    used = {word for words, _ in COMMANDS for word in words if word.startswith("claims/results/")}
+    used |= {f"{verdicts.RESULTS}/{setting.folder}" for setting in verdicts.settings()}
     pictures = {f"claims/{path}" for path in re.findall(r"^!\[.+\]\((results/.+)\)$", PAGE, re.MULTILINE)}
     files = {f"claims/results/{path.name}" for path in (ROOT / "claims/results").iterdir()}
-    assert pictures == {file for file in files if file.endswith(".png")} and files - pictures <= tables
+    assert pictures == {file for file in files if file.endswith(".png")} and files - pictures <= used
 
 
 def test_page_py_updates_the_tables_by_their_commands(tmp_path, results, monkeypatch):
@@ -414,12 +575,13 @@ def test_page_py_updates_the_tables_by_their_commands(tmp_path, results, monkeyp
     table = ("| by | results | right |\n|---|---|---|\n| dm | 3 | {} (0.100 to 0.900) |\n"
              "| fm | 3 | 0.500 (0.500 to 0.500) |")
     text = f"# Claims\n\nBefore:\n\n{command}\n\n{{}}\n\nafter.\n"
-    monkeypatch.setattr(page, "PAGE", tmp_path / "README.md")
-    page.PAGE.write_text(text.format(table.format("0.399")))
+    path = tmp_path / "README.md"
+    monkeypatch.setattr(page, "PAGES", [path])
+    path.write_text(text.format(table.format("0.399")))
     monkeypatch.setattr(sys, "argv", ["claims/page.py"])
     page.main()
-    assert page.PAGE.read_text() == text.format(table.format("0.400"))
-    page.PAGE.write_text(text.format(table).replace("all=right", "al=right"))
+    assert path.read_text() == text.format(table.format("0.400"))
+    path.write_text(text.format(table).replace("all=right", "al=right"))
     with pytest.raises(ValueError, match="--of al: no row has it"):
         page.main()
 

@@ -24,7 +24,8 @@ from tests.runs import call, python_blocks, save_photo, save_shards, working_in
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS, *(ROOT / folder / "README.md" for folder in ("toy", "claims", "tests"))]
+PAGES = [ROOT / "README.md", *DOCS, *(ROOT / folder / "README.md" for folder in ("toy", "claims", "tests")),
+         ROOT / "claims/tables.md"]
 tiny = runs.tiny
 
 

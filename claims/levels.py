@@ -1,11 +1,13 @@
 """Compare the velocity error at each noise level with the prediction from the loss weights.
 
     python -m claims.levels claims/results/style --out claims/results/levels.png
+    python -m claims.levels claims/results/weights --prior eps --objectives diff2flow p1 p2 c5 c20 min-snr
 
 Diff2Flow's loss weights the errors of some levels more than the diffusion loss does, and of others less
-(claims/weights.py). So diff2flow should be ahead of dm most where its weight is highest. fm-flip has the same weights,
-since its loss is the same squared error of u at uniform t_fm; only the network's inputs and output differ. toy.judge
-measures each scene at its own time, so scenes with times between two bounds measure the levels between them.
+(claims/weights.py). So diff2flow should be ahead of dm most where its weight is highest. fm-flip and rf have the same
+weights, since their loss is the same squared error of u at uniform t_fm; only the network's inputs and output differ.
+p1, p2, c5, c20 and min-snr have others (claims/weighted.py). toy.judge measures each scene at its own time, so scenes
+with times between two bounds measure the levels between them.
 """
 import argparse
 
@@ -24,6 +26,7 @@ from claims.report import (
     save_figure,
     values_of_one_kind,
 )
+from claims.weighted import WEIGHTS
 from claims.weights import weights
 from support.files import check_replaceable, cli, parse
 from support.validation import spread_times
@@ -31,13 +34,18 @@ from support.validation import spread_times
 BOUNDS = np.linspace(0, 1, 9)                       # of t_fm: eight bins
 TICKS = [0.5, 1, 2, 5, 10, 20, 50]                  # of weights
 NAMES = {"none": "all weights", "base": "LoRA base"}
-SHIFTS = {"diff2flow": -0.01, "fm-flip": 0.01}      # of the points, so that they do not hide each other
+SHIFT = 0.01                                        # between points in one panel, so that they do not hide each other
 
 
-def predicted_weights(prediction):
-    """-> for each bin Diff2Flow's weight of squared "v" or "eps" errors, averaged over t_fm; dm's is 1."""
-    t_fm, density, of_v, of_eps = (values.numpy() for values in weights())
+def predicted_weights(prediction, objective="diff2flow"):
+    """-> for each bin the objective's weight of squared "v" or "eps" errors, averaged over t_fm; dm's is 1."""
+    t_fm, density, of_v, of_eps = weights()
     weight, found = of_v if prediction == "v" else of_eps, []
+    if objective in WEIGHTS:
+        weight = weight * WEIGHTS[objective](t_fm)
+    elif objective == "min-snr":
+        weight = (5 * ((1 - t_fm) / t_fm) ** 2).clamp(max=1)            # 5 / SNR: sigma / alpha = (1 - t_fm) / t_fm
+    t_fm, density, weight = t_fm.numpy(), density.numpy(), weight.numpy()
     for low, high in zip(BOUNDS, BOUNDS[1:]):
         inside = (t_fm >= low) & (t_fm < high)
         found.append(np.average(weight[inside], weights=density[inside]))
@@ -58,7 +66,7 @@ def by_level(runs, dm):
 
 def draw(panels):
     """panels: {heading: (weights, {objective: measured})} -> a figure with the weights above, the differences below."""
-    figure = matplotlib_figure()(figsize=(1 + 3 * len(panels), 5), layout="constrained")
+    figure = matplotlib_figure()(figsize=(1 + (3 if len(panels) < 5 else 2.2) * len(panels), 5), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
     middle = (BOUNDS[1:] + BOUNDS[:-1]) / 2
     for (above, below), (heading, (weight, objectives)) in zip(axes.T, panels.items()):
@@ -69,7 +77,9 @@ def draw(panels):
         below.axhline(0, color=COLOURS["dm"], linewidth=2)
         for name, measured in objectives.items():
             means, halves = 100 * np.array(measured, float).T              # no interval: NaN, which draws no bar
-            below.errorbar(middle + SHIFTS[name], means, halves, fmt="o", capsize=3, color=COLOURS[name], label=name)
+            shift = SHIFT * (len(objectives) > 1) * (1 if name == "fm-flip" else -1)
+            below.errorbar(middle + shift, means, halves, fmt="o", capsize=3, color=COLOURS.get(name, "black"),
+                           label=name)
         below.legend(fontsize="small")
         below.set(xlabel=r"time $t_\mathrm{fm}$, from noise to data")
         below.grid(axis="y", alpha=0.3)
@@ -82,6 +92,9 @@ def arguments():
     parser = argparse.ArgumentParser(prog="python -m claims.levels", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", help="results of toy.judge velocity, or a folder of them")
+    parser.add_argument("--prior", default="v|eps", help="only models that predict this (default: v|eps)")
+    parser.add_argument("--objectives", nargs="+", default=["diff2flow", "fm-flip"],
+                        help="more than two have a panel each (default: diff2flow fm-flip)")
     parser.add_argument("--out", help="file for the figure (default: none)")
     return parse(parser)
 
@@ -90,7 +103,8 @@ def compare(args):
     """Print the table, and with --out draw the figure."""
     if args.out:
         check_replaceable(args.out)
-    rows, panels = read_rows(args.files, [("run.objective", "|".join(["dm", *SHIFTS]))]), {}
+    rows = read_rows(args.files, [("run.objective", "|".join(["dm", *args.objectives])), ("prediction", args.prior)])
+    panels = {}
     rows = [row for row in rows if "velocity_error" in row.get("scenes", {})]
     print("| prior | trained | objective | rank correlation of weight and difference |",
           *(f"{a:.3g} to {b:.3g} |" for a, b in zip(BOUNDS, BOUNDS[1:])))
@@ -100,9 +114,12 @@ def compare(args):
         dm = runs.pop("dm", None)
         if not dm or not runs:
             continue
-        weight, objectives = predicted_weights(prediction), {name: by_level(by, dm) for name, by in runs.items()}
-        panels[f"{prediction}-prior, {NAMES.get(trained, trained)}"] = weight, objectives
-        for name, measured in objectives.items():
+        for name in filter(runs.get, args.objectives):
+            weight, measured = predicted_weights(prediction, name), by_level(runs[name], dm)
+            heading = f"{prediction}-prior, {NAMES.get(trained, trained)}"
+            if len(args.objectives) > 2:
+                heading = f"{name}, {NAMES.get(trained, trained)}"
+            panels.setdefault(heading, (weight, {}))[1][name] = measured
             rank = spearmanr(weight, [mean for mean, _ in measured]).statistic
             print(f"| {prediction} | {NAMES.get(trained, trained)} | {name} | {rank:+.2f} |",
                   " | ".join(marked(f"{100 * mean:+.1f}", mean, half) for mean, half in measured), "|")

@@ -2,6 +2,7 @@
 
     python -m claims.verdicts           a line for each claim, for the README
     python -m claims.verdicts all       a line for each measure, also with fewer steps and with guidance
+    python -m claims.verdicts weights   the same for other weights of Diff2Flow's loss (claims/weighted.py), min-snr, rf
 
 A difference between two objectives has a 95 % interval over at least three seeds and over the scenes (claims/report.py;
 over the scenes alone for claims about a model that is not trained). Then
@@ -15,7 +16,9 @@ over the scenes alone for claims about a model that is not trained). Then
 is wrong is then at most 5 %.
 """
 import argparse
+import itertools
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 
 from scipy import stats
@@ -117,6 +120,26 @@ def settings():
     return found
 
 
+WEIGHTED = "diff2flow", "p1", "p2", "c5", "c20", "min-snr", "rf"
+BASELINES = "dm", "fm-flip", "diff2flow"
+
+
+def weights_settings():
+    """-> Settings that compare each objective in results/weights with dm, fm-flip and the paper's loss."""
+    found = []
+    for (lora, trained), prediction, ours in itertools.product(
+            (("base", "LoRA"), ("none", "all weights")), ("eps", "v"), WEIGHTED):
+        if any(Path(RESULTS, "weights").glob(f"{prediction}-{lora}-{ours}-*.jsonl")):
+            where = {"prediction": prediction, "run.lora": lora}
+            others = tuple(name for name in BASELINES if name != ours)
+            measures = tuple(name for name in MEASURES if name != "absrel")
+            found += [Setting(0, f"{ours}, {trained}, {prediction}-prior", "weights", {**where, "steps": "10|None"},
+                              measures, others=others, ours=ours),
+                      Setting(0, f"{ours}, {trained}, {prediction}-prior, 4 steps", "weights", {**where, "steps": "4"},
+                              ("all", "frechet"), others=others, ours=ours)]
+    return found
+
+
 @dataclass
 class Comparison:
     """Ours against another: the verdict, the difference in words, and the p-value, None where it cannot be had."""
@@ -167,10 +190,10 @@ class Line:
     comparisons: dict = field(default_factory=dict)     # {other objective: Comparison}
 
 
-def lines():
+def lines(of_settings):
     """-> a Line for each measure of each Setting."""
     found = []
-    for setting in settings():
+    for setting in of_settings:
         rows = read_rows([f"{RESULTS}/{setting.folder}"], list(setting.where.items()))
         for name in setting.measures:
             measure, line = MEASURES[name], Line(setting, name)
@@ -205,6 +228,16 @@ def print_all(found):
         said = [f"{display(other)}: {in_words(one)}, {one.difference}" for other, one in line.comparisons.items()]
         print_line([str(line.setting.claim), line.setting.words, MEASURES[line.name].heading, *columns(line),
                     "; ".join(said)])
+
+
+def print_weights(found):
+    """A line for each measure of each objective: its value, those of BASELINES, and what it is against them."""
+    print_line(["objective", "measure", *BASELINES, "it", "it is"])
+    print("|" + "---|" * (4 + len(BASELINES)))
+    for line in found:
+        said = [f"{other}: {in_words(one)}, {one.difference}" for other, one in line.comparisons.items()]
+        print_line([line.setting.words, MEASURES[line.name].heading, *(line.values.get(name, "") for name in BASELINES),
+                    line.values[line.setting.ours], "; ".join(said)])
 
 
 def display(other):
@@ -264,13 +297,18 @@ def print_summary(found):
 def arguments():
     parser = argparse.ArgumentParser(prog="python -m claims.verdicts", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="?", choices=["summary", "all"], default="summary",
-                        help="a line for each claim, or for each measure (default: summary)")
+    parser.add_argument("which", nargs="?", choices=list(TABLES), default="summary",
+                        help="a line for each claim, for each measure, or for each other weight (default: summary)")
     return parse(parser)
 
 
+TABLES = {"summary": (print_summary, settings), "all": (print_all, settings),
+          "weights": (print_weights, weights_settings)}
+
+
 def main():
-    {"all": print_all, "summary": print_summary}[arguments().which](lines())
+    table, of_settings = TABLES[arguments().which]
+    table(lines(of_settings()))
 
 
 if __name__ == "__main__":

@@ -445,7 +445,8 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     "claims/verdicts.py": ("tests/test_claims.py", [
         ("verdicts: less is better", "if mean * measure.better > 0", "if mean > 0"),
         ("verdicts: level by the mean alone", "abs(mean) + half <= measure.margin", "abs(mean) <= measure.margin"),
-        ("verdicts: Bonferroni's correction", "if one.p > level / (len(decided) - k)", "if one.p > level / len(decided)"),
+        ("verdicts: Bonferroni's correction", "if one.p > level / (len(decided) - k)",
+         "if one.p > level / len(decided)"),
         ("verdicts: no correction", "if one.p > level / (len(decided) - k)", "if one.p > level"),
         ("verdicts: one-sided", "p = 2 * stats.t.sf(", "p = stats.t.sf("),
     ]),

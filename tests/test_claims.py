@@ -364,7 +364,8 @@ def test_the_summary_names_each_verdict_once():
 
 def test_the_page_counts_the_comparisons(monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = [one for line in verdicts.lines() for one in line.comparisons.values() if one.p is not None]
+    found = [one for line in verdicts.lines(verdicts.settings()) for one in line.comparisons.values()]
+    found = [one for one in found if one.p is not None]
     excluding = [one for one in found if one.verdict in ("ahead", "behind")]
     text = " ".join(PAGE.split())
     assert f"{len(found)} comparisons have an interval. If nothing differed, about {len(found) / 20:.0f} of" in text

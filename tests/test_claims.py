@@ -339,8 +339,8 @@ def test_a_p_value_is_students_and_that_of_the_interval():
 
 
 def test_holms_correction_stops_at_the_first_p_value_that_is_too_large():
-    """0.005 <= 0.05 / 4 and 0.01 <= 0.05 / 3, but 0.03 > 0.05 / 2; 0.04 would pass alone."""
-    found = [verdicts.Comparison("ahead", "", p) for p in (0.01, 0.04, 0.03, 0.005)]
+    """0.005 <= 0.05 / 4 and 0.015 <= 0.05 / 3, but 0.03 > 0.05 / 2; 0.04 would pass alone."""
+    found = [verdicts.Comparison("ahead", "", p) for p in (0.015, 0.04, 0.03, 0.005)]
     undecided = verdicts.Comparison("not decided", "", None)
     verdicts.holm([*found, undecided])
     assert [one.holds for one in (*found, undecided)] == [True, False, False, True, False]

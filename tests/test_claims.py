@@ -372,6 +372,25 @@ def test_the_page_counts_the_comparisons(monkeypatch):
     assert f"by chance; {len(excluding)} do. **Bold** are the {sum(one.holds for one in found)} that" in text
 
 
+def test_the_readme_says_where_else_diff2flow_is_behind_dm_or_further_ahead(monkeypatch):
+    """The table has 25 steps without guidance; the text below it has all other settings whose verdict is one of these."""
+    monkeypatch.chdir(ROOT)
+    text = " ".join((ROOT / "README.md").read_text().split())
+    text = text[text.index("diff2flow is behind dm in Fréchet distance in more cases"):]
+    phrases = {("finetuning by LoRA, v-prior, 10 steps", "frechet"): "from v by LoRA with 10 and 4 steps by {:.0f} and",
+               ("finetuning by LoRA, v-prior, 4 steps", "frechet"): "steps by 11 and {:.0f} %",
+               ("finetuning all weights, v-prior, 4 steps", "frechet"): "with all weights and 4 steps by {:.0f} %;",
+               ("an eps-network, LoRA, guidance 3", "frechet"): "from eps by LoRA with guidance 3 by {:.0f} %.",
+               ("an eps-network, all weights, 4 steps", "all"): "all weights and 4 steps: by {:.0f} points",
+               ("an eps-network, all weights, 4 steps", "frechet"): "and {:.0f} % of the distance."}
+    found = {(line.setting.words, line.name): line.comparisons["dm"] for line in verdicts.lines(verdicts.settings())
+             if line.setting.claim in (2, 3, 7) and not line.setting.summary}
+    behind = {key for key, one in found.items() if one.verdict == "behind"}
+    assert behind == set(list(phrases)[:4])
+    for key, phrase in phrases.items():
+        assert phrase.format(abs(float(found[key].difference.split()[0]))) in text, key
+
+
 # ------------------------------------------------------------------ other weights
 
 LEVELS = sd_schedule()

@@ -373,7 +373,7 @@ def test_the_page_counts_the_comparisons(monkeypatch):
 
 
 def test_the_readme_says_where_else_diff2flow_is_behind_dm_or_further_ahead(monkeypatch):
-    """The table has 25 steps without guidance; the text below it has all other settings whose verdict is one of these."""
+    """The table has 25 steps without guidance; the text below it, all other settings with such a verdict."""
     monkeypatch.chdir(ROOT)
     text = " ".join((ROOT / "README.md").read_text().split())
     text = text[text.index("diff2flow is behind dm in Fréchet distance in more cases"):]

@@ -59,6 +59,7 @@ def integrate(solver, u, x, calls):
     return x
 
 
+@torch.no_grad()
 def sample_pictures(sd, flow, captions, noise, solver, calls, cfg, batch):
     """-> pictures (N, 3, H, W) in [-1, 1]."""
     pictures = []
@@ -78,7 +79,6 @@ def arguments():
     return parse(parser)
 
 
-@torch.no_grad()
 def main():
     args = arguments()
     device, dtype = judge.begin(args, "captions.jsonl")

@@ -285,7 +285,7 @@ weights_run() { # weights_run NAME PRIOR LORA OBJECTIVE SEED: a third of style_r
         --lr $rate --preview-every 0
     if [ $4 = min-snr ]; then sampler=dm; elif ! is_one_of $4 "dm fm-flip rf"; then sampler=diff2flow; fi
     model=$(weights $1)
-    judge $1 velocity $model --style outline
+    judge $1 velocity $model --style outline --objective $sampler
     judge $1 plain $model --cfg 1 --steps 10 --objective $sampler
     judge $1 captions $model --style outline --cfg 1 --steps 10 4 --objective $sampler
     save $1 $runs/$1/judged-*/*.jsonl

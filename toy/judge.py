@@ -365,7 +365,7 @@ def velocity_errors(sd, flow, world, noise, batch):
 def velocity(args):
     """Write the velocity error of text-to-image models on held-out scenes."""
     (device, dtype), rows = begin(args, "velocity.jsonl"), []
-    for sd, flow, origin in [load_model(path, device, dtype, "text-to-image") for path in args.models]:
+    for sd, flow, origin in [load_model(path, device, dtype, "text-to-image", args.objective) for path in args.models]:
         size = picture_size(sd, args.size)
         world = Scenes(args.n, *size, args.style, HELD_OUT_SEED + args.seed)
         noise = seeded_noise(args, sd.latent_shape(size))
@@ -473,13 +473,13 @@ def add_model_arguments(parser):
     parser.add_argument("models", nargs="*", default=[str(BUNDLED_PRIOR)],
                         help="checkpoints, and LoRA files of train.py (default: the bundled v-prior)")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default: 64)")
+    parser.add_argument("--objective", choices=list(OBJECTIVES),
+                        help="whose velocity field (default: the one that the model was trained by, else diff2flow)")
 
 
 def add_sampling_arguments(parser):
     parser.add_argument("--cfg", type=float,
                         help="guidance scale, 1 for none (default: from the model's metadata, 1 after Reflow; else 4)")
-    parser.add_argument("--objective", choices=list(OBJECTIVES),
-                        help="how to sample (default: as the model was trained, else diff2flow)")
 
 
 def add_scene_arguments(parser):

@@ -85,7 +85,7 @@ def main():
     args.style, rows, real = "solid", [], None
     classifier = judge.load_classifier(args.style, device)
     for path in args.models:
-        sd, flow, origin = judge.load_model(path, device, dtype, "text-to-image", "diff2flow")
+        sd, flow, origin = judge.load_model(path, device, dtype, "text-to-image", args.objective)
         real = real or judge.real_scenes(args, classifier, sd, device)
         cfg, noise = guidance(sd), judge.seeded_noise(args, sd.latent_shape((judge.SIZE, judge.SIZE)))
         for solver, calls_per_step in SOLVERS.items():

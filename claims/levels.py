@@ -80,7 +80,8 @@ def draw(panels):
             shift = SHIFT * (len(objectives) > 1) * (1 if name == "fm-flip" else -1)
             below.errorbar(middle + shift, means, halves, fmt="o", capsize=3, color=COLOURS.get(name, "black"),
                            label=name)
-        below.legend(fontsize="small")
+        if len(objectives) > 1:
+            below.legend(fontsize="small")
         below.set(xlabel=r"time $t_\mathrm{fm}$, from noise to data")
         below.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("weight of errors, dm's is 1")

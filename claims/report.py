@@ -161,11 +161,9 @@ def table(args):
     print_line([*(by.heading for by in args.by), "results", *(of.heading for of in args.of)])
     print("|" + "---|" * (len(args.by) + 1 + len(args.of)))
     for key, members in group(rows, [by.name for by in args.by]):
-        cells = [display(value, args.words) for value in key] + [str(len(members))]
-        for name in names:
-            values = [look_up(row, name) for row in members]
-            cells.append(mean_and_span([x for x in values if x is not None], name in args.percent))
-        print_line(cells)
+        values = {name: [x for row in members if (x := look_up(row, name)) is not None] for name in names}
+        print_line([*(display(value, args.words) for value in key), str(max(map(len, values.values()))),
+                    *(mean_and_span(of_it, name in args.percent) for name, of_it in values.items())])
 
 
 def best(args):
@@ -392,10 +390,10 @@ def draw(rows, args):
         axes[0, 0].yaxis.set_minor_formatter("")
     for axis, (key, members) in zip(axes.flat, panels):
         draw_lines(axis, members, args)
-        if args.linear:
-            axis.set_ylim(bottom=0)
         titles = [f"{panel.heading}: {display(value, args.words)}" for panel, value in zip(args.panel, key)]
         axis.set_title(", ".join(titles))
+    if args.linear:
+        axes[0, 0].set_ylim(bottom=0)                   # of all panels, which share it
     for axis in axes[:, 0]:
         axis.set_ylabel(args.y.heading)
     for axis in axes.flat[len(panels):]:

@@ -439,8 +439,10 @@ ROOMS = {  # file: (the tests that should fail, [(name of the mutation, old text
     "claims/levels.py": ("tests/test_claims.py", [
         ("claims: levels the other way", "BOUNDS) - 1\n", "BOUNDS[::-1])\n"),
         ("claims: weights of a v-network for eps", 'of_v if prediction == "v" else of_eps', "of_v"),
-        ("claims: fm-flip's levels are diff2flow's", "name: by_level(by, dm) for",
-         'name: by_level(runs["diff2flow"], dm) for'),
+        ("claims: fm-flip's levels are diff2flow's", "by_level(runs[name], dm)",
+         'by_level(runs["diff2flow"], dm)'),
+        ("claims: all weights are the paper's", "if objective in WEIGHTS:", "if False:"),
+        ("claims: min-snr has dm's weights", "(5 * ((1 - t_fm) / t_fm) ** 2).clamp(max=1)", "torch.ones_like(t_fm)"),
     ]),
     "claims/verdicts.py": ("tests/test_claims.py", [
         ("verdicts: less is better", "if mean * measure.better > 0", "if mean > 0"),

@@ -486,6 +486,32 @@ def test_a_scene_belongs_to_the_level_of_its_own_time(tmp_path, monkeypatch, cap
     assert 23 < weight[0] == weight.max() < 89 and 2.38 < weight[4] < 3.82  # METHOD.md: t_fm 0.16, 0.06; 0.64, 0.46
 
 
+def test_the_weights_of_other_losses_are_the_papers_times_theirs():
+    """From weights.png: 55 near noise, 6.6 near data; t_fm there is 0.06 to 0.125, and 0.875 to 0.97."""
+    papers = levels.predicted_weights("eps")
+    ratios = {name: levels.predicted_weights("eps", name) / papers for name in ("p1", "p2", "c5", "c20")}
+    assert 0.06 < ratios["p1"][0] < 0.125 and 0.875 < ratios["p1"][-1] < 0.97
+    assert 0.06**2 < ratios["p2"][0] < 0.125**2 and 5 * 0.06**2 < ratios["c5"][0] < 5 * 0.125**2
+    assert 20 * 0.06**2 < ratios["c20"][0] < 20 * 0.125**2 and ratios["c20"][-1] == ratios["c5"][-1] == 1
+    min_snr = levels.predicted_weights("eps", "min-snr")                # SNR 5 is at t_fm = 0.69
+    assert (min_snr[:5] == 1).all() and 5 * (0.03 / 0.97)**2 < min_snr[-1] < 5 * (0.125 / 0.875)**2
+
+
+def test_more_than_two_objectives_have_a_panel_each(tmp_path, monkeypatch, capsys):
+    rows = [{"run": {"objective": name, "seed": 1, "lora": "base"}, "prediction": "eps", "velocity_error": 1.0,
+             "scenes": {"velocity_error": [1.0 + (name != "dm") * (i / 512 * 0.618 % 1) for i in range(512)]}}
+            for name in ("dm", "p1", "c5", "rf")]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    words = f"{path} --prior eps --objectives rf c5 p1 --out {tmp_path / 'levels.png'}".split()
+    monkeypatch.setattr(sys, "argv", ["claims/levels.py", *words])
+    shown = []
+    monkeypatch.setattr(levels, "draw", lambda panels: shown.append(panels))
+    monkeypatch.setattr(levels, "save_figure", lambda figure, out: None)
+    levels.main()
+    assert list(shown[0]) == ["rf, LoRA base", "c5, LoRA base", "p1, LoRA base"]
+    assert (shown[0]["c5, LoRA base"][0] == levels.predicted_weights("eps", "c5")).all()
+
+
 # ------------------------------------------------------------------ run.sh
 
 STAND_IN = r"""#!/usr/bin/env bash

@@ -26,7 +26,7 @@ from claims.report import (
     save_figure,
     values_of_one_kind,
 )
-from claims.weighted import WEIGHTS
+from claims.weighted import WEIGHTS, min_snr
 from claims.weights import weights
 from support.files import check_replaceable, cli, parse
 from support.validation import spread_times
@@ -44,7 +44,7 @@ def predicted_weights(prediction, objective="diff2flow"):
     if objective in WEIGHTS:
         weight = weight * WEIGHTS[objective](t_fm)
     elif objective == "min-snr":
-        weight = (5 * ((1 - t_fm) / t_fm) ** 2).clamp(max=1)            # 5 / SNR: sigma / alpha = (1 - t_fm) / t_fm
+        weight = min_snr(t_fm)
     t_fm, density, weight = t_fm.numpy(), density.numpy(), weight.numpy()
     for low, high in zip(BOUNDS, BOUNDS[1:]):
         inside = (t_fm >= low) & (t_fm < high)
@@ -117,10 +117,8 @@ def compare(args):
             continue
         for name in filter(runs.get, args.objectives):
             weight, measured = predicted_weights(prediction, name), by_level(runs[name], dm)
-            heading = f"{prediction}-prior, {NAMES.get(trained, trained)}"
-            if len(args.objectives) > 2:
-                heading = f"{name}, {NAMES.get(trained, trained)}"
-            panels.setdefault(heading, (weight, {}))[1][name] = measured
+            panel = name if len(args.objectives) > 2 else f"{prediction}-prior"
+            panels.setdefault(f"{panel}, {NAMES.get(trained, trained)}", (weight, {}))[1][name] = measured
             rank = spearmanr(weight, [mean for mean, _ in measured]).statistic
             print(f"| {prediction} | {NAMES.get(trained, trained)} | {name} | {rank:+.2f} |",
                   " | ".join(marked(f"{100 * mean:+.1f}", mean, half) for mean, half in measured), "|")

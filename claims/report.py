@@ -72,15 +72,24 @@ def look_up(row, name):
 def read_rows(paths, conditions):
     """Files of JSON lines -> the rows that meet every condition (name, "value" or "value|other"), each with "run" and
     "file"."""
+    return select(read_all(paths), conditions, paths)
+
+
+def read_all(paths):
+    """Files of JSON lines -> all rows, each with "run" and "file"."""
     rows = []
     files = [file for path in map(Path, paths) for file in sorted(path.glob("*.jsonl")) or [path]]
     for path in files:
         about = {"run": read_result(path), "file": re.sub(r"-\d+$", "", path.stem)}
         for number, line in enumerate(read_text(path).splitlines(), start=1):
             with reading(f"{path}, line {number}", "a JSON object"):
-                row = {**about, **from_json(line)}
-            if all(str(look_up(row, name)) in value.split("|") for name, value in conditions):
-                rows.append(row)
+                rows.append({**about, **from_json(line)})
+    return rows
+
+
+def select(rows, conditions, paths):
+    """-> the rows of the files that meet every condition. ValueError if none does."""
+    rows = [row for row in rows if all(str(look_up(row, name)) in value.split("|") for name, value in conditions)]
     if not rows:
         wanted = "".join(f" {name}={value}" for name, value in conditions)
         where = " where" + wanted if conditions else ""
@@ -178,7 +187,7 @@ def best(args):
 # ------------------------------------------------------------------ pairs
 
 def estimate(differences, trained=True):
-    """Differences (S seeds, N scenes) -> mean, its standard error, and the degrees of freedom, by the formula above.
+    """Differences (S seeds, N scenes) -> mean, half the width of its 95 % interval by the formula above, its p-value.
 
     The last two are None if the variance cannot be estimated: fewer than three training seeds, or a single difference.
     """
@@ -189,15 +198,16 @@ def estimate(differences, trained=True):
     for means in differences.mean(1), differences.mean(0):
         if len(means) > 1:
             parts.append((means.var(ddof=1) / len(means), len(means) - 1))
-    variance = sum(part for part, _ in parts)
-    freedom = variance**2 / sum(part**2 / own for part, own in parts) if variance else math.inf
-    return differences.mean(), math.sqrt(variance), freedom
+    mean, variance = differences.mean(), sum(part for part, _ in parts)
+    if variance == 0:
+        return mean, 0.0, float(mean == 0)
+    freedom, error = variance**2 / sum(part**2 / own for part, own in parts), math.sqrt(variance)
+    return mean, stats.t.ppf(0.975, freedom) * error, 2 * stats.t.sf(abs(mean) / error, freedom)
 
 
 def interval(differences, trained=True):
-    """Differences (S seeds, N scenes) -> mean, and the half width of its 95 % interval, None if it has none."""
-    mean, error, freedom = estimate(differences, trained)
-    return mean, None if error is None else stats.t.ppf(0.975, freedom) * error
+    """estimate() without the p-value."""
+    return estimate(differences, trained)[:2]
 
 
 def values_of(row, name):

@@ -1,6 +1,6 @@
 """Sample by Euler, midpoint and Heun steps with as many network calls, before and after Reflow.
 
-    python -m claims.solvers toy/tiny-v.safetensors runs/claims/solvers/reflow/lora.safetensors
+    python -m claims.solvers toy/tiny-v.safetensors runs/claims/solvers/reflow-1/lora.safetensors
 
 The velocity field u(x_fm, t_fm) is an ODE, dx/dt = u, which any solver can integrate. From t to t + h:
 

@@ -21,9 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from scipy import stats
-
-from claims.report import by_seed, estimate, group, look_up, number, paired_values, print_line, read_rows
+from claims.report import by_seed, estimate, group, look_up, number, paired_values, print_line, read_all, select
 from support.files import cli, parse
 
 RESULTS = "claims/results"
@@ -164,11 +162,7 @@ def compare(ours, theirs, name, measure, trained):
     seeds, a, b = paired_values(ours, theirs, name)
     if not seeds:
         return None
-    mean, error, freedom = estimate((a - b) / (b.mean() if measure.relative else 1), trained)
-    if error is None:
-        return Comparison("not decided", measure.difference(mean, None), None)
-    p = 2 * stats.t.sf(abs(mean) / error, freedom) if error else float(mean == 0)
-    half = stats.t.ppf(0.975, freedom) * error
+    mean, half, p = estimate((a - b) / (b.mean() if measure.relative else 1), trained)
     return Comparison(verdict(mean, half, measure), measure.difference(mean, half), p)
 
 
@@ -192,9 +186,11 @@ class Line:
 
 def lines(of_settings):
     """-> a Line for each measure of each Setting."""
-    found = []
+    found, folders = [], {setting.folder: None for setting in of_settings}
+    for name in folders:
+        folders[name] = read_all([f"{RESULTS}/{name}"])
     for setting in of_settings:
-        rows = read_rows([f"{RESULTS}/{setting.folder}"], list(setting.where.items()))
+        rows = select(folders[setting.folder], setting.where.items(), [f"{RESULTS}/{setting.folder}"])
         for name in setting.measures:
             measure, line = MEASURES[name], Line(setting, name)
             members = [row for row in rows if look_up(row, name) is not None]
@@ -220,14 +216,18 @@ def in_words(comparison):
     return f"**{comparison.verdict}**" if comparison.holds else comparison.verdict
 
 
+def all_comparisons(line):
+    """-> each comparison of a Line in words."""
+    return "; ".join(f"{display(other)}: {in_words(one)}, {one.difference}" for other, one in line.comparisons.items())
+
+
 def print_all(found):
     """A line for each measure: the values, and the difference from each other objective."""
     print_line(["claim", "setting", "measure", *OBJECTIVES, "diff2flow is"])
     print("|" + "---|" * (4 + len(OBJECTIVES)))
     for line in found:
-        said = [f"{display(other)}: {in_words(one)}, {one.difference}" for other, one in line.comparisons.items()]
         print_line([str(line.setting.claim), line.setting.words, MEASURES[line.name].heading, *columns(line),
-                    "; ".join(said)])
+                    all_comparisons(line)])
 
 
 def print_weights(found):
@@ -235,9 +235,8 @@ def print_weights(found):
     print_line(["objective", "measure", *BASELINES, "it", "it is"])
     print("|" + "---|" * (4 + len(BASELINES)))
     for line in found:
-        said = [f"{other}: {in_words(one)}, {one.difference}" for other, one in line.comparisons.items()]
         print_line([line.setting.words, MEASURES[line.name].heading, *(line.values.get(name, "") for name in BASELINES),
-                    line.values[line.setting.ours], "; ".join(said)])
+                    line.values[line.setting.ours], all_comparisons(line)])
 
 
 def display(other):
@@ -258,9 +257,9 @@ def listed(names):
 
 
 def sentence(own):
-    """The lines of a Setting -> what is ahead of what, as "**ahead** of fm; level with dm in captions right". A measure
+    """The lines of a Setting -> what is ahead of what: "**ahead** of fm; level with dm in captions right". A measure
     that is not named is not decided."""
-    grouped = {}                                        # others about whom the same is said
+    grouped = {}                                        # others with the same verdicts
     for other in own[0].setting.others:
         found = {line.name: line.comparisons[other] for line in own if other in line.comparisons}
         if found:
@@ -287,8 +286,9 @@ def print_summary(found):
     """A line for each Setting of the README: the values of its measures, and what is ahead of what."""
     print_line(["", "claim", "measured", *OBJECTIVES, "diff2flow is"])
     print("|" + "---|" * (4 + len(OBJECTIVES)))
-    for setting in [setting for setting in settings() if setting.summary]:
-        own = [line for line in found if line.setting == setting]
+    shown = [line for line in found if line.setting.summary]
+    for setting, own in itertools.groupby(shown, lambda line: line.setting):
+        own = list(own)
         values = zip(*map(columns, own))
         print_line([str(setting.claim), setting.words, ", ".join(MEASURES[line.name].heading for line in own),
                     *("; ".join(filter(None, of_column)) for of_column in values), sentence(own)])

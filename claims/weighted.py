@@ -25,6 +25,11 @@ WEIGHTS = {                     # of squared errors of u, at t_fm
 }
 
 
+def min_snr(t_fm):
+    """-> the weight of an error of eps, min(1, 5 / SNR): alpha / sigma = t_fm / (1 - t_fm)."""
+    return (5 * ((1 - t_fm) / t_fm) ** 2).clamp(max=1)
+
+
 class Weighted(Diff2Flow):
     """Diff2Flow whose loss is multiplied by weight(t_fm)."""
 
@@ -45,9 +50,10 @@ class MinSNR(Diffusion):
         x1 = x1.float()
         x0 = torch.randn_like(x1) if x0 is None else x0
         t_dm = torch.randint(self.T, (len(x1),), device=x1.device) if t_fm is None else self.f_t_inv(t_fm).round()
-        alpha, sigma = alpha_sigma(self.f_t(t_dm).view(-1, 1, 1, 1))
+        t_fm = self.f_t(t_dm).view(-1, 1, 1, 1)
+        alpha, sigma = alpha_sigma(t_fm)
         eps = self.net(alpha * x1 + sigma * x0, t_dm.float(), context).float()
-        return masked_mean((5 * (sigma / alpha) ** 2).clamp(max=1) * (eps - x0).square(), mask)
+        return masked_mean(min_snr(t_fm) * (eps - x0).square(), mask)
 
 
 MORE = {"min-snr": MinSNR,

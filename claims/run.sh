@@ -278,16 +278,29 @@ all_depths() {
 
 # ------------------------------------------------------------------ which weights for an eps-network?
 
-weights_run() { # weights_run NAME PRIOR LORA OBJECTIVE SEED: a third of style_run's steps, of 16 pictures
-    local rate=4e-3 trainer="-m claims.weighted" sampler=$4 model
+sampler_of() {  # sampler_of OBJECTIVE: by which a model that was trained by it is sampled
+    if [ $1 = min-snr ]; then echo dm; elif is_one_of $1 "dm fm-flip rf"; then echo $1; else echo diff2flow; fi
+}
+
+weights_train() {   # weights_train NAME PRIOR LORA OBJECTIVE SEED OPTIONS...: a third of style_run's steps, of 16 pictures
+    local rate=4e-3 trainer="-m claims.weighted"
     if [ $3 = none ]; then rate=2e-3; fi
     train $1 --ckpt $(prior $2) --lora $3 --objective $4 --seed $5 --steps 540 --batch 16 --scenes 1024 \
-        --lr $rate --preview-every 0
-    if [ $4 = min-snr ]; then sampler=dm; elif ! is_one_of $4 "dm fm-flip rf"; then sampler=diff2flow; fi
-    model=$(weights $1)
+        --lr $rate --preview-every 0 "${@:6}"
+}
+
+weights_run() { # weights_run NAME PRIOR LORA OBJECTIVE SEED: a new style
+    weights_train "$@"
+    local model=$(weights $1) sampler=$(sampler_of $4)
     judge $1 velocity $model --style outline --objective $sampler
     judge $1 plain $model --cfg 1 --steps 10 --objective $sampler
     judge $1 captions $model --style outline --cfg 1 --steps 10 4 --objective $sampler
+    save $1 $runs/$1/judged-*/*.jsonl
+}
+
+weights_depth_run() {   # weights_depth_run NAME PRIOR OBJECTIVE SEED
+    weights_train $1 $2 none $3 $4 --task depth
+    judge $1 depth $(weights $1) --steps 2 10 --ensemble 4 --n 96 --objective $(sampler_of $3)
     save $1 $runs/$1/judged-*/*.jsonl
 }
 
@@ -300,6 +313,13 @@ all_weights() {
             once weights/$prior-$lora-$objective-$seed weights_run $prior $lora $objective $seed
         done
     done; done; done
+    for seed in $seeds; do for prior in eps v; do
+        objectives="diff2flow dm fm-flip rf"
+        if [ $prior = eps ]; then objectives+=" c20"; fi
+        for objective in $objectives; do
+            once weights-depth/$prior-$objective-$seed weights_depth_run $prior $objective $seed
+        done
+    done; done
 }
 
 # ------------------------------------------------------------------ the figures

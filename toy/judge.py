@@ -425,7 +425,7 @@ def depth(args):
     """Write the error of depth that models of train.py --task depth predict for held-out scenes, as mean of an
     ensemble, aligned in log depth."""
     (device, dtype), rows = begin(args, "depth.jsonl"), []
-    models = [load_model(path, device, dtype, "depth") for path in args.models]
+    models = [load_model(path, device, dtype, "depth", args.objective) for path in args.models]
     world = Scenes(args.n, SIZE, SIZE, "room", HELD_OUT_SEED + args.seed)
     items = [world[i] for i in range(args.n)]
     images = torch.stack([item["image"] for item in items]).to(device)
@@ -473,6 +473,10 @@ def add_model_arguments(parser):
     parser.add_argument("models", nargs="*", default=[str(BUNDLED_PRIOR)],
                         help="checkpoints, and LoRA files of train.py (default: the bundled v-prior)")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default: 64)")
+    add_objective(parser)
+
+
+def add_objective(parser):
     parser.add_argument("--objective", choices=list(OBJECTIVES),
                         help="whose velocity field (default: the one that the model was trained by, else diff2flow)")
 
@@ -515,6 +519,7 @@ def arguments():
 
     of_depth = commands.add_parser("depth", help="is the depth of scenes right?")
     of_depth.add_argument("models", nargs="+", help="checkpoints or LoRA files of train.py --task depth")
+    add_objective(of_depth)
     add_common_arguments(of_depth, 48, [10], "runs/depth-scenes")
     of_depth.add_argument("--ensemble", type=int, nargs="+", default=[1],
                           help="number of samples, whose mean is the prediction; give several to compare (default: 1)")

@@ -65,22 +65,22 @@ def by_level(runs, dm):
 
 
 def draw(panels):
-    """panels: {heading: (weights, {objective: measured})} -> a figure with the weights above, the differences below."""
+    """panels: {heading: (weights, {label: measured})} -> a figure with the weights above, the differences below."""
     figure = matplotlib_figure()(figsize=(1 + (3 if len(panels) < 5 else 2.2) * len(panels), 5), layout="constrained")
     axes = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
     middle = (BOUNDS[1:] + BOUNDS[:-1]) / 2
-    for (above, below), (heading, (weight, objectives)) in zip(axes.T, panels.items()):
+    for (above, below), (heading, (weight, series)) in zip(axes.T, panels.items()):
         above.bar(middle, weight, 0.11, color="#7d5ba6")
         above.axhline(1, color=COLOURS["dm"], linewidth=2)
         above.set(title=heading, yscale="log", yticks=TICKS, yticklabels=TICKS)
         above.minorticks_off()
         below.axhline(0, color=COLOURS["dm"], linewidth=2)
-        for name, measured in objectives.items():
+        for number, (name, measured) in enumerate(series.items()):
             means, halves = 100 * np.array(measured, float).T              # no interval: NaN, which draws no bar
-            shift = SHIFT * (len(objectives) > 1) * (1 if name == "fm-flip" else -1)
+            shift = SHIFT * (2 * number - len(series) + 1)
             below.errorbar(middle + shift, means, halves, fmt="o", capsize=3, color=COLOURS.get(name, "black"),
-                           label=name)
-        if len(objectives) > 1:
+                           mfc="white" if name == NAMES["none"] else None, label=name)
+        if len(series) > 1:
             below.legend(fontsize="small")
         below.set(xlabel=r"time $t_\mathrm{fm}$, from noise to data")
         below.grid(axis="y", alpha=0.3)
@@ -117,8 +117,10 @@ def compare(args):
             continue
         for name in filter(runs.get, args.objectives):
             weight, measured = predicted_weights(prediction, name), by_level(runs[name], dm)
-            panel = name if len(args.objectives) > 2 else f"{prediction}-prior"
-            panels.setdefault(f"{panel}, {NAMES.get(trained, trained)}", (weight, {}))[1][name] = measured
+            panel, label = NAMES.get(trained, trained), name
+            if len(args.objectives) > 2:
+                panel, label = label, panel
+            panels.setdefault(f"{prediction}-prior, {panel}", (weight, {}))[1][label] = measured
             rank = spearmanr(weight, [mean for mean, _ in measured]).statistic
             print(f"| {prediction} | {NAMES.get(trained, trained)} | {name} | {rank:+.2f} |",
                   " | ".join(marked(f"{100 * mean:+.1f}", mean, half) for mean, half in measured), "|")

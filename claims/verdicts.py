@@ -123,18 +123,25 @@ BASELINES = "dm", "fm-flip", "diff2flow"
 
 
 def weights_settings():
-    """-> Settings that compare each objective in results/weights with dm, fm-flip and the paper's loss."""
+    """-> Settings that compare each objective in results/weights and results/weights-depth with dm, fm-flip and the
+    paper's loss."""
     found = []
+
+    def add(words, folder, files, where, measures, ours):
+        if any(Path(RESULTS, folder).glob(files)):
+            others = tuple(name for name in BASELINES if name != ours)
+            found.append(Setting(0, f"{ours}, {words}", folder, where, measures, others=others, ours=ours))
+
+    pictures = tuple(name for name in MEASURES if name != "absrel")
     for (lora, trained), prediction, ours in itertools.product(
             (("base", "LoRA"), ("none", "all weights")), ("eps", "v"), WEIGHTED):
-        if any(Path(RESULTS, "weights").glob(f"{prediction}-{lora}-{ours}-*.jsonl")):
-            where = {"prediction": prediction, "run.lora": lora}
-            others = tuple(name for name in BASELINES if name != ours)
-            measures = tuple(name for name in MEASURES if name != "absrel")
-            found += [Setting(0, f"{ours}, {trained}, {prediction}-prior", "weights", {**where, "steps": "10|None"},
-                              measures, others=others, ours=ours),
-                      Setting(0, f"{ours}, {trained}, {prediction}-prior, 4 steps", "weights", {**where, "steps": "4"},
-                              ("all", "frechet"), others=others, ours=ours)]
+        words, files = f"{trained}, {prediction}-prior", f"{prediction}-{lora}-{ours}-*.jsonl"
+        where = {"prediction": prediction, "run.lora": lora}
+        add(words, "weights", files, {**where, "steps": "10|None"}, pictures, ours)
+        add(f"{words}, 4 steps", "weights", files, {**where, "steps": "4"}, ("all", "frechet"), ours)
+    for prediction, ours, steps in itertools.product(("eps", "v"), WEIGHTED, ("2", "10")):
+        add(f"depth, {prediction}-prior, {steps} steps", "weights-depth", f"{prediction}-{ours}-*.jsonl",
+            {"prediction": prediction, "steps": steps}, ("absrel",), ours)
     return found
 
 

@@ -9,7 +9,7 @@ from support.files import read_text
 
 TOKENS, LONGEST = 75, 5000      # of a prompt, and its characters: as model.tokenize cuts it
 CHECKED = 10_000                # prompts are checked before sampling, in a second or two
-ENOUGH = 256                    # captions of training, before their share is told
+ENOUGH = 256                    # captions of training, after which the warning says how many were too long
 
 
 def read_prompts(args):

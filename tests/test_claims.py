@@ -508,8 +508,9 @@ def test_more_than_two_objectives_have_a_panel_each(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(levels, "draw", lambda panels: shown.append(panels))
     monkeypatch.setattr(levels, "save_figure", lambda figure, out: None)
     levels.main()
-    assert list(shown[0]) == ["rf, LoRA base", "c5, LoRA base", "p1, LoRA base"]
-    assert (shown[0]["c5, LoRA base"][0] == levels.predicted_weights("eps", "c5")).all()
+    assert list(shown[0]) == ["eps-prior, rf", "eps-prior, c5", "eps-prior, p1"]
+    weight, series = shown[0]["eps-prior, c5"]
+    assert (weight == levels.predicted_weights("eps", "c5")).all() and list(series) == ["LoRA base"]
 
 
 # ------------------------------------------------------------------ run.sh

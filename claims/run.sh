@@ -289,7 +289,7 @@ weights_train() {   # weights_train NAME PRIOR LORA OBJECTIVE SEED OPTIONS...: a
         --lr $rate --preview-every 0 "${@:6}"
 }
 
-weights_run() { # weights_run NAME PRIOR LORA OBJECTIVE SEED OPTIONS...: a new style
+weights_run() { # weights_run NAME PRIOR LORA OBJECTIVE SEED: a new style
     weights_train "$@"
     local model=$(weights $1) sampler=$(sampler_of $4)
     judge $1 velocity $model --style outline --objective $sampler
@@ -319,11 +319,6 @@ all_weights() {
         for objective in $objectives; do
             once weights-depth/$prior-$objective-$seed weights_depth_run $prior $objective $seed
         done
-    done; done
-    for seed in $seeds; do for objective in diff2flow rf c20; do
-        if is_one_of $seed "$three"; then
-            once weights-twice/eps-base-$objective-$seed weights_run eps base $objective $seed --steps 1080
-        fi
     done; done
 }
 

@@ -133,16 +133,12 @@ def weights_settings():
             found.append(Setting(0, f"{ours}, {words}", folder, where, measures, others=others, ours=ours))
 
     pictures = tuple(name for name in MEASURES if name != "absrel")
-    for words, folder, prediction, lora in (
-            ("LoRA, eps-prior", "weights", "eps", "base"),
-            ("LoRA, eps-prior, twice as long", "weights-twice", "eps", "base"),
-            ("all weights, eps-prior", "weights", "eps", "none"),
-            ("LoRA, v-prior", "weights", "v", "base"),
-            ("all weights, v-prior", "weights", "v", "none")):
-        for ours in WEIGHTED:
-            where, files = {"prediction": prediction, "run.lora": lora}, f"{prediction}-{lora}-{ours}-*.jsonl"
-            add(words, folder, files, {**where, "steps": "10|None"}, pictures, ours)
-            add(f"{words}, 4 steps", folder, files, {**where, "steps": "4"}, ("all", "frechet"), ours)
+    for (lora, trained), prediction, ours in itertools.product(
+            (("base", "LoRA"), ("none", "all weights")), ("eps", "v"), WEIGHTED):
+        words, files = f"{trained}, {prediction}-prior", f"{prediction}-{lora}-{ours}-*.jsonl"
+        where = {"prediction": prediction, "run.lora": lora}
+        add(words, "weights", files, {**where, "steps": "10|None"}, pictures, ours)
+        add(f"{words}, 4 steps", "weights", files, {**where, "steps": "4"}, ("all", "frechet"), ours)
     for prediction, ours, steps in itertools.product(("eps", "v"), WEIGHTED, ("2", "10")):
         add(f"depth, {prediction}-prior, {steps} steps", "weights-depth", f"{prediction}-{ours}-*.jsonl",
             {"prediction": prediction, "steps": steps}, ("absrel",), ours)

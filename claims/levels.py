@@ -80,8 +80,8 @@ def draw(panels):
             shift = SHIFT * (2 * number - len(series) + 1)
             below.errorbar(middle + shift, means, halves, fmt="o", capsize=3, color=COLOURS.get(name, "black"),
                            mfc="white" if name == NAMES["none"] else None, label=name)
-        if len(series) > 1:
-            below.legend(fontsize="small")
+        if len(series) > 1 and not figure.legends:
+            figure.legend(*below.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize="small")
         below.set(xlabel=r"time $t_\mathrm{fm}$, from noise to data")
         below.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("weight of errors, dm's is 1")

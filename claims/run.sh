@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure every claim of the paper on the bundled priors: train the models, measure them, draw the plots.
 #
-#     bash claims/run.sh              everything: about 70 hours of one CPU core, or an hour of an H100 (estimates)
+#     bash claims/run.sh              everything: about 70 hours of one CPU core, or 45 minutes of an H100 (estimates)
 #     bash claims/run.sh style        a part, or several of: rates priors style size reflow depth weights draw
 #
 # A run trains one model, measures it on scenes that are the same for all runs, and writes the results to

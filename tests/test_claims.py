@@ -391,6 +391,27 @@ def test_the_readme_says_where_else_diff2flow_is_behind_dm_or_further_ahead(monk
         assert phrase.format(abs(float(found[key].difference.split()[0]))) in text, key
 
 
+def test_what_the_pages_say_of_rf_and_c20_follows_by_the_rule(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = {(line.setting.words, line.name): line for line in verdicts.lines(verdicts.weights_settings())}
+
+    def against_diff2flow(words, *names):
+        return [found[words, name].comparisons["diff2flow"].verdict for name in names]
+    drawn = []
+    for trained in "LoRA", "all weights":
+        rf = f"rf, {trained}, eps-prior"
+        assert set(against_diff2flow(rf, *(name for words, name in found if words == rf))) == {"ahead"}
+        assert against_diff2flow(f"{rf}, 4 steps", "all", "frechet") == ["ahead"] * 2
+        c20 = f"c20, {trained}, eps-prior"
+        assert against_diff2flow(c20, "all", "frechet", "velocity_error", "white.mean") == ["ahead"] * 3 + ["behind"]
+        drawn += [found[rf, "all"].values[name].split()[0] for name in ("rf", "diff2flow")]
+    assert against_diff2flow("c20, LoRA, eps-prior", "black.mean") == ["behind"]
+    drawn += [found["rf, LoRA, v-prior", "all"].values[name].split()[0] for name in ("rf", "diff2flow", "fm-flip")]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert ("in everything ({} and {} % of captions right by LoRA, {} and {} % with all weights); from v it draws {} % "
+            "right, diff2flow {} %, and fm-flip {} %.").format(*drawn) in readme
+
+
 # ------------------------------------------------------------------ other weights
 
 LEVELS = sd_schedule()

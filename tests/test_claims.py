@@ -406,6 +406,8 @@ def test_what_the_pages_say_of_rf_and_c20_follows_by_the_rule(monkeypatch):
         assert against_diff2flow(c20, "all", "frechet", "velocity_error", "white.mean") == ["ahead"] * 3 + ["behind"]
         drawn += [found[rf, "all"].values[name].split()[0] for name in ("rf", "diff2flow")]
     assert against_diff2flow("c20, LoRA, eps-prior", "black.mean") == ["behind"]
+    assert against_diff2flow("rf, depth, eps-prior, 2 steps", "absrel") == ["ahead"]
+    assert against_diff2flow("c20, depth, eps-prior, 2 steps", "absrel") == ["level"]
     drawn += [found["rf, LoRA, v-prior", "all"].values[name].split()[0] for name in ("rf", "diff2flow", "fm-flip")]
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert ("in everything ({} and {} % of captions right by LoRA, {} and {} % with all weights); from v it draws {} % "

@@ -95,7 +95,8 @@ def arguments():
     parser.add_argument("files", nargs="+", help="results of toy.judge velocity, or a folder of them")
     parser.add_argument("--prior", default="v|eps", help="only models that predict this (default: v|eps)")
     parser.add_argument("--objectives", nargs="+", default=["diff2flow", "fm-flip"],
-                        help="more than two have a panel each (default: diff2flow fm-flip)")
+                        help="more than two have a panel each, with LoRA and all weights side by side "
+                             "(default: diff2flow fm-flip)")
     parser.add_argument("--out", help="file for the figure (default: none)")
     return parse(parser)
 

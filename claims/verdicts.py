@@ -193,9 +193,8 @@ class Line:
 
 def lines(of_settings):
     """-> a Line for each measure of each Setting."""
-    found, folders = [], {setting.folder: None for setting in of_settings}
-    for name in folders:
-        folders[name] = read_all([f"{RESULTS}/{name}"])
+    found = []
+    folders = {name: read_all([f"{RESULTS}/{name}"]) for name in {setting.folder for setting in of_settings}}
     for setting in of_settings:
         rows = select(folders[setting.folder], setting.where.items(), [f"{RESULTS}/{setting.folder}"])
         for name in setting.measures:
